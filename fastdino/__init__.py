@@ -1,0 +1,16 @@
+"""fastdino: the fastest open trainer for DINO, self-distillation with no labels."""
+
+import importlib
+from typing import Any
+
+from fastdino.config import Config, ConfigError
+
+__version__ = "0.1.0"
+__all__ = ["Config", "ConfigError", "__version__", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """``fastdino.train`` on first use, so that importing the package needs neither torch nor DeepSpeed."""
+    if name == "train":
+        return importlib.import_module("fastdino.train")
+    raise AttributeError(f"module 'fastdino' has no attribute {name!r}")

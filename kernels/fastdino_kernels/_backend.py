@@ -1,0 +1,19 @@
+"""Which implementation runs: the Triton kernel or the plain-torch reference."""
+
+import os
+
+import torch
+from torch import Tensor
+
+# Triton reads the variable when a kernel is decorated, so it must be set before this package is imported.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def use_triton(x: Tensor) -> bool:
+    """True on a GPU, and on the CPU under Triton's interpreter (tests only)."""
+    return x.is_cuda or INTERPRETED
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a reference's arithmetic: at least fp32; fp64 stays fp64, so that the reference is the tests' truth."""
+    return torch.promote_types(x.dtype, torch.float32)

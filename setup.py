@@ -1,0 +1,52 @@
+"""The only packaging metadata of fastdino; tool settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+VERSION = next(
+    line.split('"')[1]
+    for line in Path("fastdino/__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
+)
+
+setup(
+    name="fastdino",
+    version=VERSION,
+    description="The fastest open trainer for DINO: fused Triton kernels, ZeRO with a sharded teacher, throughput gates",
+    long_description=Path("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["fastdino", "fastdino.*"])
+    + find_packages("kernels", include=["fastdino_kernels", "fastdino_kernels.*"]),
+    package_dir={"fastdino_kernels": "kernels/fastdino_kernels"},
+    package_data={"fastdino": ["py.typed"], "fastdino_kernels": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11,<2.13",
+        "torchvision>=0.26",
+        'triton>=3.6; platform_system == "Linux"',
+        "deepspeed>=0.19.5,<0.20",
+        "xformers>=0.0.34,<0.0.36",
+        "timm>=1.0.20",
+        "numpy>=2",
+        "pillow>=10",
+        "safetensors>=0.5",
+        "tyro>=1.0",
+        "tqdm>=4.66",
+        "tensorboard>=2.18",
+        "matplotlib>=3.9",
+    ],
+    extras_require={
+        "dev": [
+            "lightly>=1.6",  # the peer that bench/ measures beside us
+            "mypy",
+            "pytest",
+            "pytest-benchmark",
+            "pytest-timeout",
+            "ruff",
+        ],
+    },
+    entry_points={"console_scripts": ["fastdino = fastdino.cli:main"]},
+)

@@ -1,0 +1,9 @@
+"""Set-up for every test: Triton's interpreter where there is no GPU, poisoned memory, one thread policy."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before anything imports fastdino_kernels
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
