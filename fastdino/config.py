@@ -74,6 +74,7 @@ class HeadConfig:
     num_layers: int = 3
     """Linear layers before the prototypes."""
     hidden_dim: int = 2048
+    """Width of the MLP's hidden layers."""
     bottleneck_dim: int = 256
     """Width of the L2-normalised vector that is compared with the prototypes."""
     batch_norm: bool = False
@@ -97,7 +98,9 @@ class ViewsConfig:
     global_scale: tuple[float, float] = (0.4, 1.0)
     """Share of the image's area that a global view covers. With no local views use 0.14 1."""
     local_size: int = 96
+    """Side of a local view in pixels."""
     local_scale: tuple[float, float] = (0.05, 0.4)
+    """Share of the image's area that a local view covers."""
     num_local: int = 8
     """L, local views per image; 0 trains on the two global views alone."""
     flip: float = 0.5
@@ -109,6 +112,7 @@ class ViewsConfig:
     jitter_strength: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
     """Colour jitter of brightness, contrast, saturation and hue (hue at most 0.5, the whole circle)."""
     grayscale: float = 0.2
+    """Probability of losing all colour."""
     blur: tuple[float, float, float] = (1.0, 0.1, 0.5)
     """Probability of Gaussian blur in the first global, second global and local views."""
     solarize: float = 0.2
@@ -167,12 +171,15 @@ class LossConfig:
     """Temperatures and centering of the self-distillation loss."""
 
     student_temp: float = 0.1
+    """Divides the student's logits; constant."""
     teacher_temp: float = 0.04
     """After the warm-up. DINO's authors found values over 0.07 unstable."""
     warmup_teacher_temp: float = 0.04
     """Where the warm-up starts; lower it when the loss does not fall at first."""
     warmup_teacher_temp_epochs: int = 0
+    """Epochs over which the teacher's temperature rises linearly to teacher_temp; DINO's longer runs use 30."""
     center_momentum: float = 0.9
+    """Weight of the center's old value in its moving average over steps."""
 
     def __post_init__(self) -> None:
         _require(self.student_temp > 0, "loss.student_temp", self.student_temp, "positive", "it divides the logits")
@@ -194,6 +201,7 @@ class OptimConfig:
     """Optimizer, schedules and the teacher's momentum."""
 
     name: Literal["adamw", "sgd", "lars"] = "adamw"
+    """adamw for ViTs, sgd for convolutional networks, lars for very large batches."""
     lr: float = 5e-4
     """Peak learning rate for a global batch of 256; scaled linearly by global batch / 256."""
     min_lr: float = 1e-6
@@ -201,6 +209,7 @@ class OptimConfig:
     warmup_epochs: float = 10
     """Epochs of linear warm-up from 0."""
     weight_decay: float = 0.04
+    """Weight decay at the start; biases and norms have none."""
     weight_decay_end: float = 0.4
     """Weight decay at the end of its cosine schedule."""
     clip: float = 3.0
@@ -212,6 +221,7 @@ class OptimConfig:
     teacher_momentum: float = 0.996
     """Weight of the teacher's old value at the start; DINO's authors use 0.9995 with a global batch of 256."""
     teacher_momentum_end: float = 1.0
+    """Weight of the teacher's old value at the end of its cosine schedule."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "clip", "freeze_last_layer"):
@@ -234,6 +244,7 @@ class EngineConfig:
     accumulate: int = 1
     """Forward and backward passes per optimizer step; teacher, center and schedules move once per step."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPUs if there are any."""
 
     def __post_init__(self) -> None:
         _require(self.accumulate >= 1, "engine.accumulate", self.accumulate, "at least 1", "it is a count")
@@ -246,9 +257,11 @@ class RunConfig:
     dir: Path = Path("runs/default")
     """The run folder: config.json, metrics.jsonl, TensorBoard events, checkpoints/."""
     epochs: int = 100
+    """Passes over the images."""
     local_batch: int = 64
     """B, images per rank in one forward pass. Global batch = local batch * ranks * engine.accumulate."""
     seed: int = 0
+    """Start of all randomness: initial weights, order of images, views, drop path."""
     save_every: int = 1
     """Epochs between checkpoints; the last step is always saved."""
     save_every_steps: int = 0

@@ -1,0 +1,299 @@
+"""Checkpoints that survive a kill at any point and load at any number of ranks and any ZeRO stage.
+
+A checkpoint is a folder ``step-00001234`` of safetensors files and one ``manifest.json``. Every rank writes the pieces
+of the flat fp32 shards that it owns; rank 0 also writes the small tensors that all ranks share. The folder is written
+under a temporary name, its manifest (sizes and checksums of all files) last, and then renamed: a folder with its final
+name is complete. Loading copies the parts of pieces that a rank owns now, so neither the number of ranks nor the
+ZeRO stage has to be the same. Nothing is ever unpickled.
+"""
+
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = 1  # raised when an older fastdino could not read what this one writes
+SHARED = "shared.safetensors"
+MANIFEST = "manifest.json"
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or read; the message says which one, why and what to do."""
+
+
+class NewerFormatError(CheckpointError):
+    """A checkpoint that a newer fastdino wrote: passing it over for an older one would lose work silently."""
+
+
+class Piece(Protocol):
+    """Elements [start, stop) of the flattened parameter ``name``, with its optimizer state, as live fp32 views."""
+
+    name: str
+    start: int
+    stop: int
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a checkpoint holds; written last, so that its presence means that the rest is there."""
+
+    format: int
+    step: int
+    world_size: int
+    shapes: dict[str, list[int]]  # of every parameter of the network
+    files: dict[str, dict[str, int]]  # file name -> bytes, crc32
+    pieces: dict[str, list[tuple[str, int, int]]]  # file name -> (parameter, start, stop)
+    meta: dict[str, Any]  # the trainer's own: epoch, global batch
+
+
+def _key(kind: str, name: str, start: int) -> str:
+    return f"{kind}:{start}:{name}"
+
+
+def _measure(path: Path) -> dict[str, int]:
+    """Size and checksum of a file."""
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return {"bytes": path.stat().st_size, "crc32": crc}
+
+
+def _sync(path: Path) -> None:
+    """Forces a file or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, int]:
+    save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
+    _sync(path)
+    return _measure(path)
+
+
+def _gather(value: Any) -> list[Any]:
+    """``value`` of every rank, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def save(
+    folder: Path,
+    step: int,
+    *,
+    pieces: Iterable[Piece],
+    shared: dict[str, Tensor],
+    shapes: dict[str, list[int]],
+    meta: dict[str, Any],
+) -> Path:
+    """Writes a checkpoint; every rank calls it at the same step.
+
+    Args:
+        folder: the run's checkpoints/ folder, the same on all ranks.
+        pieces: what this rank has to write; none where another rank writes the same.
+        shared: small tensors that are equal on all ranks: center, counters, buffers. Rank 0 writes them.
+        shapes: shape of every parameter by name.
+        meta: anything JSON can hold.
+
+    Raises CheckpointError on all ranks if any could not write; checkpoints from before stay as they are.
+    """
+    final, temporary = folder / f"step-{step:08d}", folder / f".writing-{step:08d}"
+    if _rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in (*folder.glob(".writing-*"), *folder.glob(".removing-*")):  # of a run that was killed
+            shutil.rmtree(stale, ignore_errors=True)
+        temporary.mkdir()
+    _gather(None)  # the folder is there
+    owned, name, failure, measured = list(pieces), f"rank-{_rank():05d}.safetensors", None, {}
+    try:
+        if owned:
+            tensors = {_key(kind, p.name, p.start): tensor for p in owned for kind, tensor in p.tensors.items()}
+            measured[name] = _write(temporary / name, tensors)
+        if _rank() == 0:
+            measured[SHARED] = _write(temporary / SHARED, shared)
+    except (OSError, SafetensorError) as error:
+        failure = f"rank {_rank()}: {error}"
+    reports = _gather((failure, measured, {name: [(p.name, p.start, p.stop) for p in owned]} if owned else {}))
+    if _rank() == 0 and not any(report[0] for report in reports):
+        failure = _commit(temporary, final, step, reports, shapes, meta)
+    failures = [failure for failure in (*(report[0] for report in reports), *_gather(failure)) if failure]
+    if failures:
+        if _rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"could not write checkpoint {final} ({failures[0]}). Older checkpoints are whole: free some room "
+            "and run the same command again"
+        )
+    return final
+
+
+def _commit(
+    temporary: Path,
+    final: Path,
+    step: int,
+    reports: Sequence[Any],
+    shapes: dict[str, list[int]],
+    meta: dict[str, Any],
+) -> str | None:
+    """Manifest, then rename: the moment from which the checkpoint exists. Returns what failed."""
+    files = {name: size for _, measured, _ in reports for name, size in measured.items()}
+    pieces = {name: owned for _, _, written in reports for name, owned in written.items()}
+    manifest = Manifest(
+        format=FORMAT, step=step, world_size=len(reports), shapes=shapes, files=files, pieces=pieces, meta=meta
+    )
+    try:
+        path = temporary / MANIFEST
+        path.write_text(json.dumps(asdict(manifest)))
+        _sync(path)
+        _sync(temporary)
+        if final.exists():  # the same step again: it was damaged, so training resumed from an older one
+            final.rename(final.with_name(f".removing-{final.name}"))
+        temporary.rename(final)
+        _sync(final.parent)
+    except OSError as error:
+        return f"rank 0: {error}"
+    return None
+
+
+def prune(folder: Path, keep: int, keep_for_good: Iterable[int]) -> None:
+    """Removes all but the newest ``keep`` checkpoints and the steps in ``keep_for_good``; rank 0 only."""
+    kept = set(keep_for_good)
+    for path in sorted(folder.glob("step-*"))[:-keep]:
+        if int(path.name.removeprefix("step-")) not in kept:
+            doomed = path.with_name(f".removing-{path.name}")  # renamed first: half a folder never has a valid name
+            path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a checkpoint whose files are all there and whole; raises CheckpointError otherwise."""
+    try:
+        content = json.loads((path / MANIFEST).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not a checkpoint: its {MANIFEST} cannot be read ({error})") from error
+    if not isinstance(content, dict) or content.get("format", 0) > FORMAT:
+        version = content.get("format") if isinstance(content, dict) else content
+        raise NewerFormatError(
+            f"{path} has format {version}, this fastdino reads up to {FORMAT}: install the fastdino that wrote it"
+        )
+    try:
+        manifest = Manifest(**content)
+    except TypeError as error:
+        raise CheckpointError(f"{path}/{MANIFEST} is not one of fastdino's: {error}") from error
+    for name, expected in manifest.files.items():
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path} is incomplete: {name} is missing. Use an older checkpoint")
+        if (found := _measure(path / name)) != expected:
+            raise CheckpointError(
+                f"{path}/{name} is damaged: {found['bytes']} bytes with checksum {found['crc32']:08x}, written as "
+                f"{expected['bytes']} bytes with {expected['crc32']:08x}. Use an older checkpoint"
+            )
+    return manifest
+
+
+def newest(folder: Path) -> tuple[Path, Manifest] | None:
+    """The newest whole checkpoint; damaged ones are named in a warning and passed over. None if there is none.
+
+    Rank 0 decides and tells the others, because a network file system may show ranks different folders. Raises
+    CheckpointError if there are checkpoints but none is whole, or the newest is from a newer format.
+    """
+    chosen: Any = None
+    if _rank() == 0:
+        chosen = _newest(folder)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        box = [chosen]
+        dist.broadcast_object_list(box, src=0)
+        chosen = box[0]
+    if isinstance(chosen, CheckpointError):
+        raise chosen
+    return chosen
+
+
+def _newest(folder: Path) -> tuple[Path, Manifest] | CheckpointError | None:
+    damage: CheckpointError | None = None
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            return path, read_manifest(path)
+        except NewerFormatError as error:
+            return error
+        except CheckpointError as error:
+            log.warning("%s; looking for an older one", error)
+            damage = damage or error
+    return damage
+
+
+def load(path: Path, manifest: Manifest, pieces: Iterable[Piece], shapes: dict[str, list[int]]) -> dict[str, Tensor]:
+    """Copies a checkpoint into the live views of ``pieces``, whatever ranks and stage it was written with.
+
+    Returns the shared tensors. Raises CheckpointError, before anything is changed, if it is from another model.
+    """
+    if shapes != manifest.shapes:
+        theirs, ours = manifest.shapes, shapes
+        name = next(n for n in (*ours, *theirs) if ours.get(n) != theirs.get(n))
+        raise CheckpointError(
+            f"{path} is from another model: {name} is {theirs.get(name, 'missing')} there, {ours.get(name, 'missing')} "
+            "here. Use the run's own settings, or another run.dir"
+        )
+    index: dict[str, list[tuple[int, int, str]]] = {}
+    for file, written in manifest.pieces.items():
+        for name, start, stop in written:
+            index.setdefault(name, []).append((start, stop, file))
+    open_files = {file: safe_open(path / file, framework="pt") for file in (*manifest.pieces, SHARED)}
+    for piece in pieces:
+        for kind, view in piece.tensors.items():
+            _copy(piece, kind, view, index.get(piece.name, []), open_files)
+    shared = open_files[SHARED]
+    return {key: shared.get_tensor(key) for key in shared.keys()}  # noqa: SIM118 (not a dict)
+
+
+def _copy(piece: Piece, kind: str, view: Tensor, written: list[tuple[int, int, str]], files: dict[str, Any]) -> None:
+    """Fills one view from the pieces that overlap it."""
+    filled = 0
+    for start, stop, file in written:
+        low, high = max(piece.start, start), min(piece.stop, stop)
+        if low < high:
+            values = files[file].get_slice(_key(kind, piece.name, start))[low - start : high - start]
+            view[low - piece.start : high - piece.start].copy_(values)
+            filled += high - low
+    if filled != piece.stop - piece.start:
+        raise CheckpointError(f"the checkpoint holds {filled} of {piece.stop - piece.start} values of {piece.name}")
+
+
+def read_weights(path: Path, kind: str = "ema") -> dict[str, Tensor]:
+    """The network's weights by name, fp32 on the CPU: the teacher's (``ema``) or the student's (``param``)."""
+
+    @dataclass
+    class Whole:
+        name: str
+        start: int
+        stop: int
+        tensors: dict[str, Tensor]
+
+    manifest = read_manifest(path)
+    weights = {name: torch.empty(shape) for name, shape in manifest.shapes.items()}
+    load(path, manifest, [Whole(n, 0, w.numel(), {kind: w.view(-1)}) for n, w in weights.items()], manifest.shapes)
+    return weights
