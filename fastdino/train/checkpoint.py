@@ -124,8 +124,7 @@ def save(
     final, temporary = folder / f"step-{step:08d}", folder / f".writing-{step:08d}"
     if _rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in (*folder.glob(".writing-*"), *folder.glob(".removing-*")):  # of a run that was killed
-            shutil.rmtree(stale, ignore_errors=True)
+        _clear(folder)
         temporary.mkdir()
     _gather(None)  # the folder is there
     owned, name, failure, measured = list(pieces), f"rank-{_rank():05d}.safetensors", None, {}
@@ -143,12 +142,20 @@ def save(
     failures = [failure for failure in (*(report[0] for report in reports), *_gather(failure)) if failure]
     if failures:
         if _rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _clear(folder)
         raise CheckpointError(
             f"could not write checkpoint {final} ({failures[0]}). Older checkpoints are whole: free some room "
             "and run the same command again"
         )
+    if _rank() == 0:
+        _clear(folder)
     return final
+
+
+def _clear(folder: Path) -> None:
+    """Removes what was not finished: by this run, or by one that was killed."""
+    for stale in (*folder.glob(".writing-*"), *folder.glob(".removing-*")):
+        shutil.rmtree(stale, ignore_errors=True)
 
 
 def _commit(
@@ -262,12 +269,19 @@ def load(path: Path, manifest: Manifest, pieces: Iterable[Piece], shapes: dict[s
     for file, written in manifest.pieces.items():
         for name, start, stop in written:
             index.setdefault(name, []).append((start, stop, file))
-    open_files = {file: safe_open(path / file, framework="pt") for file in (*manifest.pieces, SHARED)}
+    open_files = {file: _open(path / file) for file in (*manifest.pieces, SHARED)}
     for piece in pieces:
         for kind, view in piece.tensors.items():
             _copy(piece, kind, view, index.get(piece.name, []), open_files)
     shared = open_files[SHARED]
     return {key: shared.get_tensor(key) for key in shared.keys()}  # noqa: SIM118 (not a dict)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
 
 
 def _copy(piece: Piece, kind: str, view: Tensor, written: list[tuple[int, int, str]], files: dict[str, Any]) -> None:

@@ -1,0 +1,105 @@
+"""The architecture as a test: who imports whom, one home per optional package, sizes, no package named kernels."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = [*ROOT.glob("fastdino/**/*.py"), *ROOT.glob("kernels/**/*.py")]
+HOME = {
+    "xformers": ["fastdino/model/attention.py"],
+    "deepspeed": ["fastdino/train/engine.py"],
+    "torchvision": ["fastdino/data/"],
+    "timm": ["fastdino/model/"],
+}
+MAY_IMPORT = {  # rooms of fastdino that a room may import, besides config
+    "data": {"data"},
+    "model": {"model"},
+    "method": {"method"},
+    "eval": {"eval", "model", "data"},
+    "train": {"train", "method", "model", "data", "eval"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of every module that a file imports, at any depth of its code."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def top(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imported(path)}
+
+
+@pytest.mark.parametrize("package", HOME)
+def test_optional_package_has_one_home(package):
+    users = {str(path.relative_to(ROOT)) for path in PACKAGES if package in top(path)}
+    assert users, f"nobody imports {package}: drop the rule or the dependency"
+    assert not [user for user in users if not user.startswith(tuple(HOME[package]))]
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("kernels/**/*.py")], ids=lambda p: p.name)
+def test_kernels_stand_alone(path):
+    assert top(path) - sys.stdlib_module_names <= {"fastdino_kernels", "torch", "triton"}
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("fastdino/*/*.py")], ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_rooms_import_only_what_lies_below(path):
+    rooms = {name.split(".")[1] for name in imported(path) if name.startswith("fastdino.")} & MAY_IMPORT.keys()
+    assert rooms <= MAY_IMPORT[path.parent.name]
+
+
+@pytest.mark.parametrize("path", PACKAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_imports_bench_or_tests(path):
+    assert not top(path) & {"bench", "tests"}
+
+
+@pytest.mark.parametrize("path", [*PACKAGES, *ROOT.glob("bench/**/*.py")], ids=lambda p: str(p.relative_to(ROOT)))
+def test_sizes(path):
+    assert len(path.read_text().splitlines()) <= 400, "a file up to 400 lines: split it by meaning"
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            limit = 80 if node.name.endswith("_kernel") else 50
+            start = node.body[1].lineno if ast.get_docstring(node) and len(node.body) > 1 else node.lineno
+            assert node.end_lineno - start < limit, f"{node.name}: a function up to {limit} lines"
+
+
+def test_no_package_or_module_is_named_kernels():
+    """Hugging Face's package of that name is imported from whatever folder comes first on the path."""
+    assert not (ROOT / "kernels/__init__.py").exists()
+    assert not (ROOT / "bench/kernels/__init__.py").exists()
+    assert not [p for folder in ("fastdino", "kernels", "bench", "tests") for p in (ROOT / folder).rglob("kernels.py")]
+
+
+def test_text_is_ascii_and_names_no_package_registry():
+    for path in [*PACKAGES, *ROOT.glob("tests/**/*.py"), *ROOT.glob("bench/**/*.py"), *ROOT.glob("*.md")]:
+        text = path.read_text()
+        assert text.isascii(), path
+        if path != Path(__file__):
+            assert "pypi.org" not in text, path
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("fastdino", "torch deepspeed xformers timm torchvision"),
+        ("fastdino.model", "deepspeed"),
+        ("fastdino.eval", "deepspeed"),
+        ("fastdino_kernels", "fastdino deepspeed xformers timm torchvision"),
+    ],
+)
+def test_import_is_light(module, absent):
+    """A trained backbone loads without DeepSpeed; the kernels know nothing of the trainer."""
+    code = f"import sys, {module}; print([m for m in {absent.split()} if m in sys.modules])"
+    path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=path, check=True)
+    assert done.stdout.strip() == "[]"

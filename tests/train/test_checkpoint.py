@@ -1,0 +1,193 @@
+"""Checkpoints: whole or not there, whatever dies when; the same values for any split; clear words for damage."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdino.train import checkpoint
+from fastdino.train.checkpoint import CheckpointError
+
+SHAPES = {"head.v": [7, 5], "head.b": [11]}
+
+
+@dataclass
+class Part:
+    name: str
+    start: int
+    stop: int
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def parts(flat: dict[str, torch.Tensor], bounds: list[int]) -> list[Part]:
+    """Pieces of one flat shard per kind, cut at ``bounds`` of the concatenated parameters."""
+    offset, out = 0, []
+    for name, shape in SHAPES.items():
+        size = torch.Size(shape).numel()
+        edges = sorted({0, size, *(b - offset for b in bounds if 0 < b - offset < size)})
+        for start, stop in zip(edges, edges[1:], strict=False):
+            views = {kind: buffer[offset + start : offset + stop] for kind, buffer in flat.items()}
+            out.append(Part(name, start, stop, views))
+        offset += size
+    return out
+
+
+def random_flat() -> dict[str, torch.Tensor]:
+    return {kind: torch.randn(46) for kind in ("param", "exp_avg", "exp_avg_sq", "ema")}
+
+
+def write(folder: Path, step: int, flat: dict[str, torch.Tensor], bounds: list[int]) -> Path:
+    shared = {"center": torch.arange(3.0)}
+    return checkpoint.save(
+        folder, step, pieces=parts(flat, bounds), shared=shared, shapes=SHAPES, meta={"epoch": 2, "note": "x"}
+    )
+
+
+@pytest.mark.parametrize("read_bounds", [[], [35], [10, 20, 40], [1]])
+@pytest.mark.parametrize("write_bounds", [[], [35], [17, 36]])
+def test_loads_with_any_split(tmp_path, write_bounds, read_bounds):
+    saved, loaded = random_flat(), {kind: torch.full((46,), torch.nan) for kind in random_flat()}
+    path = write(tmp_path, 5, saved, write_bounds)
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found[0] == path
+    manifest = found[1]
+    assert (manifest.step, manifest.meta) == (5, {"epoch": 2, "note": "x"})
+    shared = checkpoint.load(path, manifest, parts(loaded, read_bounds), SHAPES)
+    assert torch.equal(shared["center"], torch.arange(3.0))
+    for kind in saved:
+        assert torch.equal(saved[kind], loaded[kind]), kind
+    assert torch.equal(checkpoint.read_weights(path)["head.v"], saved["ema"][:35].view(7, 5))
+
+
+def test_no_checkpoint(tmp_path):
+    assert checkpoint.newest(tmp_path / "checkpoints") is None
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest"])
+def test_damaged_newest_falls_back_to_the_one_before(tmp_path, damage, caplog):
+    older, newer = write(tmp_path, 1, random_flat(), []), write(tmp_path, 2, random_flat(), [])
+    victim = newer / "rank-00000.safetensors"
+    content = bytearray(victim.read_bytes())
+    if damage == "truncate":
+        victim.write_bytes(content[:-1])
+    elif damage == "flip":
+        content[-3] ^= 1
+        victim.write_bytes(content)
+    elif damage == "remove":
+        victim.unlink()
+    else:
+        (newer / "manifest.json").write_text('{"format": 1')
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found[0] == older
+    assert "step-00000002" in caplog.text
+    older.joinpath("manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="step-00000002"):
+        checkpoint.newest(tmp_path)
+
+
+def test_newer_format_is_refused_not_passed_over(tmp_path):
+    write(tmp_path, 1, random_flat(), [])
+    path = write(tmp_path, 2, random_flat(), []) / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    with pytest.raises(CheckpointError, match="format 99, this fastdino reads up to 1"):
+        checkpoint.newest(tmp_path)
+
+
+def test_other_model_is_refused_before_anything_changes(tmp_path):
+    path = write(tmp_path, 1, random_flat(), [])
+    mine = {kind: torch.zeros(46) for kind in random_flat()}
+    with pytest.raises(CheckpointError, match=r"another model: head.b is \[11\] there, \[12\] here"):
+        checkpoint.load(path, checkpoint.read_manifest(path), parts(mine, []), SHAPES | {"head.b": [12]})
+    assert all(not buffer.any() for buffer in mine.values())
+
+
+def test_missing_piece_is_named(tmp_path):
+    flat = random_flat()
+    path = checkpoint.save(
+        tmp_path, 1, pieces=parts(flat, [35])[:1], shared={"c": torch.ones(1)}, shapes=SHAPES, meta={}
+    )
+    with pytest.raises(CheckpointError, match=r"0 of 11 values of head.b"):
+        checkpoint.load(path, checkpoint.read_manifest(path), parts(flat, []), SHAPES)
+
+
+def test_prune_keeps_newest_and_those_for_good(tmp_path):
+    for step in range(1, 7):
+        write(tmp_path, step, random_flat(), [])
+    checkpoint.prune(tmp_path, keep=2, keep_for_good=[3])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003", "step-00000005", "step-00000006"]
+
+
+def test_full_disk_leaves_older_checkpoints_and_says_so(tmp_path):
+    """A write that the system refuses: the limit on a file's size stands for the full disk."""
+    older = write(tmp_path, 1, random_flat(), [])
+    script = f"""
+import resource, signal, sys, torch
+sys.path[:0] = {[str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "kernels")]!r}
+from pathlib import Path
+from fastdino.train import checkpoint
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+class Part: name, start, stop, tensors = "w", 0, 100000, {{"param": torch.ones(100000)}}
+checkpoint.save(Path({str(tmp_path)!r}), 2, pieces=[Part()], shared={{"c": torch.ones(1)}}, shapes={{"w": [100000]}}, meta={{}})
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert "CheckpointError" in done.stderr, done.stderr
+    assert "Older checkpoints are whole" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == [older.name]
+
+
+KILLED_AT = ["save_file", "_measure", "write_text", "_sync", "rename"]
+
+
+@pytest.mark.parametrize("point", KILLED_AT)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_kill_at_any_point_leaves_the_newest_whole_checkpoint(tmp_path, point, when):
+    """SIGKILL in a child process before and after every operation that touches the disk."""
+    first = random_flat()
+    write(tmp_path, 1, first, [])
+    script = f"""
+import os, signal, sys, torch
+sys.path[:0] = {[str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "kernels")]!r}
+from pathlib import Path
+from fastdino.train import checkpoint
+home = Path if {point!r} in ("write_text", "rename") else checkpoint
+original = getattr(home, {point!r})
+def killed(*args, **kwargs):
+    if {when!r} == "after": original(*args, **kwargs)
+    os.kill(os.getpid(), signal.SIGKILL)
+setattr(home, {point!r}, killed)
+class Part: name, start, stop, tensors = "head.v", 0, 35, {{"param": torch.ones(35)}}
+checkpoint.save(Path({str(tmp_path)!r}), 2, pieces=[Part()], shared={{"c": torch.ones(1)}}, shapes={{"head.v": [7, 5]}}, meta={{}})
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == -9, done.stderr
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found[1].step == (2 if (point, when) == ("rename", "after") else 1)
+    assert write(tmp_path, 2, first, []).exists(), "the next attempt clears what the killed one left"
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_nothing_is_unpickled(tmp_path):
+    """A pickle that runs code on loading does not run: files are read as safetensors or not at all."""
+    path = write(tmp_path, 1, random_flat(), [])
+    trap = tmp_path / "ran"
+
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(trap),)
+
+    torch.save({"x": Trap()}, path / "rank-00000.safetensors")
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["rank-00000.safetensors"] = checkpoint._measure(path / "rank-00000.safetensors")
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="rank-00000.safetensors"):
+        checkpoint.read_weights(path)
+    assert not trap.exists()
