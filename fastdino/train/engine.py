@@ -1,15 +1,148 @@
 """Builds the engine that a config asks for; the only home of DeepSpeed."""
 
-from torch import nn
+import logging
+import os
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from fastdino.config import Config
 from fastdino.train.distributed import Ranks
-from fastdino.train.torch_engine import Engine, Fragment
+from fastdino.train.optim import Shard
+from fastdino.train.schedules import Now
+from fastdino.train.torch_engine import Engine, Fragment, TorchEngine, all_finite
 
-__all__ = ["Engine", "Fragment", "build_engine"]
+__all__ = ["Engine", "Fragment", "build_engine", "deepspeed_config"]
 
 
 def build_engine(config: Config, student: nn.Module, teacher: nn.Module, ranks: Ranks) -> Engine:
-    """The engine of ``config.engine``. ``student`` and ``teacher`` are fp32 networks of equal parameter names; they are
-    moved to the device, cast, and the teacher starts as a copy of rank 0's student, buffers included."""
-    raise NotImplementedError
+    """The engine of ``config.engine``.
+
+    Args:
+        student, teacher: fp32 networks of equal names and shapes. Both are moved to the device, cast, and start as rank
+            0's student, buffers included. Their parameters become views of flat buffers: make no optimizer of them.
+
+    ZeRO stage 0 shards nothing, so it is the torch engine: DeepSpeed's stage 0 in bf16 starts from rounded masters and
+    asks the device after every step whether it overflowed.
+    Raises RuntimeError for batch normalisation over several processes without GPUs.
+    """
+    student, teacher = (_prepare(network, ranks) for network in (student, teacher))
+    if ranks.world_size > 1:
+        _broadcast(student)
+    teacher.load_state_dict(student.state_dict())
+    teacher.requires_grad_(False)
+    if config.engine.name == "torch" or config.engine.zero_stage == 0:
+        return TorchEngine(config, student, teacher, ranks)
+    return DeepSpeedEngine(config, student, teacher, ranks)
+
+
+def _prepare(network: nn.Module, ranks: Ranks) -> nn.Module:
+    """On the device, with batch statistics over all ranks where there are any, as in DINO v1."""
+    if ranks.world_size > 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules()):
+        if ranks.device.type == "cpu":
+            raise RuntimeError(
+                f"batch normalisation over {ranks.world_size} processes needs GPUs, because torch's SyncBatchNorm has "
+                "no CPU path: use one process, head.batch_norm=False or a backbone without it"
+            )
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return network.to(ranks.device)
+
+
+@torch.no_grad()
+def _broadcast(network: nn.Module) -> None:
+    for tensor in network.state_dict().values():
+        dist.broadcast(tensor, 0)
+
+
+def deepspeed_config(config: Config, bf16: bool) -> dict[str, Any]:
+    """DeepSpeed's config of a run. Nothing in it makes a step wait for the device; clipping is our optimizer's."""
+    dtype = "bf16" if bf16 else "fp32"
+    stage = config.engine.zero_stage
+    return {
+        "train_micro_batch_size_per_gpu": config.run.local_batch,
+        "gradient_accumulation_steps": config.engine.accumulate,
+        "gradient_clipping": 0.0,  # the default is 1.0
+        "zero_allow_untested_optimizer": True,  # the optimizer is ours
+        "zero_optimization": {
+            "stage": stage,
+            "compute_grad_norm": False,
+            "overlap_comm": False,  # true waits for the device at the end of every backward pass
+            "reduce_scatter": False,  # true sends as much, since it is an all-reduce by slices
+            "reduce_bucket_size": 2**25,
+        },
+        "bf16": {"enabled": bf16, "check_grad_overflow": False},
+        "communication_data_type": dtype,
+        # fp32 sums of bf16 micro batches cost nothing at stage 2; at stage 1 they would be whole on every rank.
+        "data_types": {"grad_accum_dtype": "fp32" if stage == 2 else dtype},
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device at every step
+    }
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, quiet, for this device, with nothing compiled."""
+    os.environ["DS_ACCELERATOR"] = device.type  # read when it is imported
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().device_name() != device.type:
+        raise RuntimeError(
+            f"DeepSpeed was imported for {get_accelerator().device_name()} before the engine asked for {device.type}: "
+            f"set DS_ACCELERATOR={device.type}"
+        )
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a g++ build of a minute that only inference needs
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # one warning: our optimizer is untested by them
+    return deepspeed
+
+
+class DeepSpeedEngine(Engine):
+    """ZeRO 1 or 2: masters, moments and teacher in equal slices over the ranks, at stage 2 the gradients too."""
+
+    sharded = True
+
+    def __init__(self, config: Config, student: nn.Module, teacher: nn.Module, ranks: Ranks) -> None:
+        super().__init__(config, student, teacher, ranks)
+        exact = [torch.cat([p.detach().flatten() for p in group.params.values()]) for group in self.groups]
+        deepspeed = _import_deepspeed(ranks.device)
+        with mock.patch.dict(os.environ, LOCAL_RANK=str(ranks.local_rank)):  # it insists on a launcher's variable
+            self._deepspeed, _, _, _ = deepspeed.initialize(
+                model=student,
+                optimizer=self.optimizer,
+                config=deepspeed_config(config, self.dtype == torch.bfloat16),
+                dist_init_required=False,
+            )
+        self.student, self._zero = self._deepspeed, self._deepspeed.optimizer
+        masters = [master.detach() for master in self._zero.single_partition_of_fp32_groups]
+        for master, values in zip(masters, exact, strict=True):  # DeepSpeed's are copies of rounded weights
+            start = ranks.rank * master.numel()
+            mine = values[start : start + master.numel()]
+            master[: mine.numel()].copy_(mine)
+        self._adopt(self._zero.single_partition_of_fp32_groups, ranks.world_size, ranks.rank)
+        self._micro_batch = 0
+        self.after_load()
+
+    def backward(self, loss: Tensor) -> None:
+        self._micro_batch += 1
+        self._deepspeed.set_gradient_accumulation_boundary(self._micro_batch == self.accumulate)
+        self._deepspeed.backward(loss)
+
+    @torch.no_grad()
+    def step(self, now: Now, finite: Tensor) -> None:
+        assert self._micro_batch == self.accumulate, f"{self._micro_batch} backward passes before a step"
+        self.wait_teacher()
+        pieces: list[Tensor] = []
+        for index, group in enumerate(self._bound()):
+            shard: Shard = group["shard"]
+            pieces += self._zero.averaged_gradients[index][: len(shard.pieces)]  # what is left is padding
+        if self.ranks.world_size > 1:
+            finite = all_finite(finite)
+        self.optimizer.prepare(now, pieces, finite)
+        self._deepspeed.step()
+        self._micro_batch = 0
+        self._gather_teacher()
+
+    def _publish_student(self) -> None:
+        self._zero.update_lp_params()
