@@ -3,10 +3,10 @@
 import importlib
 from typing import Any
 
-from fastdino.config import Config, ConfigError
+from fastdino.config import Config, ConfigError, UserError
 
 __version__ = "0.1.0"
-__all__ = ["Config", "ConfigError", "__version__", "train"]
+__all__ = ["Config", "ConfigError", "UserError", "__version__", "train"]
 
 
 def __getattr__(name: str) -> Any:

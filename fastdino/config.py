@@ -14,7 +14,11 @@ MAX_VIEWS = 32  # S, student views of one image that the fused loss takes
 VIT_SIZES = ("nano", "tiny", "small", "base", "large", "huge", "giant")
 
 
-class ConfigError(ValueError):
+class UserError(Exception):
+    """Something that a user can mend; the message says what, where and what to do. The command exits with code 2."""
+
+
+class ConfigError(UserError, ValueError):
     """A setting that cannot work; the message names the setting, its value and the remedy."""
 
 

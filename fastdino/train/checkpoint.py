@@ -23,6 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastdino.config import UserError
+
 FORMAT = 1  # raised when an older fastdino could not read what this one writes
 SHARED = "shared.safetensors"
 MANIFEST = "manifest.json"
@@ -30,7 +32,7 @@ MANIFEST = "manifest.json"
 log = logging.getLogger(__name__)
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError, ValueError):
     """A checkpoint that cannot be written or read; the message says which one, why and what to do."""
 
 
@@ -273,8 +275,11 @@ def load(path: Path, manifest: Manifest, pieces: Iterable[Piece], shapes: dict[s
     for piece in pieces:
         for kind, view in piece.tensors.items():
             _copy(piece, kind, view, index.get(piece.name, []), open_files)
-    shared = open_files[SHARED]
-    return {key: shared.get_tensor(key) for key in shared.keys()}  # noqa: SIM118 (not a dict)
+    return _all_tensors(open_files[SHARED])
+
+
+def _all_tensors(file: Any) -> dict[str, Tensor]:
+    return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
 
 
 def _open(path: Path) -> Any:
@@ -311,3 +316,8 @@ def read_weights(path: Path, kind: str = "ema") -> dict[str, Tensor]:
     weights = {name: torch.empty(shape) for name, shape in manifest.shapes.items()}
     load(path, manifest, [Whole(n, 0, w.numel(), {kind: w.view(-1)}) for n, w in weights.items()], manifest.shapes)
     return weights
+
+
+def read_shared(path: Path) -> dict[str, Tensor]:
+    """The small tensors that are equal on all ranks: center, counters, buffers."""
+    return _all_tensors(_open(path / SHARED))

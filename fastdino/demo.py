@@ -1,0 +1,119 @@
+"""The demo: a small ViT learns, with no labels, to tell rendered shapes apart, and shows what it has learned."""
+
+import dataclasses
+import json
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import fastdino
+from fastdino import recipes
+from fastdino.config import Config
+from fastdino.data.shapes import ShapesSource
+from fastdino.data.sources import Source
+from fastdino.data.splits import bank_and_test
+from fastdino.eval import KNeighbors, evaluate_attention, evaluate_knn
+from fastdino.eval.features import Protocol
+from fastdino.model import build_network
+from fastdino.train.restore import run_backbone
+
+NUM_INITIALISATIONS = 5  # random backbones that the trained one is compared with
+NUM_NEIGHBORS = 20
+MASK_SEED = 2**31 + 3  # of shapes that are rendered for the attention maps alone
+NUM_MASKS = 200
+
+
+def run_demo(folder: Path, seed: int) -> dict[str, float]:
+    """Trains the demo recipe in ``folder`` and writes summary.json, curves.png and attention.png there.
+
+    Returns the summary: ``seconds`` for everything; k-NN top-1 in percent of the teacher, of random backbones and of
+    raw pixels; intersection over union of the attention with the object masks. Same seed, same summary but for time.
+    """
+    started = time.perf_counter()
+    base = recipes.demo()
+    config = dataclasses.replace(base, run=dataclasses.replace(base.run, dir=folder, seed=seed))
+    fastdino.train(config)
+    teacher, _, _ = run_backbone(folder)
+    fresh = [_random_backbone(config, seed) for seed in range(NUM_INITIALISATIONS)]
+    bank, test = bank_and_test("shapes", config.data.image_size)
+    masks = ShapesSource(NUM_MASKS, config.data.image_size, MASK_SEED)
+    sheet = folder / "attention.png"
+    summary = {
+        "knn_teacher": _knn(teacher, bank, test, config),
+        "knn_random_init": statistics.mean(_knn(backbone, bank, test, config) for backbone in fresh),
+        "knn_raw_pixels": _pixel_knn(bank, test, standardise=False),
+        "knn_raw_pixels_standardised": _pixel_knn(bank, test, standardise=True),
+        "attention_iou_teacher": _attention_iou(teacher, masks, config, sheet),
+        "attention_iou_random_init": statistics.mean(_attention_iou(backbone, masks, config) for backbone in fresh),
+    }
+    _draw_curves(folder, summary)
+    summary["seconds"] = time.perf_counter() - started
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(_table(summary, folder))
+    return summary
+
+
+def _random_backbone(config: Config, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return build_network(config, teacher=True).backbone
+
+
+def _protocol(config: Config) -> Protocol:
+    return Protocol(size=config.views.global_size, num_workers=0, normalize=config.data.normalize)
+
+
+def _knn(backbone: nn.Module, bank: Source, test: Source, config: Config) -> float:
+    scores = evaluate_knn(backbone, bank, test, _protocol(config), ks=[NUM_NEIGHBORS])
+    return 100 * scores[f"knn_{NUM_NEIGHBORS}"]
+
+
+def _pixel_knn(bank: Source, test: Source, standardise: bool) -> float:
+    """k-NN on pixels as features: what needs no network at all."""
+
+    def pixels(source: Source) -> tuple[Tensor, Tensor]:
+        images, labels = zip(*(source.read(i) for i in range(len(source))), strict=True)
+        x = torch.from_numpy(np.stack([np.asarray(image) for image in images])).float() / 255  # (n, h, w, 3)
+        if standardise:  # each channel of each image
+            x = (x - x.mean((1, 2), keepdim=True)) / x.std((1, 2), keepdim=True).clamp_min(1e-6)
+        return x.flatten(1), torch.tensor(labels)
+
+    return 100 * KNeighbors(NUM_NEIGHBORS).fit(*pixels(bank)).score(*pixels(test))
+
+
+def _attention_iou(backbone: nn.Module, source: Source, config: Config, sheet: Path | None = None) -> float:
+    found = evaluate_attention(backbone, source, _protocol(config), num_images=len(source), sheet=sheet)  # type: ignore[arg-type]
+    return found["attention_iou"]
+
+
+def _draw_curves(folder: Path, summary: dict[str, float]) -> None:
+    """curves.png: the loss over steps; the teacher's k-NN over steps beside what needs no training."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    scores = [(line["step"], line["knn"]) for line in lines if "knn" in line]
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(*zip(*losses, strict=True), color="C0")
+    left.set(xlabel="step", ylabel="loss", title="The student predicts the teacher")
+    right.plot(*zip(*scores, strict=True), "o-", color="C0", label="teacher")
+    baselines = {
+        "knn_random_init": "random init",
+        "knn_raw_pixels": "pixels",
+        "knn_raw_pixels_standardised": "pixels, standardised",
+    }
+    for style, (name, label) in zip(("--", ":", "-."), baselines.items(), strict=True):
+        right.axhline(summary[name], color="0.5", linestyle=style, label=label)
+    right.set(xlabel="step", ylabel="k-NN top-1, %", ylim=(0, 100), title="Its features tell 12 classes apart")
+    right.legend(loc="lower right", fontsize=8)
+    FigureCanvasAgg(figure).print_png(folder / "curves.png")
+
+
+def _table(summary: dict[str, float], folder: Path) -> str:
+    rows = [f"  {name:30} {value:8.2f}" for name, value in summary.items()]
+    return "\n".join([*rows, f"pictures: {folder / 'curves.png'}, {folder / 'attention.png'}"])

@@ -1,0 +1,66 @@
+"""What a run leaves behind: the backbone of its teacher, for evaluation and for other programs."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from fastdino.config import Config, ConfigError
+from fastdino.model import build_network, export_backbone, restore_backbone
+from fastdino.model.weights import read_metadata
+from fastdino.train import checkpoint
+from fastdino.train.checkpoint import CheckpointError
+from fastdino.train.run_folder import read_config
+
+Role = Literal["teacher", "student"]
+
+
+def run_backbone(run: Path, step: int | None = None, role: Role = "teacher") -> tuple[nn.Module, Config, int]:
+    """Backbone of a run's checkpoint (fp32, CPU, evaluation mode), the run's config and the checkpoint's step.
+
+    Args:
+        run: the run folder.
+        step: which checkpoint; the newest by default.
+
+    Raises ConfigError when it is no run folder, CheckpointError when it has no such checkpoint.
+    """
+    config = read_config(run)
+    folder = run / "checkpoints"
+    if step is None:
+        found = checkpoint.newest(folder)
+        if found is None:
+            raise CheckpointError(f"{run} has no checkpoint yet: the first is written after run.save_every epochs")
+        path, manifest = found
+        step = manifest.step
+    else:
+        path = folder / f"step-{step:08d}"
+        if not path.is_dir():
+            there = ", ".join(str(int(p.name[5:])) for p in sorted(folder.glob("step-*"))) or "none"
+            raise CheckpointError(f"{run} has no checkpoint of step {step}; there are: {there}")
+    bare = dataclasses.replace(config, model=dataclasses.replace(config.model, weights=None, attention="auto"))
+    network = build_network(bare, teacher=True)
+    state = checkpoint.read_weights(path, "ema" if role == "teacher" else "param")
+    prefix = f"{role}."
+    state |= {k.removeprefix(prefix): v for k, v in checkpoint.read_shared(path).items() if k.startswith(prefix)}
+    network.load_state_dict(state, strict=True)
+    return network.backbone.eval(), config, step
+
+
+def export_run(run: Path, out: Path | None = None, step: int | None = None, role: Role = "teacher") -> Path:
+    """Writes the backbone of a run as safetensors with timm's names; returns the file's path."""
+    backbone, config, step = run_backbone(run, step, role)
+    out = out or run / "backbone.safetensors"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    export_backbone(backbone, out, {"config": config.to_json(), "step": str(step), "network": role})
+    return out
+
+
+def any_backbone(path: Path) -> tuple[nn.Module, Config]:
+    """The teacher's backbone of a run folder, or that of a file that :func:`export_run` wrote, and its run's config."""
+    if path.is_dir():
+        backbone, config, _ = run_backbone(path)
+        return backbone, config
+    if not path.is_file():
+        raise ConfigError(f"{path} is neither a run folder nor a file of exported weights")
+    return restore_backbone(path).eval(), Config.from_json(read_metadata(path)["config"])
