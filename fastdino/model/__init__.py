@@ -1,0 +1,18 @@
+"""Views become logits: backbone and head. Also how weights come in and go out."""
+
+from fastdino.model.head import Head
+from fastdino.model.network import Network, build_backbone, build_network, restore_backbone
+from fastdino.model.vit import ViT
+from fastdino.model.weights import export_backbone, load_backbone, load_head
+
+__all__ = [
+    "Head",
+    "Network",
+    "ViT",
+    "build_backbone",
+    "build_network",
+    "export_backbone",
+    "load_backbone",
+    "load_head",
+    "restore_backbone",
+]

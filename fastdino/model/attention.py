@@ -1,0 +1,113 @@
+"""Attention over packed sequences: every view of every size in one row of tokens. The only home of xformers."""
+
+import functools
+import importlib
+import itertools
+import warnings
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdino.config import ConfigError
+
+Lengths = tuple[tuple[int, int], ...]  # (sequences, tokens of each) per group; a group is the views of one size
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, queries: Lengths, keys: Lengths, choice: str = "auto") -> Tensor:
+    """softmax(q k^T / sqrt(d)) v within each sequence of a packed batch; no sequence sees another.
+
+    Args:
+        q: (1, M, H, d); the sequences of the first group, one after the other, then those of the next.
+        k, v: (1, N, H, d), packed in the same order.
+        queries: the lengths in q; M = sum of sequences * tokens.
+        keys: the lengths in k and v, with as many sequences per group as ``queries``.
+        choice: "auto" | "xformers" | "sdpa", see :func:`implementation`.
+
+    Returns (1, M, H, d) in q's dtype. Raises RuntimeError when xformers is asked for and cannot run.
+    """
+    if implementation(choice, q.device) == "xformers":
+        mask = _block_diagonal(queries, keys, q.device)
+        return _xformers().memory_efficient_attention(q, k, v, attn_bias=mask)
+    return _sdpa(q, k, v, queries, keys)
+
+
+def implementation(choice: str, device: torch.device) -> str:
+    """The implementation, "xformers" or "sdpa", that ``choice`` means on ``device``.
+
+    auto is xformers on a GPU and torch's SDPA elsewhere, or where xformers is missing (then one warning says so).
+    """
+    if choice == "xformers" and device.type != "cuda":
+        raise RuntimeError(f"xformers has no attention for {device.type}: use model.attention=auto or sdpa there")
+    if choice == "sdpa" or device.type != "cuda":
+        return "sdpa"
+    if choice == "auto" and isinstance(error := _import_xformers(), ImportError):
+        _warn_once(f"attention runs on torch's SDPA, because xformers cannot be imported: {error}")
+        return "sdpa"
+    return "xformers"
+
+
+def check_choice(choice: str) -> None:
+    """Raises ConfigError when ``choice`` asks for xformers on a machine that cannot run it."""
+    if choice != "xformers":
+        return
+    if not torch.cuda.is_available():
+        raise ConfigError("model.attention='xformers' needs a GPU and torch sees none: use model.attention=auto")
+    if isinstance(error := _import_xformers(), ImportError):
+        raise ConfigError(
+            f"model.attention='xformers' but xformers cannot be imported ({error}): "
+            "pip install 'xformers>=0.0.34,<0.0.36', or use model.attention=auto"
+        )
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, queries: Lengths, keys: Lengths) -> Tensor:
+    """One torch SDPA call per group; the sequences of a group are equally long, so nothing is padded."""
+    outputs = []
+    parts = zip(_groups(q, queries), _groups(k, keys), _groups(v, keys), strict=True)
+    for q_group, k_group, v_group in parts:  # (sequences, H, tokens, d)
+        output = F.scaled_dot_product_attention(q_group, k_group, v_group)
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).unsqueeze(0)
+
+
+def _groups(x: Tensor, lengths: Lengths) -> list[Tensor]:
+    """(1, tokens, H, d) -> a (sequences, H, tokens, d) view per group."""
+    parts = x[0].split([sequences * tokens for sequences, tokens in lengths])
+    return [
+        part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, lengths, strict=True)
+    ]  # split, not slices: its backward is one concatenation
+
+
+@functools.lru_cache(maxsize=64)
+def _block_diagonal(queries: Lengths, keys: Lengths, device: torch.device) -> Any:
+    """xformers' mask for packed sequences. Kept, because building it copies from the host to the device."""
+    with torch.inference_mode(False):  # a mask that an evaluation built first must serve training too
+        return _xformers().fmha.BlockDiagonalMask.from_seqlens(_flat(queries), _flat(keys), device=device)
+
+
+def _flat(lengths: Lengths) -> list[int]:
+    """Tokens of each sequence, one entry per sequence."""
+    return list(itertools.chain.from_iterable([tokens] * sequences for sequences, tokens in lengths))
+
+
+@functools.cache
+def _import_xformers() -> ModuleType | ImportError:
+    """xformers.ops, or why it cannot be imported: it refuses a torch whose private kernels it does not know."""
+    try:
+        return importlib.import_module("xformers.ops")
+    except ImportError as error:
+        return error
+
+
+def _xformers() -> ModuleType:
+    module = _import_xformers()
+    if isinstance(module, ImportError):
+        raise RuntimeError("model.attention=xformers: install xformers>=0.0.34,<0.0.36 or use auto") from module
+    return module
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=3)

@@ -1,0 +1,61 @@
+"""Features become logits: an MLP, a normalised bottleneck and weight-normalised prototypes (DINO v1, section 3.1)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdino.config import HeadConfig
+from fastdino.model.vit import init_linears
+
+
+class Head(nn.Module):
+    """MLP -> L2 normalisation -> cosine with each prototype, times that prototype's norm.
+
+    With ``freeze_prototype_norm`` every logit is a cosine in [-1, 1]. BatchNorm layers, where asked for, average over
+    all rows of a forward pass; the teacher's stay in training mode and keep their own running statistics, as in v1.
+
+    Args:
+        num_features: D, width of the features.
+        config: widths and options.
+        init: "trunc_normal" (std 0.02) or "xavier" for the MLP; the prototypes start as in v1 either way.
+    """
+
+    def __init__(self, num_features: int, config: HeadConfig, init: str = "trunc_normal") -> None:
+        super().__init__()
+        hidden = [config.hidden_dim] * (config.num_layers - 1)
+        widths = [num_features, *hidden, config.bottleneck_dim]
+        layers: list[nn.Module] = []
+        for i in range(config.num_layers):
+            layers.append(nn.Linear(widths[i], widths[i + 1]))
+            if i < config.num_layers - 1:
+                layers += [nn.BatchNorm1d(widths[i + 1])] if config.batch_norm else []
+                layers.append(nn.GELU())
+        self.mlp = nn.Sequential(*layers)
+        init_linears(self.mlp, init)
+        self.last_layer = Prototypes(config.bottleneck_dim, config.num_prototypes, config.freeze_prototype_norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(.., D) features -> (.., K) logits in the dtype of the weights."""
+        z = self.mlp(x.flatten(0, -2))
+        z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1)  # a bf16 norm is off by up to 0.4 %
+        return self.last_layer(z.to(x.dtype)).unflatten(0, x.shape[:-1])
+
+
+class Prototypes(nn.Module):
+    """K prototypes: directions ``v`` (K, D) and norms ``g`` (K, 1), that is weight normalisation written out."""
+
+    def __init__(self, width: int, num_prototypes: int, freeze_norm: bool) -> None:
+        super().__init__()
+        self.v = nn.Parameter(torch.empty(num_prototypes, width))
+        self.g = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=not freeze_norm)
+        nn.init.kaiming_uniform_(self.v, a=5**0.5)  # nn.Linear's own, which v1 leaves as it is
+
+    def weight(self) -> Tensor:
+        """(K, D): g * v / |v|, computed in fp32 or wider, in v's dtype."""
+        dtype = torch.promote_types(self.v.dtype, torch.float32)
+        v = self.v.to(dtype)
+        return (v * (self.g.to(dtype) / v.norm(dim=1, keepdim=True))).to(self.v.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(.., D) -> (.., K)."""
+        return F.linear(x, self.weight())

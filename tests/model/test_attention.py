@@ -1,0 +1,96 @@
+"""Attention over packed sequences: against the mask written out, and what is asked of xformers."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastdino.config import ConfigError
+from fastdino.model import attention as room
+from fastdino.model.attention import attention
+
+KEYS = ((4, 5), (3, 2), (1, 7))  # groups of different lengths and counts, so that a mixed-up order shows
+CLS = tuple((sequences, 1) for sequences, _ in KEYS)
+
+
+def inputs(queries: room.Lengths, device: str = "cpu", dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    sizes = [sum(s * n for s, n in lengths) for lengths in (queries, KEYS, KEYS)]
+    return [torch.randn(1, n, 2, 8, device=device, dtype=dtype, requires_grad=True) for n in sizes]
+
+
+def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: room.Lengths) -> torch.Tensor:
+    """The definition: full softmax with minus infinity between sequences."""
+    owners = []
+    for lengths in (queries, KEYS):
+        tokens = [n for s, n in lengths for _ in range(s)]
+        owners.append(torch.repeat_interleave(torch.arange(len(tokens)), torch.tensor(tokens)))
+    allowed = (owners[0][:, None] == owners[1][None]).to(q.device)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / 8**0.5
+    return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~allowed, -torch.inf).softmax(-1), v)
+
+
+def values_and_gradients(out: torch.Tensor, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view_as(out)
+    return [out, *torch.autograd.grad((out * weights).sum(), tensors)]
+
+
+@pytest.mark.parametrize("queries", [KEYS, CLS], ids=["all", "cls"])
+def test_sdpa_is_block_diagonal(queries: room.Lengths) -> None:
+    tensors = inputs(queries)
+    got = values_and_gradients(attention(*tensors, queries=queries, keys=KEYS, choice="sdpa"), tensors)
+    want = values_and_gradients(masked(*tensors, queries), tensors)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("queries", [KEYS, CLS], ids=["all", "cls"])
+def test_mask_for_xformers(queries: room.Lengths) -> None:
+    """xformers has no CPU path; its mask has: SDPA with it equals SDPA per group."""
+    tensors = inputs(queries)
+    mask = room._block_diagonal(queries, KEYS, torch.device("cpu"))
+    bias = mask.materialize((1, 1, tensors[0].shape[1], tensors[1].shape[1]), dtype=torch.float64)
+    q, k, v = (x.transpose(1, 2) for x in tensors)
+    got = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
+    torch.testing.assert_close(got, attention(*tensors, queries=queries, keys=KEYS, choice="sdpa"))
+    assert mask is room._block_diagonal(queries, KEYS, torch.device("cpu"))  # kept: building it waits for the device
+
+
+def test_xformers_on_a_cpu_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"no attention for cpu: use model\.attention=auto or sdpa"):
+        attention(*inputs(KEYS), queries=KEYS, keys=KEYS, choice="xformers")
+
+
+def test_xformers_without_a_gpu_is_refused_at_construction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        room.check_choice("xformers")
+    room.check_choice("auto")
+
+
+def test_missing_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(room, "_import_xformers", lambda: ImportError("No module named 'xformers'"))
+    room._warn_once.cache_clear()
+    with pytest.raises(ConfigError, match="pip install"):
+        room.check_choice("xformers")
+    with pytest.warns(RuntimeWarning, match="No module named 'xformers'"):
+        assert room.implementation("auto", torch.device("cuda")) == "sdpa"
+    assert room.implementation("sdpa", torch.device("cuda")) == "sdpa"
+    monkeypatch.setattr(room, "_import_xformers", lambda: torch)  # any module stands for one that is there
+    assert room.implementation("auto", torch.device("cuda")) == "xformers"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="xformers' attention needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("queries", [KEYS, CLS], ids=["all", "cls"])
+def test_xformers_no_worse_than_sdpa(queries: room.Lengths, dtype: torch.dtype) -> None:
+    tensors = inputs(queries, "cuda", dtype)
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    want = values_and_gradients(masked(*exact, queries), exact)
+    errors = {}
+    for choice in ("xformers", "sdpa"):
+        got = values_and_gradients(attention(*tensors, queries=queries, keys=KEYS, choice=choice), tensors)
+        errors[choice] = [(a.double() - b).abs().max().item() for a, b in zip(got, want, strict=True)]
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    assert all(x <= s + tolerance for x, s in zip(errors["xformers"], errors["sdpa"], strict=True)), errors

@@ -1,0 +1,279 @@
+"""Our ViT against timm's, against DINO v1's formulas, and against itself without packing and pruning."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdino.model import ViT
+from fastdino.model import vit as room
+
+TIMM = {
+    "tiny": "vit_tiny_patch16_224",
+    "small": "vit_small_patch16_224",
+    "base": "vit_base_patch16_224",
+    "large": "vit_large_patch16_224",
+    "huge": "vit_huge_patch14_224",
+    "giant": "vit_giant_patch14_224",
+}
+
+
+def nano(**options: Any) -> ViT:
+    """A float64 ViT of 8 x 8 patches whose positions and biases are no longer near zero."""
+    torch.manual_seed(0)
+    vit = ViT("nano", **{"patch_size": 8, "image_size": 48, **options}).double()
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return vit
+
+
+def views(*shapes: tuple[int, ...]) -> list[Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+
+
+def literal(vit: ViT, x: Tensor) -> tuple[Tensor, Tensor]:
+    """All tokens after the final norm (R, 1 + N, D), last attention (R, H, 1 + N, 1 + N): the textbook, unpacked."""
+    w = dict(vit.named_parameters())
+    patch, (rows, columns) = vit.patch_size, (x.shape[-2] // vit.patch_size, x.shape[-1] // vit.patch_size)
+    tokens = F.conv2d(x, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=patch)
+    tokens = torch.cat([w["cls_token"].expand(len(x), -1, -1), tokens.flatten(2).transpose(1, 2)], dim=1)
+    positions = w["pos_embed"]
+    if (rows, columns) != vit.grid:
+        grid = positions[:, 1:].unflatten(1, vit.grid).permute(0, 3, 1, 2)
+        scale = ((rows + 0.1) / vit.grid[0], (columns + 0.1) / vit.grid[1])
+        grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
+        positions = torch.cat([positions[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+    y, width, heads = tokens + positions, vit.num_features, 4
+    for i in range(len(vit.blocks)):
+        b = {name.removeprefix(f"blocks.{i}."): p for name, p in w.items() if name.startswith(f"blocks.{i}.")}
+        z = F.layer_norm(y, (width,), b["norm1.weight"], b["norm1.bias"], 1e-6)
+        qkv = (z @ b["attn.qkv.weight"].T + b["attn.qkv.bias"]).reshape(*z.shape[:2], 3, heads, width // heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        weights = (q @ k.transpose(-1, -2) / math.sqrt(width // heads)).softmax(dim=-1)
+        z = (weights @ v).transpose(1, 2).flatten(2)
+        y = y + z @ b["attn.proj.weight"].T + b["attn.proj.bias"]
+        z = F.layer_norm(y, (width,), b["norm2.weight"], b["norm2.bias"], 1e-6)
+        z = F.gelu(z @ b["mlp.fc1.weight"].T + b["mlp.fc1.bias"])
+        y = y + z @ b["mlp.fc2.weight"].T + b["mlp.fc2.bias"]
+    return F.layer_norm(y, (width,), w["norm.weight"], w["norm.bias"], 1e-6), weights
+
+
+@pytest.mark.parametrize("size", TIMM)
+def test_names_and_shapes_are_timms(size: str) -> None:
+    patch = 14 if size in ("huge", "giant") else 16
+    with torch.device("meta"):
+        ours, theirs = ViT(size, patch_size=patch), timm.create_model(TIMM[size], num_classes=0)
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    assert [b.attn.num_heads for b in ours.blocks] == [b.attn.num_heads for b in theirs.blocks]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("size", "millions"), [("small", 21.67), ("base", 85.8), ("large", 303.3)])
+def test_parameter_counts(size: str, millions: float) -> None:
+    with torch.device("meta"):
+        count = sum(p.numel() for p in ViT(size).parameters())
+    assert count / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+def test_features_equal_timms() -> None:
+    torch.manual_seed(0)
+    theirs = timm.create_model("vit_small_patch16_224", num_classes=0).eval()
+    ours = ViT("small").eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours.patch_tokens(x), theirs.forward_features(x)[:, 1:], rtol=0, atol=2e-5)
+
+
+GROUPS = [
+    [(2, 3, 3, 48, 48)],
+    [(2, 3, 3, 48, 48), (4, 3, 3, 24, 24)],
+    [(1, 2, 3, 24, 40), (2, 2, 3, 48, 48), (1, 2, 3, 8, 8)],  # other sizes, not square, one single patch
+]
+
+
+@pytest.mark.parametrize("shapes", GROUPS, ids=str)
+def test_packed_and_pruned_equals_the_textbook(shapes: list[tuple[int, ...]]) -> None:
+    """Output and every gradient: packing mixes nothing, and pruning the last block drops nothing that matters."""
+    vit, groups = nano(), views(*shapes)
+    got = vit.forward_groups(groups)
+    want = torch.cat([literal(vit, x.flatten(0, 1))[0][:, 0].unflatten(0, x.shape[:2]) for x in groups])
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    weights = torch.randn_like(got)
+    ours = torch.autograd.grad((got * weights).sum(), list(vit.parameters()))
+    theirs = torch.autograd.grad((want * weights).sum(), list(vit.parameters()))
+    for (name, _), a, b in zip(vit.named_parameters(), ours, theirs, strict=True):
+        assert b.abs().max() > 1e-6 or "pos_embed" in name, name
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_patch_tokens_and_attention_maps() -> None:
+    vit, (x,) = nano(), views((3, 3, 24, 40))
+    tokens, weights = literal(vit, x)
+    torch.testing.assert_close(vit.patch_tokens(x), tokens[:, 1:], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(vit.attention_maps(x), weights[:, :, 0, 1:].float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(vit(x), tokens[:, 0], rtol=1e-10, atol=1e-10)
+
+
+def bicubic(grid: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Keys' cubic convolution, a = -0.75, half-pixel centers, edges repeated; scale (new + 0.1) / old: DINO v1's."""
+
+    def matrix(old: int, new: int) -> np.ndarray:
+        out = np.zeros((new, old))
+        for i in range(new):
+            center = (i + 0.5) * old / (new + 0.1) - 0.5
+            for j in range(math.floor(center) - 1, math.floor(center) + 3):
+                d = abs(center - j)
+                near = ((-0.75 + 2) * d - (-0.75 + 3)) * d * d + 1
+                far = ((-0.75 * d + 5 * 0.75) * d - 8 * 0.75) * d + 4 * 0.75
+                out[i, min(max(j, 0), old - 1)] += near if d <= 1 else far
+        return out
+
+    return np.einsum("io,jp,opd->ijd", matrix(grid.shape[0], rows), matrix(grid.shape[1], columns), grid)
+
+
+@pytest.mark.parametrize(("old", "new"), [((14, 14), (6, 6)), ((6, 6), (3, 5)), ((4, 7), (9, 2)), ((3, 3), (30, 30))])
+def test_positions_are_resampled_as_in_v1(old: tuple[int, int], new: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    positions = torch.randn(1, 1 + math.prod(old), 5)
+    got = room.resample_positions(positions, old, new)
+    want = bicubic(positions[0, 1:].reshape(*old, 5).double().numpy(), *new)
+    torch.testing.assert_close(got[0, 1:], torch.tensor(want).float().reshape(-1, 5), rtol=1e-4, atol=1e-5)
+    assert torch.equal(got[:, 0], positions[:, 0])
+    half = room.resample_positions(positions.bfloat16(), old, new)
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half[0, 1:], room.resample_positions(positions.bfloat16().float(), old, new)[0, 1:].bfloat16())
+
+
+def test_own_grid_is_not_resampled() -> None:
+    vit = nano(image_size=(24, 40))
+    assert vit.grid == (3, 5)
+    assert vit._positions((3, 5)) is vit.pos_embed
+    assert vit._positions((5, 3)).shape == vit.pos_embed.shape
+    assert not torch.equal(vit._positions((5, 3)), vit.pos_embed)
+
+
+def test_an_evaluation_before_training_leaves_training_alone() -> None:
+    """What is kept between calls must not be made of inference tensors, which autograd refuses."""
+    vit, groups = nano(drop_path=0.5), views((1, 2, 3, 48, 48), (1, 2, 3, 32, 16))
+    with torch.inference_mode():
+        vit.forward_groups(groups)
+    vit.forward_groups(groups).sum().backward()
+    assert vit.pos_embed.grad is not None
+    assert vit.pos_embed.grad.abs().sum() > 0
+
+
+def test_image_that_patches_do_not_tile() -> None:
+    with pytest.raises(ValueError, match="48x50 pixels does not divide into patches of 8"):
+        nano()(torch.zeros(1, 3, 48, 50))
+
+
+def test_drop_path_drops_whole_branches_of_sequences() -> None:
+    torch.manual_seed(0)
+    rates = [block.drop_path for block in nano(drop_path=0.3).blocks]
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    block = nano(drop_path=0.3).blocks[-1].train()
+    lengths = ((3000, 2), (2000, 3))
+    packing = room._packing(lengths, torch.device("cpu"))
+    tokens = torch.ones(1, 12000, 1)
+    out = block._add(10 * tokens, tokens, packing, False)[0, :, 0] - 10  # type: ignore[operator]
+    per_sequence = torch.cat([out[:6000].view(3000, 2)[:, 0], out[6000:].view(2000, 3)[:, 0]])
+    assert torch.equal(
+        out, torch.cat([per_sequence[:3000].repeat_interleave(2), per_sequence[3000:].repeat_interleave(3)])
+    )
+    kept = per_sequence != 0
+    torch.testing.assert_close(per_sequence[kept], torch.full((int(kept.sum()),), 1 / 0.7), rtol=1e-5, atol=1e-5)
+    assert kept.double().mean().item() == pytest.approx(0.7, abs=4 * math.sqrt(0.7 * 0.3 / 5000))
+    again = block._add(10 * tokens, tokens, packing, False)[0, :, 0] - 10  # type: ignore[operator]
+    assert (again != out).any()  # each branch draws anew
+    assert torch.equal(block.eval()._add(tokens, tokens, packing, False), 2 * tokens)  # type: ignore[operator]
+
+
+def test_drop_path_follows_the_seed_and_pruning_changes_no_draw() -> None:
+    vit, groups = nano(drop_path=0.5).train(), views((2, 4, 3, 48, 48), (3, 4, 3, 24, 24))
+
+    def run(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return vit.forward_groups(groups)
+
+    assert torch.equal(run(0), run(0))
+    assert not torch.equal(run(0), run(1))
+    torch.manual_seed(0)
+    x, packing = room._pack([vit._tokens(g.flatten(0, 1)) for g in groups])
+    for block in vit.blocks:
+        x = block(x, packing)  # the last block in full
+    want = vit.norm(x)[:, packing.cls].view(5, 4, -1)
+    torch.testing.assert_close(run(0), want, rtol=1e-10, atol=1e-10)
+
+
+class _CountSyncs(TorchDispatchMode):
+    """Counts reads of a device value: .item(), float(t), if t."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.name() in ("aten::_local_scalar_dense", "aten::nonzero", "aten::repeat_interleave.Tensor")
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_device_value_is_read() -> None:
+    vit, groups = nano(drop_path=0.2).train(), views((2, 2, 3, 48, 48), (2, 2, 3, 16, 32))
+    room._packing.cache_clear()
+    with _CountSyncs() as syncs:
+        vit.forward_groups(groups).sum().backward()
+    assert syncs.count == 0
+
+
+def test_bf16_and_autocast() -> None:
+    """bf16 weights and autocast both stay near fp32, and both train."""
+    vit, groups = nano(drop_path=0.1).float().eval(), [x.float() for x in views((2, 2, 3, 48, 48), (2, 2, 3, 24, 24))]
+    want = vit.forward_groups(groups)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = vit.forward_groups(groups)
+        vit.train().forward_groups(groups).sum().backward()
+    torch.testing.assert_close(autocast.float(), want, rtol=0.1, atol=0.1)
+    half = vit.eval().bfloat16().forward_groups(groups)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), want, rtol=0.1, atol=0.1)
+
+
+def test_starting_values() -> None:
+    torch.manual_seed(0)
+    vit = ViT("tiny")
+    for tensor in (vit.pos_embed, vit.cls_token, vit.blocks[3].mlp.fc1.weight, vit.blocks[0].attn.qkv.weight):  # type: ignore[union-attr]
+        assert tensor.std().item() == pytest.approx(0.02, rel=0.15)  # type: ignore[union-attr]
+    assert not vit.blocks[0].attn.qkv.bias.any()  # type: ignore[union-attr,operator]
+    xavier = ViT("tiny", init="xavier", pos_embed="sincos")
+    assert xavier.blocks[0].mlp.fc1.weight.std().item() == pytest.approx(math.sqrt(2 / (192 + 768)), rel=0.05)  # type: ignore[union-attr,operator]
+    positions = xavier.pos_embed.detach()[0]
+    assert xavier.pos_embed.requires_grad
+    assert not positions[0].any()
+    patch = positions[1 + 14 * 5 + 3].double()  # row 5, column 3
+    omega = [10000 ** (-i / 48) for i in range(48)]
+    want = [f(3 * o) for f in (math.sin, math.cos) for o in omega] + [
+        f(5 * o) for f in (math.sin, math.cos) for o in omega
+    ]
+    torch.testing.assert_close(patch, torch.tensor(want, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="xformers' attention needs a GPU")
+def test_xformers_and_sdpa_agree_on_the_whole_network() -> None:
+    groups = [x.float().cuda() for x in views((2, 4, 3, 48, 48), (6, 4, 3, 24, 24))]
+    outputs = []
+    for choice in ("xformers", "sdpa"):
+        vit = nano(attention=choice).float().cuda()
+        out = vit.forward_groups(groups)
+        outputs.append([out, *torch.autograd.grad(out.square().sum(), list(vit.parameters()))])
+    for a, b in zip(*outputs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
