@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastdino.config import Config, ConfigError, ModelConfig
 from fastdino.model.head import Head
 from fastdino.model.vit import ViT
-from fastdino.model.weights import load_backbone, read_metadata
+from fastdino.model.weights import WeightsError, load_backbone, read_metadata
 
 
 class Network(nn.Module):
@@ -24,11 +24,15 @@ class Network(nn.Module):
 
     def forward(self, groups: list[Tensor]) -> Tensor:
         """(V_i, B, 3, h_i, w_i) normalised views per size -> (sum of V_i, B, K) logits, views in the order given."""
+        return self.head(self.features(groups))
+
+    def features(self, groups: list[Tensor]) -> Tensor:
+        """The same views -> (sum of V_i, B, D), what the head is given."""
         if isinstance(self.backbone, ViT):
-            return self.head(self.backbone.forward_groups(groups))
+            return self.backbone.forward_groups(groups)
         dtype = next(self.backbone.parameters()).dtype
-        features = [self.backbone(views.flatten(0, 1).to(dtype)).unflatten(0, views.shape[:2]) for views in groups]
-        return self.head(torch.cat(features))
+        parts = [self.backbone(views.flatten(0, 1).to(dtype)).unflatten(0, views.shape[:2]) for views in groups]
+        return torch.cat(parts)
 
 
 def build_network(config: Config, teacher: bool = False) -> Network:
@@ -74,11 +78,13 @@ def build_backbone(model: ModelConfig, image_size: int, local_size: int | None =
 def restore_backbone(path: Path) -> Any:
     """The backbone of a file written by :func:`export_backbone` with metadata["config"] = Config.to_json().
 
-    It needs neither DeepSpeed nor the run it came from. Raises ValueError for a file without that entry.
+    It needs neither DeepSpeed nor the run it came from. Raises WeightsError for a file without that entry.
     """
     metadata = read_metadata(path)
     if "config" not in metadata:
-        raise ValueError(f"{path} does not say which backbone it holds: build_backbone(...) and load_backbone(...) it")
+        raise WeightsError(
+            f"{path} does not say which backbone it holds: build_backbone(...) and load_backbone(...) it"
+        )
     config = Config.from_json(metadata["config"])
     model = dataclasses.replace(config.model, drop_path=0.0, attention="auto")
     backbone = build_backbone(model, config.views.global_size)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdino.config import ConfigError
 from fastdino.model.attention import Lengths, attention, check_choice
 
 
@@ -139,10 +140,12 @@ class ViT(nn.Module):
         return resample_positions(self.pos_embed, self.grid, grid)
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
-        """Patches per column and row. Raises ValueError when patches do not tile the image."""
+        """Patches per column and row. Raises ConfigError when patches do not tile the image."""
         p = self.patch_size
         if height % p or width % p or not height or not width:
-            raise ValueError(f"an image of {height}x{width} pixels does not divide into patches of {p}: resize or crop")
+            raise ConfigError(
+                f"an image of {height}x{width} pixels does not divide into patches of {p}: resize or crop"
+            )
         return height // p, width // p
 
 

@@ -13,12 +13,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastdino.config import UserError
 from fastdino.model.vit import ViT, resample_positions
 
 State = dict[str, Tensor]
 
 NETWORKS = ("teacher", "model", "state_dict", "student")  # where training checkpoints keep weights, best first
 CLASSIFIERS = ("head.weight", "head.bias", "head.fc.weight", "head.fc.bias", "fc.weight", "fc.bias")
+
+
+class WeightsError(UserError, ValueError):
+    """A file of weights that cannot be read or does not fit."""
 
 
 def load_backbone(backbone: nn.Module, path: Path) -> None:
@@ -30,7 +35,7 @@ def load_backbone(backbone: nn.Module, path: Path) -> None:
             which the teacher is taken. Prefixes (module., backbone.) and heads are dropped.
 
     Our ViT takes position embeddings of another square grid and resamples them.
-    Raises ValueError naming all that is missing, unexpected or misshaped.
+    Raises WeightsError naming all that is missing, unexpected or misshaped.
     """
     state = _without_prefix(_read(path))
     if any(name.startswith("backbone.") for name in state):
@@ -45,7 +50,7 @@ def load_backbone(backbone: nn.Module, path: Path) -> None:
 def load_head(head: nn.Module, path: Path) -> None:
     """Copies the projection head in ``path`` into ``head``: ours, or one of DINO v1 from a training checkpoint.
 
-    Raises ValueError naming all that is missing, unexpected or misshaped.
+    Raises WeightsError naming all that is missing, unexpected or misshaped.
     """
     state = _without_prefix(_read(path))
     state = {name[5:]: tensor for name, tensor in state.items() if name.startswith("head.")}
@@ -75,11 +80,13 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        raise WeightsError(f"{path} is not a whole safetensors file: {error}") from error
 
 
 def _read(path: Path) -> State:
     """The tensors of a file by name; of a training checkpoint, those of its best network."""
+    if not path.is_file():
+        raise WeightsError(f"no weights at {path}: there is no such file")
     if path.suffix == ".safetensors":
         with _open(path):  # for its clear error
             return load_file(path)
@@ -87,9 +94,9 @@ def _read(path: Path) -> State:
         with torch.serialization.safe_globals([argparse.Namespace]):  # DINO v1 keeps its command line, plain values
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is not a file of weights, or holds code, which is never run: {error}") from error
+        raise WeightsError(f"{path} is not a file of weights, or holds code, which is never run: {error}") from error
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not weights by name")
+        raise WeightsError(f"{path} holds a {type(content).__name__}, not weights by name")
     content = next((content[key] for key in NETWORKS if isinstance(content.get(key), Mapping)), content)
     return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
 
@@ -135,7 +142,7 @@ def _load(module: nn.Module, state: State, path: Path) -> None:
     }
     if any(problems.values()):
         found = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in problems.items() if names)
-        raise ValueError(
+        raise WeightsError(
             f"{path} does not fit the {type(module).__name__}: {found}. Is it the same arch and patch size?"
         )
     module.load_state_dict(state)

@@ -72,7 +72,7 @@ def test_names_and_shapes_are_timms(size: str) -> None:
     with torch.device("meta"):
         ours, theirs = ViT(size, patch_size=patch), timm.create_model(TIMM[size], num_classes=0)
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
-    assert [b.attn.num_heads for b in ours.blocks] == [b.attn.num_heads for b in theirs.blocks]  # type: ignore[union-attr]
+    assert [b.attn.num_heads for b in ours.blocks] == [b.attn.num_heads for b in theirs.blocks]
 
 
 @pytest.mark.parametrize(("size", "millions"), [("small", 21.67), ("base", 85.8), ("large", 303.3)])
@@ -184,7 +184,7 @@ def test_drop_path_drops_whole_branches_of_sequences() -> None:
     lengths = ((3000, 2), (2000, 3))
     packing = room._packing(lengths, torch.device("cpu"))
     tokens = torch.ones(1, 12000, 1)
-    out = block._add(10 * tokens, tokens, packing, False)[0, :, 0] - 10  # type: ignore[operator]
+    out = block._add(10 * tokens, tokens, packing, False)[0, :, 0] - 10
     per_sequence = torch.cat([out[:6000].view(3000, 2)[:, 0], out[6000:].view(2000, 3)[:, 0]])
     assert torch.equal(
         out, torch.cat([per_sequence[:3000].repeat_interleave(2), per_sequence[3000:].repeat_interleave(3)])
@@ -192,9 +192,9 @@ def test_drop_path_drops_whole_branches_of_sequences() -> None:
     kept = per_sequence != 0
     torch.testing.assert_close(per_sequence[kept], torch.full((int(kept.sum()),), 1 / 0.7), rtol=1e-5, atol=1e-5)
     assert kept.double().mean().item() == pytest.approx(0.7, abs=4 * math.sqrt(0.7 * 0.3 / 5000))
-    again = block._add(10 * tokens, tokens, packing, False)[0, :, 0] - 10  # type: ignore[operator]
+    again = block._add(10 * tokens, tokens, packing, False)[0, :, 0] - 10
     assert (again != out).any()  # each branch draws anew
-    assert torch.equal(block.eval()._add(tokens, tokens, packing, False), 2 * tokens)  # type: ignore[operator]
+    assert torch.equal(block.eval()._add(tokens, tokens, packing, False), 2 * tokens)
 
 
 def test_drop_path_follows_the_seed_and_pruning_changes_no_draw() -> None:
@@ -250,11 +250,11 @@ def test_bf16_and_autocast() -> None:
 def test_starting_values() -> None:
     torch.manual_seed(0)
     vit = ViT("tiny")
-    for tensor in (vit.pos_embed, vit.cls_token, vit.blocks[3].mlp.fc1.weight, vit.blocks[0].attn.qkv.weight):  # type: ignore[union-attr]
-        assert tensor.std().item() == pytest.approx(0.02, rel=0.15)  # type: ignore[union-attr]
-    assert not vit.blocks[0].attn.qkv.bias.any()  # type: ignore[union-attr,operator]
+    for tensor in (vit.pos_embed, vit.cls_token, vit.blocks[3].mlp.fc1.weight, vit.blocks[0].attn.qkv.weight):
+        assert tensor.std().item() == pytest.approx(0.02, rel=0.15)
+    assert not vit.blocks[0].attn.qkv.bias.any()
     xavier = ViT("tiny", init="xavier", pos_embed="sincos")
-    assert xavier.blocks[0].mlp.fc1.weight.std().item() == pytest.approx(math.sqrt(2 / (192 + 768)), rel=0.05)  # type: ignore[union-attr,operator]
+    assert xavier.blocks[0].mlp.fc1.weight.std().item() == pytest.approx(math.sqrt(2 / (192 + 768)), rel=0.05)
     positions = xavier.pos_embed.detach()[0]
     assert xavier.pos_embed.requires_grad
     assert not positions[0].any()

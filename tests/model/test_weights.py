@@ -66,7 +66,7 @@ def test_timms_weights_with_a_classifier(tmp_path: Path) -> None:
     save_file(theirs.state_dict(), tmp_path / "tiny.safetensors")
     ours = ViT("tiny")
     load_backbone(ours, tmp_path / "tiny.safetensors")
-    assert torch.equal(ours.blocks[3].mlp.fc1.weight, theirs.blocks[3].mlp.fc1.weight)  # type: ignore[union-attr,arg-type]
+    assert torch.equal(ours.blocks[3].mlp.fc1.weight, theirs.blocks[3].mlp.fc1.weight)
 
 
 def v1_checkpoint(path: Path, vit: ViT, head: dict[str, Tensor], prefix: str = "") -> None:
@@ -165,7 +165,7 @@ def test_broken_files(tmp_path: Path) -> None:
     torch.save(torch.ones(3), tmp_path / "d.pth")
     with pytest.raises(ValueError, match="holds a Tensor, not weights by name"):
         load_backbone(nano(), tmp_path / "d.pth")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match="no such file"):
         load_backbone(nano(), tmp_path / "none.safetensors")
 
 

@@ -1,0 +1,90 @@
+"""Feature extraction: order, modes, precision, unreadable images."""
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from fastdino.data.decode import BadImage
+from fastdino.data.shapes import ShapesSource
+from fastdino.data.views import center_view, normalize
+from fastdino.eval import Protocol, extract
+from fastdino.model import ViT
+
+PROTOCOL = Protocol(size=32, batch_size=4, num_workers=0)
+
+
+def vit(**options: float) -> ViT:
+    torch.manual_seed(0)
+    return ViT("nano", patch_size=8, image_size=32, **options)
+
+
+def test_features_are_the_backbones_in_order() -> None:
+    source, backbone = ShapesSource(10, 40), vit()
+    features, labels = extract(backbone, source, PROTOCOL)
+    images = torch.stack([center_view(source.read(i)[0], 32) for i in range(10)])
+    want = backbone.eval()(normalize(images, "imagenet"))
+    torch.testing.assert_close(features, want.detach(), rtol=1e-4, atol=1e-5)
+    assert labels.tolist() == [source.read(i)[1] for i in range(10)]
+    assert features.dtype == torch.float32
+    assert not features.requires_grad
+    nn.Linear(96, 2)(features).sum().backward()  # a probe can train on them
+
+
+def test_evaluation_mode_and_back() -> None:
+    """Drop path and BatchNorm are off during the pass, and each module returns to the mode it had."""
+    source = ShapesSource(8, 32)
+    backbone = nn.Sequential(vit(drop_path=0.9), nn.BatchNorm1d(96), nn.Dropout(0.5).eval())
+    first, second = (extract(backbone, source, PROTOCOL)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert not backbone[1].running_mean.any()
+    assert [module.training for module in backbone] == [True, True, False]
+
+
+def test_modes_return_after_an_error() -> None:
+    class Fails(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("no")
+
+    backbone = Fails()
+    with pytest.raises(RuntimeError, match="no"):
+        extract(backbone, ShapesSource(2, 32), PROTOCOL)
+    assert backbone.training
+    assert torch.is_grad_enabled()
+
+
+def test_bf16_weights_and_autocast() -> None:
+    source = ShapesSource(8, 32)
+    want = extract(vit(), source, PROTOCOL)[0]
+    autocast = extract(vit(), source, Protocol(size=32, num_workers=0, bf16=True))[0]
+    half = extract(vit().bfloat16(), source, PROTOCOL)[0]
+    for got in (autocast, half):
+        assert got.dtype == torch.float32
+        assert not torch.equal(got, want)
+        torch.testing.assert_close(got, want, rtol=0.1, atol=0.1)
+
+
+class Half:
+    """Every second image cannot be read."""
+
+    labels = ("a", "b")
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def __len__(self) -> int:
+        return 6
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        if index % self.every == 0:
+            raise BadImage(str(index), "broken")
+        return Image.new("RGB", (32, 32)), index
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+
+def test_unreadable_images_are_left_out() -> None:
+    assert extract(vit(), Half(2), PROTOCOL)[1].tolist() == [1, 3, 5]
+    with pytest.raises(ValueError, match="none of the images could be read"):
+        extract(vit(), Half(1), PROTOCOL)
