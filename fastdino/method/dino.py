@@ -5,9 +5,11 @@ Source: Caron et al. 2021, Emerging Properties in Self-Supervised Vision Transfo
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdino.config import LossConfig
@@ -18,20 +20,19 @@ class Dino:
     """One step of the method: the loss of the views, and the center that keeps the teacher from collapsing.
 
     Args:
-        student: called with groups of views, returns logits (S, B, K); what an engine wraps.
-        teacher: the same network with the moving-average weights; has ``backbone`` and ``head``; takes no gradient.
+        student: called with groups of views, returns logits (S, B, K); may be what an engine wraps around a Network.
+        teacher: a :class:`fastdino.model.Network` with the moving-average weights; takes no gradient.
         config: temperatures and the center's momentum.
         center: (K,) fp32 running mean of teacher logits, updated in place.
         accumulate: calls of :meth:`loss` per step; the center moves once, by the mean over all of them.
     """
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module, config: LossConfig, center: Tensor, accumulate: int = 1
+        self, student: nn.Module, teacher: Any, config: LossConfig, center: Tensor, accumulate: int = 1
     ) -> None:
         self.student, self.teacher, self.config, self.center = student, teacher, config, center
         self.accumulate = accumulate
-        self.teacher_features: Tensor | None = None  # (T * B, D) and (T, B, K) of the newest call, for health checks
-        self.teacher_logits: Tensor | None = None
+        self._newest: tuple[Tensor, Tensor] | None = None  # features (T, B, D), logits (T, B, K) of the teacher
         self._mean = torch.zeros_like(center)  # of teacher logits over the calls of this step
         self._calls = 0
         self._reduction: dist.Work | None = None
@@ -44,9 +45,9 @@ class Dino:
             teacher_temp: temperature of the teacher at this step.
         """
         with torch.no_grad():
-            features = self.teacher.backbone.forward_groups(groups[:1])  # type: ignore[union-attr, operator]
-            logits = self.teacher.head(features).unflatten(0, groups[0].shape[:2])  # type: ignore[operator]
-            self.teacher_features, self.teacher_logits = features, logits
+            features = self.teacher.features(groups[:1])
+            logits = self.teacher.head(features)
+            self._newest = features, logits
             self._observe(logits)
         return dino_loss(
             self.student(groups),
@@ -79,31 +80,26 @@ class Dino:
         self._mean.zero_()
         self._calls, self._reduction = 0, None
 
+    @torch.no_grad()
+    def statistics(self, teacher_temp: float) -> dict[str, Tensor]:
+        """What tells learning from collapse, of the newest :meth:`loss`, as 0-d fp32 tensors on the device.
 
-@torch.no_grad()
-def teacher_statistics(
-    logits: Tensor, features: Tensor, center: Tensor, teacher_temp: float, loss: Tensor
-) -> dict[str, Tensor]:
-    """What tells learning from collapse, as 0-d fp32 tensors on the device.
-
-    Args:
-        logits: (T, B, K) of the teacher. features: (T * B, D) of its backbone. center: (K,). loss: 0-d.
-
-    Returns ``teacher_entropy``, the mean entropy of one view's targets in nats (0: one prototype takes all of a view;
-    ln K: uniform); ``kl_to_uniform``, ln K less that; ``usage_entropy``, the entropy of the mean target over the batch
-    (0: all views on one prototype); ``center_norm``; ``feature_std``, the deviation over the batch of the normalised
-    features times sqrt(D), about 1 for directions spread at random and 0 for one point.
-    """
-    log_p = torch.log_softmax((logits.float() - center) / teacher_temp, dim=-1)
-    p = log_p.exp()
-    entropy = -(p * log_p).sum(-1).mean()
-    mean_p = p.flatten(0, 1).mean(0)
-    unit = torch.nn.functional.normalize(features.float(), dim=-1)
-    return {
-        "loss": loss.detach(),
-        "teacher_entropy": entropy,
-        "kl_to_uniform": math.log(logits.shape[-1]) - entropy,
-        "usage_entropy": -torch.special.xlogy(mean_p, mean_p).sum(),
-        "center_norm": center.norm(),
-        "feature_std": unit.std(0, correction=0).mean() * math.sqrt(features.shape[-1]),
-    }
+        ``teacher_entropy``: mean entropy in nats of one view's target (0: all on one prototype; ln K: uniform).
+        ``kl_to_uniform``: ln K less that. ``usage_entropy``: entropy of the mean target over the batch (0: all views
+        share one prototype). ``center_norm``. ``feature_std``: deviation over the batch of the normalised features
+        times sqrt(D): about 1 for directions spread at random, 0 for one point.
+        """
+        assert self._newest is not None, "statistics are of a loss: call that first"
+        features, logits = self._newest
+        log_p = torch.log_softmax((logits.float() - self.center) / teacher_temp, dim=-1)
+        p = log_p.exp()
+        entropy = -(p * log_p).sum(-1).mean()
+        mean_p = p.flatten(0, 1).mean(0)
+        unit = F.normalize(features.flatten(0, 1).float(), dim=-1)
+        return {
+            "teacher_entropy": entropy,
+            "kl_to_uniform": math.log(logits.shape[-1]) - entropy,
+            "usage_entropy": -torch.special.xlogy(mean_p, mean_p).sum(),
+            "center_norm": self.center.norm(),
+            "feature_std": unit.std(0, correction=0).mean() * math.sqrt(features.shape[-1]),
+        }

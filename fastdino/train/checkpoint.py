@@ -85,7 +85,8 @@ def _sync(path: Path) -> None:
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, int]:
-    save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
+    # copies, because safetensors refuses two names for the same memory: a frozen parameter is its own average
+    save_file({key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}, path)
     _sync(path)
     return _measure(path)
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -92,11 +93,16 @@ def first_host(nodelist: str) -> str:
 
 
 def shutdown() -> None:
-    """Leaves the process group; without it ranks abort at exit while others still talk to them."""
+    """Leaves the process group, for a ``finally``: without it ranks abort at exit while others still talk to them.
+
+    Waits for the other ranks, unless an exception is on its way out: then they may never come.
+    """
     global _host_group
-    _host_group = None
     if dist.is_initialized():
+        if sys.exc_info()[0] is None:
+            barrier()
         dist.destroy_process_group()
+    _host_group = None
 
 
 def all_reduce_mean_(tensor: Tensor, async_op: bool = False) -> dist.Work | None:

@@ -23,7 +23,7 @@ class Health:
         """Alarms that this log line raises.
 
         Args:
-            statistics: floats under the names of :func:`fastdino.method.dino.teacher_statistics`.
+            statistics: floats under the names of :meth:`fastdino.method.dino.Dino.statistics`.
             first_epoch: every run starts near ln K, so nothing is said before the first epoch has passed.
         """
         self._recent.append(statistics)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastdino.config import Config, ConfigError, UserError
 from fastdino.data import Batch, normalize, open_source, train_batches
 from fastdino.eval import online_knn
-from fastdino.method.dino import Dino, teacher_statistics
+from fastdino.method.dino import Dino
 from fastdino.model import build_network
 from fastdino.train import checkpoint, distributed
 from fastdino.train.distributed import Ranks
@@ -157,9 +157,8 @@ class Trainer:
 
     def _report(self, loss: Tensor, metrics: Metrics | None, health: Health) -> float:
         """The one place that waits for the device: statistics, counters and alarms of a logging step."""
-        dino, now = self.dino, self.schedules(self.step - 1)
-        assert dino.teacher_logits is not None and dino.teacher_features is not None
-        statistics = teacher_statistics(dino.teacher_logits, dino.teacher_features, dino.center, now.teacher_temp, loss)
+        now = self.schedules(self.step - 1)
+        statistics = {"loss": loss, **self.dino.statistics(now.teacher_temp)}
         packed = torch.stack([value.float() for value in statistics.values()])
         distributed.all_reduce_mean_(packed)
         values = dict(zip(statistics, packed.tolist(), strict=True))

@@ -1,0 +1,115 @@
+"""The command as a user meets it: what it says to a wrong word, and the path from training to weights in timm."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TINY = """
+    --model.arch vit_nano --model.patch-size 8 --model.pos-embed sincos --views.global-size 32 --views.local-size 16
+    --views.num-local 2 --head.num-prototypes 64 --head.hidden-dim 48 --head.bottleneck-dim 32 --data.num-images 40
+    --data.image-size 32 --data.num-workers 0 --optim.warmup-epochs 1 --run.epochs 2 --run.local-batch 8
+    --run.log-every 1 --run.knn-every 2 --engine.device cpu
+""".split()
+
+
+def fastdino(*arguments: object, code: int = 0) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    command = [sys.executable, "-m", "fastdino", *map(str, arguments)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == code, done.stderr
+    if code:
+        assert "Traceback" not in done.stderr, "a user's mistake is no crash"
+    return done
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A finished tiny run."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    done = fastdino("train", "vit_small_16", "--data.root", "shapes", "--run.dir", folder, *TINY)
+    assert "done: 10 steps" in done.stderr
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["trian"], "no command 'trian'"),
+        (["train", "vit_smal_16"], "no recipe 'vit_smal_16': did you mean vit_small_16?"),
+        (["train", "vit_small_16", "--los.teacher-temp", "0.07"], "--loss.teacher-temp"),
+        (["train", "vit_small_16", "--loss.teacher-temp", "7"], "loss.teacher_temp=7.0 must be in"),
+        (["train", "vit_small_16", "--views.num-local", "many"], "--views.num-local"),
+        (["train", "vit_small_16", "--views.num-local", "40"], "at most 32 views"),
+        (["train", "vit_small_16", "--model.patch-size", "15"], "use 210 or 225"),
+        (["train", "vit_small_16"], "data.root is empty"),
+        (["train", "vit_small_16", "--data.root", "/no/such/folder"], "does not exist"),
+        (["train", "vit_small_16", "--data.root", "shapes", "--model.attention", "xformers", *TINY], "needs a GPU"),
+        (["train", "vit_small_16", "--data.root", "shapes", "--model.arch", "timm:resnet5O"], "resnet50"),
+        (["train", "vit_small_16", "--data.root", "shapes", *TINY, "--run.local-batch", "64"], "do not fill one global batch"),
+        (["eval", "knn", "/no/such/run"], "neither a run folder nor a file"),
+        (["eval", "nearest"], "kinds:"),
+        (["export", "/no/such/run"], "not a run folder"),
+    ],
+    ids=lambda value: " ".join(value[:4])[-40:] if isinstance(value, list) else "",
+)  # fmt: skip
+def test_a_mistake_is_one_message_and_exit_code_2(arguments, says, tmp_path):
+    extra = ["--run.dir", tmp_path / "run"] if arguments[0] == "train" and len(arguments) > 2 else []
+    assert says in fastdino(*arguments, *extra, code=2).stderr
+
+
+def test_help_teaches():
+    assert "train RECIPE" in fastdino("--help").stdout
+    page = fastdino("train", "vit_small_16", "--help").stdout
+    assert "found values over 0.07 unstable" in page
+    assert "k-NN 69.3" in page, "the recipe's docstring is the page's head"
+    assert "train/ and val/" in fastdino("eval", "knn", "--help").stdout
+    assert "vit_base_16" in fastdino("recipes").stdout
+    assert '"num_prototypes": 512' in fastdino("recipes", "demo").stdout
+
+
+def test_eval_and_export(run, tmp_path):
+    scores = json.loads(fastdino("eval", "knn", run, "--neighbors", 5, 20, "--num-workers", 0).stdout)
+    assert {"knn_5", "knn_20", "bank", "test", "size"} <= scores.keys()
+    weights = tmp_path / "teacher.safetensors"
+    fastdino("export", run, "--out", weights)
+    again = json.loads(fastdino("eval", "knn", weights, "--neighbors", 5, 20, "--num-workers", 0).stdout)
+    assert again["knn_20"] == scores["knn_20"], "the exported weights are the teacher's"
+    sheet = tmp_path / "sheet.png"
+    found = json.loads(fastdino("eval", "attention", run, "--out", sheet).stdout)
+    assert 0 < found["attention_iou"] < 1
+    assert sheet.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_exported_weights_load_in_timm(run, tmp_path):
+    import timm
+    import torch
+    from safetensors.torch import load_file
+
+    from fastdino.train.restore import run_backbone
+
+    weights = tmp_path / "teacher.safetensors"
+    fastdino("export", run, "--out", weights)
+    model = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=96, depth=4, num_heads=4, num_classes=0)
+    model.load_state_dict(load_file(weights), strict=True)
+    backbone, _, step = run_backbone(run)
+    assert step == 10
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model.eval()(x), backbone(x), atol=1e-5, rtol=1e-5)
+
+
+def test_damaged_checkpoints(run, tmp_path):
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    fastdino("export", copy, "--step", 3, code=2)
+    victim = copy / "checkpoints/step-00000010/rank-00000.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-100])
+    assert "damaged" in fastdino("export", copy, "--step", 10, code=2).stderr
+    assert "damaged" in fastdino("export", copy).stderr, "the newest is damaged: an older one, with a warning"

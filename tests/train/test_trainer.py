@@ -1,0 +1,244 @@
+"""The loop on real rendered images: it learns, resumes bit by bit after a kill, waits for nothing, refuses clearly."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastdino
+from fastdino.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    EngineConfig,
+    HeadConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    ViewsConfig,
+)
+from fastdino.train import checkpoint, distributed
+from fastdino.train.run_folder import read_config
+from fastdino.train.trainer import Trainer, TrainingDiverged
+
+ROOT = Path(__file__).parents[2]
+STEPS_PER_EPOCH = 5
+
+
+def tiny(folder: Path, **overrides: Any) -> Config:
+    """Ten steps of a nano ViT with drop path on 40 rendered images of 32 pixels; overrides as group__name=value."""
+    config = Config(
+        model=ModelConfig(arch="vit_nano", patch_size=8, drop_path=0.1, pos_embed="sincos", init="xavier"),
+        head=HeadConfig(num_prototypes=64, hidden_dim=48, bottleneck_dim=32),
+        views=ViewsConfig(global_size=32, local_size=16, num_local=2),
+        data=DataConfig(root="shapes", num_images=40, image_size=32, normalize="image", num_workers=0),
+        loss=LossConfig(),
+        optim=OptimConfig(lr=0.01, warmup_epochs=0.4),
+        engine=EngineConfig(device="cpu"),
+        run=RunConfig(dir=folder, epochs=2, local_batch=8, log_every=1, knn_every=0),
+    )
+    for path, value in overrides.items():
+        group, name = path.split("__")
+        config = dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **{name: value})})
+    return config
+
+
+def losses(folder: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def state(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint."""
+    files = sorted((folder / f"checkpoints/step-{step:08d}").glob("*.safetensors"))
+    return {f"{file.name}/{key}": value for file in files for key, value in load_file(file).items()}
+
+
+def launch(
+    config: Config, processes: int = 1, kill_at: int | None = None, **environment: str
+) -> subprocess.CompletedProcess:
+    """Trains ``config`` in processes of their own; kill_at: SIGKILL itself when that step's update is done."""
+    config.run.dir.parent.mkdir(parents=True, exist_ok=True)
+    script = config.run.dir.parent / f"{config.run.dir.name}.py"
+    script.write_text(f"""
+import os, signal
+from fastdino.config import Config
+from fastdino.train.trainer import Trainer, train
+original = Trainer.train_step
+def train_step(self, batches):
+    loss = original(self, batches)
+    if self.step == {kill_at}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return loss
+Trainer.train_step = train_step
+train(Config.from_json({config.to_json()!r}))
+""")
+    command = [sys.executable, str(script)]
+    if processes > 1:
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={processes}",
+            str(script),
+        ]
+    paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | paths | environment
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_a_run_learns_and_leaves_what_it_promises(tmp_path):
+    config = tiny(
+        tmp_path / "run", run__epochs=8, run__knn_every=8, run__keep=2, run__keep_every=3, data__num_images=80
+    )
+    result = fastdino.train(config)
+    assert result.steps == 80
+    curve = losses(result.dir)
+    assert sorted(curve) == list(range(1, 81))
+    assert sum(curve[s] for s in range(70, 80)) < sum(curve[s] for s in range(1, 11)), "the loss does not fall"
+    assert result.knn is not None
+    assert result.knn > 100 / 12, "k-NN is at chance"
+    assert read_config(result.dir) == config
+    kept = sorted(int(p.name[5:]) for p in (result.dir / "checkpoints").iterdir())
+    assert kept == [30, 60, 70, 80], "the two newest and every third epoch"
+    assert list((result.dir / "tensorboard").glob("events*"))
+    last = json.loads((result.dir / "metrics.jsonl").read_text().splitlines()[-2])
+    wanted = "epoch lr weight_decay momentum teacher_temp grad_norm images_per_second data_wait teacher_entropy".split()
+    assert set(wanted) <= last.keys()
+
+
+@pytest.mark.parametrize(("engine", "workers"), [("deepspeed", 2), ("torch", 0)])
+def test_resume_after_kill_is_bit_exact(tmp_path, engine, workers):
+    """Train 10 = train 5, save, go on to 7, kill -9, resume: every tensor and every loss."""
+    overrides = {"engine__name": engine, "data__num_workers": workers}
+    straight = launch(tiny(tmp_path / "straight", **overrides))
+    assert straight.returncode == 0, straight.stderr
+    killed = tiny(tmp_path / "killed", **overrides)
+    assert launch(killed, kill_at=7).returncode == -signal.SIGKILL
+    assert [p.name for p in (killed.run.dir / "checkpoints").iterdir()] == ["step-00000005"]
+    resumed = launch(killed)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed from" in resumed.stderr
+    assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
+    expected, found = state(tmp_path / "straight", 10), state(tmp_path / "killed", 10)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+
+
+def test_resumes_with_other_ranks_and_stage(tmp_path):
+    """5 steps on 2 ranks at ZeRO 2, then 5 on 1 rank at ZeRO 1 with two micro batches: the run of 1 rank."""
+    same = {"model__drop_path": 0.0}  # whose random numbers depend on the rank
+    straight = launch(tiny(tmp_path / "straight", **same))
+    assert straight.returncode == 0, straight.stderr
+    two = tiny(tmp_path / "moved", run__local_batch=4, engine__zero_stage=2, run__save_every_steps=5, **same)
+    stopped = launch(two, processes=2, kill_at=7)
+    assert stopped.returncode != 0
+    one = tiny(tmp_path / "moved", run__local_batch=4, engine__accumulate=2, **same)
+    resumed = launch(one)
+    assert resumed.returncode == 0, resumed.stderr
+    expected, found = losses(tmp_path / "straight"), losses(tmp_path / "moved")
+    for step in expected:
+        assert found[step] == pytest.approx(expected[step], rel=1e-5), step
+    teacher, moved = (
+        checkpoint.read_weights(tmp_path / run / "checkpoints/step-00000010") for run in ("straight", "moved")
+    )
+    for name, weight in teacher.items():
+        torch.testing.assert_close(moved[name], weight, atol=2e-5, rtol=1e-4)
+
+
+def test_another_global_batch_is_refused(tmp_path):
+    fastdino.train(tiny(tmp_path / "run"))
+    with pytest.raises(ConfigError, match="global_batch 8, now it is 4"):
+        fastdino.train(tiny(tmp_path / "run", run__local_batch=4))
+
+
+class _Waits(TorchDispatchMode):
+    """Counts the operations that would make the host wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket._qualified_op_name
+        if name in ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::item"):
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("overrides", [
+    {"engine__name": "torch"},
+    {"engine__zero_stage": 1},
+    {"engine__zero_stage": 2, "engine__accumulate": 2, "run__local_batch": 4},
+    {"engine__precision": "bf16"},
+    {"optim__clip_mode": "global", "optim__name": "lars"},
+], ids=str)  # fmt: skip
+def test_a_step_never_waits_for_the_device(tmp_path, overrides):
+    config = tiny(tmp_path / "run", **overrides)
+    trainer = Trainer(config, distributed.init("cpu"))
+    try:
+        batches = [[next(trainer.batches) for _ in range(config.engine.accumulate)] for _ in range(2)]
+        trainer.train_step(batches[0])
+        with _Waits() as waits:
+            loss = trainer.train_step(batches[1])
+        assert not waits.found
+        with _Waits() as waits:
+            loss.item()
+        assert waits.found, "the counter does not count"
+    finally:
+        distributed.shutdown()
+
+
+def test_a_run_that_diverges_stops_and_names_the_step(tmp_path, monkeypatch):
+    """Views of NaN from step 3 on: those steps change nothing, are counted, and end the run."""
+    config = tiny(tmp_path / "run", run__max_nonfinite=3)
+    original = Trainer._groups
+    monkeypatch.setattr(
+        Trainer,
+        "_groups",
+        lambda self, batch: [g * (torch.nan if self.step >= 3 else 1) for g in original(self, batch)],
+    )
+    with pytest.raises(TrainingDiverged, match=r"3 steps in a row up to step 5 .*max_nonfinite=3"):
+        fastdino.train(config)
+    monkeypatch.undo()
+    ranks = distributed.init("cpu")
+    trainer = Trainer(config, ranks)
+    distributed.shutdown()
+    assert trainer.step == 0, "nothing that is not finite was saved"
+
+
+def test_another_config_is_refused_and_nothing_is_overwritten(tmp_path):
+    config = tiny(tmp_path / "run")
+    fastdino.train(config)
+    before = {p: p.read_bytes() for p in config.run.dir.rglob("*") if p.is_file()}
+    with pytest.raises(ConfigError, match=r"holds another run \(loss.teacher_temp is 0.04 there, 0.07 here\)"):
+        fastdino.train(tiny(config.run.dir, loss__teacher_temp=0.07))
+    assert {p: p.read_bytes() for p in config.run.dir.rglob("*") if p.is_file()} == before
+
+
+def test_folder_with_other_files_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match="has files but no config.json"):
+        fastdino.train(tiny(tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    first = fastdino.train(tiny(tmp_path / "run"))
+    before = state(first.dir, 10)
+    again = fastdino.train(tiny(tmp_path / "run"))
+    assert again.steps == 10
+    assert all(torch.equal(before[name], tensor) for name, tensor in state(first.dir, 10).items())
