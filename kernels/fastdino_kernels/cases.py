@@ -1,0 +1,74 @@
+"""The headline call of every kernel: what the compile gate compiles and the benchmarks time."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdino_kernels.center import center_mean
+from fastdino_kernels.ema import ema_update_
+from fastdino_kernels.loss import dino_loss
+
+# DINO v1's headline: 10 student and 2 teacher views of 64 images, 65536 prototypes, ViT-B/16 with its head.
+S, T, B, K = 10, 2, 64, 65536
+PARAMETERS = 85_798_656 + K * 256 + 5_770_496  # backbone, prototypes, the head's MLP
+
+# Kernels that load or store no more than a few numbers per row or column there: no 128-bit access to expect.
+NARROW = {
+    "_slice_kernel": frozenset({"store"}),
+    "_merge_kernel": frozenset({"load", "store"}),
+    "_center_mean_kernel": frozenset({"store"}),
+}
+
+
+class Case(NamedTuple):
+    """One call at its real shapes, on uninitialised CPU tensors: for compiling, where no kernel runs."""
+
+    call: Callable[[], object]
+    elements: int  # of the tensor that gives the case its size
+    bytes: dict[str, int]  # by kernel: what it must read and write at least
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def _dino_loss() -> None:
+    student, teacher = (_empty(views, B, K, dtype=torch.bfloat16) for views in (S, T))
+    dino_loss(student.requires_grad_(), teacher, _empty(K), student_temp=0.1, teacher_temp=0.04).backward()
+
+
+def _ema_list() -> None:
+    """As many tensors as ViT-B with its head has, cut equally."""
+    count = 160
+    teacher, student = (
+        [_empty(PARAMETERS // count, dtype=dtype) for _ in range(count)] for dtype in (torch.float32, torch.bfloat16)
+    )
+    ema_update_(teacher, student, 0.996)
+
+
+CASES = {
+    "dino_loss": Case(
+        _dino_loss,
+        S * B * K,
+        {
+            "_slice_kernel": (S + T) * B * K * 2,
+            "_merge_kernel": 4 * B * (K // 512) * (S * (2 + T) + 2 * T),
+            "_gradient_kernel": (2 * S + T) * B * K * 2,
+        },
+    ),
+    "center_mean": Case(
+        lambda: center_mean(_empty(T, B, K, dtype=torch.bfloat16)),
+        T * B * K,
+        {"_center_mean_kernel": T * B * K * 2 + K * 4},
+    ),
+    "ema_update_ flat": Case(
+        lambda: ema_update_(
+            _empty(PARAMETERS), _empty(PARAMETERS), torch.tensor(0.996), _empty(PARAMETERS, dtype=torch.bfloat16)
+        ),
+        PARAMETERS,
+        {"_ema_kernel": PARAMETERS * (4 + 4 + 4 + 2)},
+    ),
+    "ema_update_ list": Case(_ema_list, PARAMETERS, {"_ema_list_kernel": PARAMETERS * (4 + 2 + 4)}),
+}
