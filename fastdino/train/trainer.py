@@ -1,5 +1,6 @@
 """The loop: images in, a better teacher out. One step is :meth:`Trainer.train_step`; read that first."""
 
+import atexit
 import logging
 import time
 from collections.abc import Iterator
@@ -51,11 +52,11 @@ def train(config: Config) -> Result:
     BadData when too many images are unreadable, TrainingDiverged.
     """
     ranks = distributed.init(config.engine.device)
-    try:
-        trainer = Trainer(config, ranks)
-        return trainer.run()
-    finally:
-        distributed.shutdown()
+    result = Trainer(config, ranks).run()
+    # At exit, because DeepSpeed cannot change groups within a process and the next call may come; and not after an
+    # error, because leaving a group waits for ranks that may be waiting for this one.
+    atexit.register(distributed.shutdown)
+    return result
 
 
 class Trainer:
@@ -191,7 +192,7 @@ class Trainer:
         if self.ranks.is_main:
             backbone = self.engine.teacher.backbone
             assert isinstance(backbone, nn.Module)
-            score = online_knn(backbone, root, self.config, device=self.ranks.device)
+            score = online_knn(backbone, root, self.config)
             before = score["knn"]
             if metrics:
                 metrics.write(self.step, {"epoch": epoch, **score})

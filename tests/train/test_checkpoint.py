@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, whatever dies when; the same values for any split; clear words for damage."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -30,7 +31,7 @@ def parts(flat: dict[str, torch.Tensor], bounds: list[int]) -> list[Part]:
     for name, shape in SHAPES.items():
         size = torch.Size(shape).numel()
         edges = sorted({0, size, *(b - offset for b in bounds if 0 < b - offset < size)})
-        for start, stop in zip(edges, edges[1:], strict=False):
+        for start, stop in itertools.pairwise(edges):
             views = {kind: buffer[offset + start : offset + stop] for kind, buffer in flat.items()}
             out.append(Part(name, start, stop, views))
         offset += size
@@ -135,7 +136,8 @@ from fastdino.train import checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
 class Part: name, start, stop, tensors = "w", 0, 100000, {{"param": torch.ones(100000)}}
-checkpoint.save(Path({str(tmp_path)!r}), 2, pieces=[Part()], shared={{"c": torch.ones(1)}}, shapes={{"w": [100000]}}, meta={{}})
+shared, shapes = {{"c": torch.ones(1)}}, {{"w": [100000]}}
+checkpoint.save(Path({str(tmp_path)!r}), 2, pieces=[Part()], shared=shared, shapes=shapes, meta={{}})
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert "CheckpointError" in done.stderr, done.stderr
@@ -164,7 +166,8 @@ def killed(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 setattr(home, {point!r}, killed)
 class Part: name, start, stop, tensors = "head.v", 0, 35, {{"param": torch.ones(35)}}
-checkpoint.save(Path({str(tmp_path)!r}), 2, pieces=[Part()], shared={{"c": torch.ones(1)}}, shapes={{"head.v": [7, 5]}}, meta={{}})
+shared, shapes = {{"c": torch.ones(1)}}, {{"head.v": [7, 5]}}
+checkpoint.save(Path({str(tmp_path)!r}), 2, pieces=[Part()], shared=shared, shapes=shapes, meta={{}})
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == -9, done.stderr
@@ -188,6 +191,6 @@ def test_nothing_is_unpickled(tmp_path):
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"]["rank-00000.safetensors"] = checkpoint._measure(path / "rank-00000.safetensors")
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="rank-00000.safetensors"):
+    with pytest.raises(CheckpointError, match="rank-00000"):
         checkpoint.read_weights(path)
     assert not trap.exists()
