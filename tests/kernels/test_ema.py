@@ -11,6 +11,7 @@ from fastdino_kernels.ema import ema_update_, ema_update_reference_
 from fastdino_kernels.testing import assert_no_worse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GUARD = 64
 
 
 def on_gpu(test: Any) -> Any:
@@ -30,11 +31,19 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ema, "launch_config", lambda num_elements: {"BLOCK": 64, "num_warps": 2})
 
 
+def guarded(n: int, dtype: torch.dtype, offset: int, outside: float) -> Tensor:
+    """n elements in the midst of others, which are ``outside``; an ``offset`` of 1 makes them unaligned."""
+    return torch.full((n + offset + GUARD,), outside, dtype=dtype, device=DEVICE)[offset : offset + n]
+
+
 def random_list(lengths: tuple[int, ...], dtype: torch.dtype, seed: int, offset: int = 0) -> list[Tensor]:
-    """Tensors of these lengths, which start ``offset`` elements into their memory: 1 makes them unaligned."""
     generator = torch.Generator(DEVICE).manual_seed(seed)
-    made = [torch.randn(n + offset, generator=generator, device=DEVICE) for n in lengths]
-    return [x.to(dtype)[offset:] for x in made]
+    values = [torch.randn(n, generator=generator, device=DEVICE) for n in lengths]
+    return [guarded(len(x), dtype, offset, outside=7.0 + seed).copy_(x) for x in values]
+
+
+def poisoned(like: list[Tensor], dtype: torch.dtype, offset: int = 0) -> list[Tensor]:
+    return [guarded(t.numel(), dtype, offset, outside=7.0).fill_(torch.nan) for t in like]
 
 
 def on_device(momentum: float, dtype: torch.dtype | None) -> float | Tensor:
@@ -57,6 +66,9 @@ def check(teacher: list[Tensor], student: list[Tensor], momentum: float | Tensor
         if copy.numel():
             assert_no_worse(copy, ref.to(copy.dtype), want)
     assert all(torch.equal(s, k) for s, k in zip(student, kept, strict=True))
+    for written in [*teacher, *(shadow or [])]:
+        assert written._base is not None
+        assert (written._base == 7.0).sum() == GUARD + written.storage_offset(), "wrote outside the tensor"
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -69,7 +81,7 @@ def test_kernel(
 ) -> None:
     teacher = random_list(lengths, torch.float32, 0, offset)
     student = random_list(lengths, student_dtype, 1, offset)
-    shadow = None if shadow_dtype is None else [torch.full_like(t, torch.nan, dtype=shadow_dtype) for t in teacher]
+    shadow = None if shadow_dtype is None else poisoned(teacher, shadow_dtype, offset)
     check(teacher, student, 0.9, shadow)
 
 
@@ -78,7 +90,7 @@ def test_kernel(
 @pytest.mark.parametrize("lengths", [(3000,), (70, 2100)], ids=str)
 def test_momentum(lengths: tuple[int, ...], momentum: float, momentum_dtype: torch.dtype | None) -> None:
     teacher, student = random_list(lengths, torch.float32, 0), random_list(lengths, torch.float32, 1)
-    shadow = [torch.full_like(t, torch.nan, dtype=torch.bfloat16) for t in teacher]
+    shadow = poisoned(teacher, torch.bfloat16)
     check(teacher, student, on_device(momentum, momentum_dtype), shadow)
 
 
@@ -113,7 +125,7 @@ def test_mixed_dtypes_in_one_list() -> None:
     lengths = (100, 200, 300, 50)
     teacher = [*random_list(lengths[:3], torch.float32, 0), *random_list(lengths[3:], torch.float64, 0)]
     student = [x.to(d) for x, d in zip(random_list(lengths, torch.float32, 1), [*DTYPES, torch.float64], strict=True)]
-    check(teacher, student, 0.996, [torch.full_like(t, torch.nan) for t in teacher])
+    check(teacher, student, 0.996, poisoned(teacher, torch.float32))
 
 
 def test_fp64_keeps_its_precision() -> None:
@@ -190,7 +202,7 @@ def test_refused(case: str) -> None:
 @pytest.mark.parametrize("lengths", [(50_000_001,), (1_000_003, 65_536 * 256, 768, 589_824)], ids=str)
 def test_real_sizes(lengths: tuple[int, ...], student_dtype: torch.dtype) -> None:
     teacher, student = random_list(lengths, torch.float32, 0), random_list(lengths, student_dtype, 1)
-    shadow = [torch.full_like(t, torch.nan, dtype=torch.bfloat16) for t in teacher]
+    shadow = poisoned(teacher, torch.bfloat16)
     check(teacher, student, on_device(0.996, torch.float32), shadow)
 
 
