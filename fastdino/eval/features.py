@@ -69,7 +69,7 @@ def evaluating(backbone: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in backbone.modules()]
     backbone.eval()
     try:
-        with torch.no_grad():  # not inference_mode: a probe may train on these features
+        with torch.no_grad():
             yield
     finally:
         for module, mode in modes:

@@ -62,7 +62,7 @@ def export_backbone(backbone: nn.Module, path: Path, metadata: Mapping[str, str]
 
     timm.create_model(NAME, num_classes=0, checkpoint_path=path) reads it.
     """
-    state = {name: x.detach().to("cpu", copy=True).contiguous() for name, x in backbone.state_dict().items()}
+    state = {name: x.detach().cpu().contiguous() for name, x in backbone.state_dict().items()}
     partial = path.with_name(path.name + ".partial")
     save_file(state, partial, metadata={"format": "pt", **(metadata or {})})
     os.replace(partial, path)

@@ -58,6 +58,7 @@ def test_bf16_weights_and_autocast() -> None:
     want = extract(vit(), source, PROTOCOL)[0]
     autocast = extract(vit(), source, Protocol(size=32, num_workers=0, bf16=True))[0]
     half = extract(vit().bfloat16(), source, PROTOCOL)[0]
+    assert extract(nn.Sequential(nn.Flatten(), nn.Linear(3072, 5)).bfloat16(), source, PROTOCOL)[0].shape == (8, 5)
     for got in (autocast, half):
         assert got.dtype == torch.float32
         assert not torch.equal(got, want)
