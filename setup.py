@@ -25,7 +25,6 @@ setup(
     package_data={"fastdino": ["py.typed"], "fastdino_kernels": ["py.typed"]},
     install_requires=[
         "torch>=2.11,<2.13",
-        "torchvision>=0.26",
         'triton>=3.6; platform_system == "Linux"',
         "deepspeed>=0.19.5,<0.20",
         "xformers>=0.0.34,<0.0.36",
@@ -46,6 +45,7 @@ setup(
             "pytest-benchmark",
             "pytest-timeout",
             "ruff",
+            "torchvision>=0.26",  # DINO v1's own augmentation, which the views are compared with
         ],
     },
     entry_points={"console_scripts": ["fastdino = fastdino.cli:main"]},

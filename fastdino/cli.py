@@ -122,7 +122,7 @@ def show_recipes(name: Annotated[str, tyro.conf.Positional] = "", /) -> None:
 
 
 def export(
-    run: Path_, /, out: Path | None = None, step: int | None = None, network: Literal["teacher", "student"] = "teacher"
+    run: Path_, /, out: Path | None = None, step: int | None = None, role: Literal["teacher", "student"] = "teacher"
 ) -> None:
     """Writes the backbone of a run as safetensors; timm loads it with strict=True.
 
@@ -130,11 +130,11 @@ def export(
         run: the run folder.
         out: file to write; default: RUN/backbone.safetensors.
         step: checkpoint to take; default: the newest.
-        network: the teacher is what DINO evaluates.
+        role: whose weights; the teacher is what DINO evaluates.
     """
     from fastdino.train.restore import export_run
 
-    print(f"wrote {export_run(run, out=out, step=step, network=network)}")
+    print(f"wrote {export_run(run, out=out, step=step, role=role)}")
 
 
 def eval_knn(

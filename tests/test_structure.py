@@ -12,7 +12,7 @@ PACKAGES = [*ROOT.glob("fastdino/**/*.py"), *ROOT.glob("kernels/**/*.py")]
 HOME = {
     "xformers": ["fastdino/model/attention.py"],
     "deepspeed": ["fastdino/train/engine.py"],
-    "torchvision": ["fastdino/data/"],
+    "PIL": ["fastdino/data/", "fastdino/eval/attention_maps.py"],
     "timm": ["fastdino/model/"],
 }
 MAY_IMPORT = {  # rooms of fastdino that a room may import, besides config
@@ -33,6 +33,8 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
     return names
 
 

@@ -52,7 +52,7 @@ def export_run(run: Path, out: Path | None = None, step: int | None = None, role
     backbone, config, step = run_backbone(run, step, role)
     out = out or run / "backbone.safetensors"
     out.parent.mkdir(parents=True, exist_ok=True)
-    export_backbone(backbone, out, {"config": config.to_json(), "step": str(step), "network": role})
+    export_backbone(backbone, out, {"config": config.to_json(), "step": str(step), "role": role})
     return out
 
 

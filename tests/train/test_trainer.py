@@ -1,4 +1,4 @@
-"""The loop on real rendered images: it leaves what it promises, resumes bit by bit after a kill, waits for nothing, refuses clearly."""
+"""The loop on real rendered images: exact resumption after a kill, no waiting for the device, clear refusals."""
 
 import dataclasses
 import json
