@@ -3,7 +3,8 @@
 import logging
 import os
 import signal
-from collections.abc import Generator, Iterator
+import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from fastdino.config import Config, UserError
 from fastdino.data import views
@@ -92,7 +94,7 @@ class TrainBatches:
 
     def __init__(
         self,
-        batches: Generator[Any, None, None],
+        batches: "_MadeAhead",
         plan: Plan,
         start_step: int,
         max_bad: float,
@@ -172,7 +174,7 @@ def train_batches(
     )
     keys = plan.micro_batches(rank, start_step)
     num_workers = _affordable(config.data.num_workers, rank)
-    batches = _workers(_Views(config, source), num_workers, batch_sampler=keys, pin_memory=device.type == "cuda")
+    batches = _MadeAhead(_Views(config, source), num_workers, batch_sampler=keys, pin_memory=device.type == "cuda")
     return TrainBatches(batches, plan, start_step, config.data.max_bad, device)
 
 
@@ -207,7 +209,7 @@ def labelled_batches(source: Source, size: int, batch_size: int, num_workers: in
 
     DINO v1's evaluation transform. Images that cannot be read are left out, with a warning that names them.
     """
-    batches = _workers(_Labelled(source, size), _affordable(num_workers), batch_size=batch_size)
+    batches = _MadeAhead(_Labelled(source, size), _affordable(num_workers), batch_size=batch_size)
     for pixels, labels, bad in batches:
         for message in bad:
             log.warning("left out of the evaluation: %s", message)
@@ -227,30 +229,46 @@ def _affordable(wanted: int, rank: int = 0) -> int:
     return affordable
 
 
-def _workers(dataset: "Dataset[Any]", num_workers: int, **options: Any) -> Generator[Any, None, None]:
-    """The dataset's batches, made ahead by ``num_workers`` processes that start now, not at the first batch."""
-    loader = DataLoader(
-        dataset,
-        num_workers=num_workers,
-        collate_fn=_as_is,
-        worker_init_fn=_leave_signals_to_trainer,
-        # fork, so that workers share the source's memory; they never touch the GPU.
-        multiprocessing_context="fork" if num_workers else None,
-        **options,
-    )
-    return _explained(iter(loader))
+class _MadeAhead:
+    """Iterator over a dataset's batches, made by ``num_workers`` processes that start now, not at the first batch.
+
+    They end when it is closed, dropped, or at the latest when this process ends.
+    """
+
+    def __init__(self, dataset: "Dataset[Any]", num_workers: int, **options: Any) -> None:
+        loader = DataLoader(
+            dataset,
+            num_workers=num_workers,
+            collate_fn=_as_is,
+            worker_init_fn=_leave_signals_to_trainer,
+            # fork, so that workers share the source's memory; they never touch the GPU.
+            multiprocessing_context="fork" if num_workers else None,
+            **options,
+        )
+        self._batches = iter(loader)
+        self.close = weakref.finalize(self, _end, self._batches)
+
+    def __iter__(self) -> "_MadeAhead":
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return next(self._batches)
+        except RuntimeError as error:
+            if "DataLoader worker (pid" not in str(error):
+                raise
+            raise WorkerDied(
+                "a data worker died. Most often memory ran out, or shared memory did (a container's /dev/shm: docker "
+                "run --shm-size). Give it more, or lower data.num_workers or run.local_batch"
+            ) from error
 
 
-def _explained(batches: Iterator[Any]) -> Generator[Any, None, None]:
-    try:
-        yield from batches
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
-            raise
-        raise WorkerDied(
-            "a data worker died. Most often memory ran out, or shared memory did (a container's /dev/shm: docker run "
-            "--shm-size). Give it more, or lower data.num_workers or run.local_batch"
-        ) from error
+def _end(batches: Any) -> None:
+    """Ends the workers of a DataLoader's iterator, also of one that a traceback still holds."""
+    if isinstance(batches, _MultiProcessingDataLoaderIter):
+        batches._shutdown_workers()
+        for worker in batches._workers:
+            worker.kill()  # one that hangs in a read; they do not listen to SIGTERM
 
 
 def _as_is(batch: Any) -> Any:

@@ -1,0 +1,383 @@
+"""Batches: the same bits for any number of workers and any place to resume; bad images and dead workers are told."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastdino.config import Config, ConfigError, DataConfig, EngineConfig, ModelConfig, RunConfig, ViewsConfig
+from fastdino.data import (
+    BadData,
+    BadImage,
+    Batch,
+    FolderSource,
+    ShapesSource,
+    Source,
+    WorkerDied,
+    labelled_batches,
+    train_batches,
+)
+from fastdino.data.loader import _affordable
+from fastdino.data.views import apply, center_view, sample_params
+
+CPU = torch.device("cpu")
+
+
+def make_config(
+    num_workers: int = 0, local_batch: int = 4, accumulate: int = 1, max_bad: float = 1.0, num_local: int = 2
+) -> Config:
+    return Config(
+        model=ModelConfig(patch_size=8),
+        views=ViewsConfig(global_size=32, local_size=16, num_local=num_local),
+        data=DataConfig(num_workers=num_workers, max_bad=max_bad),
+        engine=EngineConfig(accumulate=accumulate),
+        run=RunConfig(local_batch=local_batch, seed=3),
+    )
+
+
+def start(
+    config: Config, source: Source, step: int = 0, rank: int = 0, world_size: int = 1, device: torch.device = CPU
+):
+    return train_batches(config, source, rank=rank, world_size=world_size, start_step=step, device=device)
+
+
+def take(count: int, *args, **options) -> list[Batch]:
+    batches = start(*args, **options)
+    found = list(islice(batches, count))
+    batches.close()
+    return found
+
+
+def assert_equal(one: list[Batch], other: list[Batch]) -> None:
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a.global_views, b.global_views)
+        assert torch.equal(a.local_views, b.local_views)
+        assert a.bad == b.bad
+
+
+@pytest.fixture(scope="module")
+def shapes() -> ShapesSource:
+    return ShapesSource(22, 40)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """20 readable images."""
+    for i in range(20):
+        image = np.random.default_rng(i).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+        Image.fromarray(image).save(tmp_path / f"{i:02d}.png")
+    return tmp_path
+
+
+def children() -> set[int]:
+    """Living processes that this one started."""
+    found = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return {int(pid) for pid in found if "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][:3]}
+
+
+def wait_for(condition, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+# ------------------------------------------------------------------------------------------------ the right views
+
+
+def test_a_batch_holds_the_views_of_its_images(shapes):
+    config = make_config()
+    batches = start(config, shapes)
+    assert batches.steps_per_epoch == 5
+    batch = next(batches)
+    assert batch.global_views.shape == (2, 4, 3, 32, 32)
+    assert batch.local_views.shape == (2, 4, 3, 16, 16)
+    assert batch.bad == []
+    for position, (epoch, index) in enumerate(batches.plan.micro_batch(0, 0, 0)):
+        image, _ = shapes.read(index)
+        params = sample_params(3, epoch, index, config.views, image.size)
+        global_views, local_views = apply(image, params, config.views)
+        assert torch.equal(batch.global_views[:, position], global_views)
+        assert torch.equal(batch.local_views[:, position], local_views)
+
+
+def test_no_local_views(shapes):
+    assert next(start(make_config(num_local=0), shapes)).local_views.shape == (0, 4, 3, 16, 16)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_change_nothing(shapes, num_workers, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
+    assert_equal(take(12, make_config(num_workers), shapes), take(12, make_config(0), shapes))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resuming_at_any_step_continues_exactly(shapes, num_workers):
+    config = make_config(num_workers, local_batch=2, accumulate=2)
+    whole = take(24, make_config(0, local_batch=2, accumulate=2), shapes)  # two epochs and a bit
+    for step in (1, 4, 5, 6, 10):
+        assert_equal(take(24 - 2 * step, config, shapes, step=step), whole[2 * step :])
+
+
+@pytest.mark.parametrize(("world_size", "accumulate"), [(2, 1), (1, 2), (2, 2)])
+def test_ranks_and_micro_batches_together_make_the_whole_batch(shapes, world_size, accumulate):
+    config = make_config(local_batch=8 // world_size // accumulate, accumulate=accumulate)
+    whole = take(3, make_config(local_batch=8), shapes)
+    by_rank = [take(3 * accumulate, config, shapes, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for step in range(3):
+        parts = [by_rank[rank][step * accumulate + j] for j in range(accumulate) for rank in range(world_size)]
+        assert torch.equal(torch.cat([part.global_views for part in parts], 1), whole[step].global_views)
+        assert torch.equal(torch.cat([part.local_views for part in parts], 1), whole[step].local_views)
+
+
+def test_epochs_differ(shapes):
+    batches = take(10, make_config(), shapes)
+    first = {view.numpy().tobytes() for batch in batches[:5] for view in batch.global_views[0]}
+    second = {view.numpy().tobytes() for batch in batches[5:] for view in batch.global_views[0]}
+    assert len(first) == len(second) == 20
+    assert not first & second
+
+
+def test_too_few_images(shapes):
+    with pytest.raises(ConfigError, match=r"22 images .* 32 .*run\.local_batch=16 \* 2 ranks"):
+        start(make_config(local_batch=16), shapes, world_size=2)
+
+
+# ----------------------------------------------------------------------------------------------------- bad images
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_bad_image_is_replaced_and_named(folder, num_workers):
+    good = take(5, make_config(), FolderSource(folder))
+    (folder / "07.png").write_bytes(b"not an image")
+    source = FolderSource(folder)
+    found = take(5, make_config(num_workers), source)
+    assert [name for batch in found for name in batch.bad] == ["07.png"]
+    assert_equal(found, take(5, make_config(), source))
+    plan = start(make_config(), source).plan
+    for step, (ours, theirs) in enumerate(zip(found, good, strict=True)):
+        for position, (_, index) in enumerate(plan.micro_batch(step, 0, 0)):
+            same = torch.equal(ours.global_views[:, position], theirs.global_views[:, position])
+            assert same == (index != 7), "only the bad image's place differs"
+            if index == 7:
+                assert ours.global_views[:, position].float().std() > 10, "another image stands in"
+
+
+def test_the_replacement_varies_with_the_epoch(folder):
+    (folder / "07.png").write_bytes(b"")
+    source, reads = FolderSource(folder), []
+    config = make_config(local_batch=20)
+    batches = start(config, source)
+    real = source.read
+    source.read = lambda index: (reads.append(index), real(index))[1]
+    for _ in range(6):
+        next(batches)
+    stand_ins = [reads[i + 1] for i, index in enumerate(reads) if index == 7]
+    assert len(set(stand_ins)) > 1
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_too_many_bad_images_stop_the_run(folder, num_workers):
+    for i in range(4):
+        (folder / f"{i:02d}.png").write_bytes(b"")
+    batches = start(make_config(num_workers, max_bad=0.15), FolderSource(folder))
+    with pytest.raises(BadData) as caught:
+        list(islice(batches, 5))
+    message = str(caught.value)
+    assert " of an epoch's 20 images" in message
+    assert "data.max_bad=0.15" in message
+    assert message.count(".png") == 3, "names some"
+    assert "\n" not in message, "no worker's traceback"
+
+
+def test_bad_images_are_counted_anew_each_epoch(folder):
+    (folder / "07.png").write_bytes(b"")
+    found = take(20, make_config(max_bad=0.05), FolderSource(folder))  # 1 of 20 an epoch, four epochs
+    assert sum(len(batch.bad) for batch in found) >= 4
+    with pytest.raises(BadData):
+        take(5, make_config(max_bad=0.04), FolderSource(folder))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_source_that_is_gone_is_an_error_whatever_is_allowed(folder, num_workers):
+    source = FolderSource(folder)
+    for path in folder.iterdir():
+        path.unlink()
+    with pytest.raises(BadData, match=r"looks gone or damaged.*FileNotFoundError"):
+        next(start(make_config(num_workers, max_bad=1.0), source))
+
+
+# ------------------------------------------------------------------------------------------------------- workers
+
+
+def test_a_killed_worker_is_told_not_waited_for(shapes):
+    before = children()
+    batches = start(make_config(num_workers=1), shapes)
+    next(batches)
+    (worker,) = children() - before
+    os.kill(worker, signal.SIGKILL)
+    # torch notices in next(), where we explain it, or by SIGCHLD between two calls.
+    with pytest.raises(RuntimeError, match=r"a data worker died|DataLoader worker \(pid"):
+        list(islice(batches, 100))
+
+
+def test_a_dead_worker_is_explained(shapes):
+    before = children()
+    batches = start(make_config(num_workers=1), shapes)
+    next(batches)
+    (worker,) = children() - before
+    heard = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # so that only next() can notice
+    try:
+        os.kill(worker, signal.SIGKILL)
+        with pytest.raises(WorkerDied, match=r"memory.*--shm-size.*data\.num_workers"):
+            list(islice(batches, 100))
+    finally:
+        signal.signal(signal.SIGCHLD, heard)
+
+
+def test_closing_ends_the_workers(shapes):
+    before = children()
+    batches = start(make_config(num_workers=2), shapes)
+    next(batches)
+    assert children() - before
+    batches.close()
+    wait_for(lambda: not children() - before)
+
+
+def test_dropping_the_iterator_ends_the_workers(shapes):
+    before = children()
+    batches = start(make_config(num_workers=1), shapes)
+    next(batches)
+    del batches
+    wait_for(lambda: not children() - before)
+
+
+def test_workers_leave_signals_to_the_trainer(shapes):
+    before = children()
+    batches = start(make_config(num_workers=1), shapes)
+    next(batches)
+    (worker,) = children() - before
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(worker, number)
+    for _ in range(20):
+        next(batches)
+    assert children() - before == {worker}
+    batches.close()
+
+
+SCRIPT = """
+    import sys, time, torch
+    from fastdino.config import Config, DataConfig, RunConfig, ViewsConfig
+    from fastdino.data import ShapesSource, labelled_batches, train_batches
+    config = Config(data=DataConfig(num_workers=1), run=RunConfig(local_batch=4))
+    source = ShapesSource(100000, 40)
+    if sys.argv[1] == "train":
+        batches = train_batches(config, source, rank=0, world_size=1, start_step=0, device=torch.device("cpu"))
+    else:
+        batches = labelled_batches(source, 32, 4, num_workers=1)
+    next(batches)
+    print(open(f"/proc/self/task/{__import__('os').getpid()}/children").read(), flush=True)
+    while True:
+        next(batches)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(signal.SIGINT, "train"), (signal.SIGINT, "labelled"), (signal.SIGKILL, "train")]
+)
+def test_workers_end_with_the_trainer(number, kind):
+    """Ctrl-C reaches the whole group; a kill only the trainer. Neither leaves a worker or a second traceback."""
+    script = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(SCRIPT), kind],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        cwd=Path(__file__).parents[2],
+    )
+    workers = [int(pid) for pid in script.stdout.readline().split()]
+    assert workers
+    os.killpg(script.pid, number) if number == signal.SIGINT else os.kill(script.pid, number)
+    _, errors = script.communicate(timeout=40)
+    if number == signal.SIGINT:
+        assert errors.count("Traceback") == 1, errors
+        assert "KeyboardInterrupt" in errors
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+
+
+def test_workers_are_no_more_than_the_cores(monkeypatch, caplog):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
+    assert _affordable(10) == 10
+    assert caplog.text == ""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert _affordable(10, rank=1) == 2
+    assert caplog.text == ""
+    with caplog.at_level(logging.WARNING):
+        assert _affordable(10) == 2
+    assert "data.num_workers=10 lowered to 2" in caplog.text
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    assert _affordable(10) == 1
+    assert _affordable(0) == 0
+
+
+# ---------------------------------------------------------------------------------------------------- evaluation
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_labelled_batches_visit_everything_once_in_order(shapes, num_workers):
+    found = list(labelled_batches(shapes, 32, 5, num_workers))
+    assert [len(labels) for _, labels in found] == [5, 5, 5, 5, 2]
+    assert torch.cat([labels for _, labels in found]).tolist() == [i % 12 for i in range(22)]
+    views = torch.cat([views for views, _ in found])
+    assert views.dtype == torch.uint8
+    for index in range(22):
+        assert torch.equal(views[index], center_view(shapes.read(index)[0], 32))
+
+
+def test_labelled_batches_leave_out_what_cannot_be_read(tmp_path, caplog):
+    for i in range(6):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        Image.new("RGB", (40, 30), (40 * i, 0, 0)).save(tmp_path / "ab"[i % 2] / f"{i}.png")
+    for name in ["b/1.png", "b/3.png", "b/5.png"]:
+        (tmp_path / name).write_bytes(b"")
+    found = list(labelled_batches(FolderSource(tmp_path), 16, 2, 0))
+    assert [labels.tolist() for _, labels in found] == [[0, 0], [0]]
+    assert [int(view[0, 8, 8]) for views, _ in found for view in views] == [0, 80, 160]
+    assert caplog.text.count("left out of the evaluation") == 3
+    assert "b/3.png" in caplog.text
+
+
+# ----------------------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_on_a_gpu_are_those_of_the_cpu(shapes, num_workers):
+    """While the GPU is busy with earlier batches, whose memory must not be written over."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    busy, sums = torch.randn(2048, 2048, device=device), []
+    for batch in take(15, make_config(num_workers), shapes, device=device):
+        assert batch.global_views.device == device
+        for _ in range(20):
+            busy = torch.nn.functional.normalize(busy @ busy)
+        sums.append((batch.global_views.clone(), batch.local_views.clone()))
+        del batch
+    for (global_views, local_views), want in zip(sums, take(15, make_config(0), shapes), strict=True):
+        assert torch.equal(global_views.cpu(), want.global_views)
+        assert torch.equal(local_views.cpu(), want.local_views)
+
+
+def test_a_bad_image_is_an_exception_of_its_own():
+    assert issubclass(BadImage, Exception)
+    assert not issubclass(BadImage, OSError), "or a bare except OSError would hide it"
