@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from fastdino.data.decode import BadImage
 from fastdino.data.sources import Source
 from fastdino.data.views import normalize
 from fastdino.eval.features import EvaluationError, Protocol, evaluating, home
@@ -98,14 +99,18 @@ def evaluate_attention(
     """Attention of the first ``num_images`` of ``source``, the whole of each image squeezed to protocol.size.
 
     Returns {"attention_iou": :func:`best_head_iou`} when the source has masks, else nothing. ``sheet`` is a PNG to
-    write with the first SHEET_ROWS. Raises EvaluationError when the backbone has no CLS attention.
+    write with the first SHEET_ROWS. Raises EvaluationError when the backbone has no CLS attention or an image
+    cannot be read.
     """
     if not isinstance(backbone, ViT):
         raise EvaluationError(
             f"attention maps need one of our ViTs (model.arch=vit_...), not {type(backbone).__name__}"
         )
     protocol = protocol or Protocol()
-    images = [_resized(source.read(i)[0], protocol.size) for i in range(min(num_images, len(source)))]
+    try:
+        images = [_resized(source.read(i)[0], protocol.size) for i in range(min(num_images, len(source)))]
+    except BadImage as error:
+        raise EvaluationError(f"{error}: mend or delete it") from error
     maps = torch.cat([head_maps(backbone, batch) for batch in _batches(images, protocol)])
     if sheet is not None:
         draw_sheet(sheet, images[:SHEET_ROWS], maps[:SHEET_ROWS], mass)

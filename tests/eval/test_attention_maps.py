@@ -9,6 +9,7 @@ from PIL import Image
 from torch import nn
 
 from fastdino.data.shapes import ShapesSource
+from fastdino.data.sources import FolderSource
 from fastdino.eval import Protocol, best_head_iou, draw_sheet, evaluate_attention, head_maps, keep_mass
 from fastdino.model import ViT
 
@@ -108,6 +109,12 @@ def test_attention_on_the_object_scores_high(monkeypatch: pytest.MonkeyPatch) ->
     seer = Seer("nano", patch_size=2, image_size=48)
     protocol = Protocol(size=48, num_workers=0)
     assert evaluate_attention(seer, source, protocol, mass=0.99)["attention_iou"] > 0.8
+
+
+def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"a\.png.*mend or delete it"):
+        evaluate_attention(vit(), FolderSource(tmp_path), PROTOCOL)
 
 
 def test_a_backbone_without_cls_attention() -> None:

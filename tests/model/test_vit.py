@@ -1,6 +1,7 @@
 """Our ViT against timm's, against DINO v1's formulas, and against itself without packing and pruning."""
 
 import math
+import types
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdino.model import ViT
+from fastdino.model import attention as attention_room
 from fastdino.model import vit as room
 
 TIMM = {
@@ -264,6 +266,22 @@ def test_starting_values() -> None:
         f(5 * o) for f in (math.sin, math.cos) for o in omega
     ]
     torch.testing.assert_close(patch, torch.tensor(want, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+def test_the_way_through_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """xformers' own masks over whole packed batches; its kernel, which no CPU has, stands aside for SDPA."""
+
+    def with_mask(q: Tensor, k: Tensor, v: Tensor, attn_bias: Any) -> Tensor:
+        bias = attn_bias.materialize((1, 1, q.shape[1], k.shape[1]), dtype=q.dtype)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
+
+    vit, groups = nano(), views((2, 2, 3, 48, 48), (3, 2, 3, 24, 16))
+    want = vit.forward_groups(groups)
+    ops = types.SimpleNamespace(fmha=attention_room._xformers().fmha, memory_efficient_attention=with_mask)
+    monkeypatch.setattr(attention_room, "_xformers", lambda: ops)
+    monkeypatch.setattr(attention_room, "implementation", lambda choice, device: "xformers")
+    torch.testing.assert_close(vit.forward_groups(groups), want, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.gpu

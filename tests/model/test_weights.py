@@ -146,7 +146,7 @@ class _Evil:
 def test_code_in_a_file_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"teacher": nano().state_dict(), "args": _Evil()}, "evil.pth")
-    (tmp_path / "plain.pth").write_bytes(pickle.dumps(_Evil()))
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(_Evil(), protocol=2))
     for name in ("evil.pth", "plain.pth"):
         with pytest.raises(ValueError, match="holds code, which is never run"):
             load_backbone(nano(), Path(name))
