@@ -3,8 +3,10 @@
 import logging
 import os
 import signal
+import threading
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -245,7 +247,8 @@ class _MadeAhead:
             multiprocessing_context="fork" if num_workers else None,
             **options,
         )
-        self._batches = iter(loader)
+        with _unchanged(signal.SIGCHLD):
+            self._batches = iter(loader)
         self.close = weakref.finalize(self, _end, self._batches)
 
     def __iter__(self) -> "_MadeAhead":
@@ -261,6 +264,18 @@ class _MadeAhead:
                 "a data worker died. Most often memory ran out, or shared memory did (a container's /dev/shm: docker "
                 "run --shm-size). Give it more, or lower data.num_workers or run.local_batch"
             ) from error
+
+
+@contextmanager
+def _unchanged(number: signal.Signals) -> Iterator[None]:
+    """Takes back torch's handler, which raises wherever the trainer happens to be when a worker dies.
+
+    Without it the next batch reports the death, within 5 seconds.
+    """
+    handler = signal.getsignal(number)
+    yield
+    if threading.current_thread() is threading.main_thread():  # no other may set one, and then torch did not
+        signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _end(batches: Any) -> None:
