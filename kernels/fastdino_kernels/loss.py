@@ -85,10 +85,10 @@ class _DinoLossReference(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         student, grad, (q,) = _unpack(ctx)
         scale = grad_loss / (ctx.student_temp * _num_terms(student, q))
-        for s, (logits, target) in enumerate(zip(student, _targets(q, len(student)), strict=True)):
+        for s, (logits, target) in enumerate(zip(student, _targets(q * scale, len(student)), strict=True)):
             p = torch.softmax(logits.to(q.dtype) / ctx.student_temp, dim=-1)
             num_targets = len(q) - (s < len(q))
-            grad[s] = p.mul_(num_targets).sub_(target).mul_(scale)
+            grad[s] = p.mul_(num_targets * scale).sub_(target)
         return grad, None, None, None, None
 
 
