@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         if main_rank:
             print(f"fastdino {command}: {error}", file=sys.stderr)
-        sys.exit(2)
+        # 85 lets a job script tell a notice, after which it requeues, from an error that will come again.
+        sys.exit(85 if type(error).__name__ == "Preempted" else 2)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -94,9 +95,9 @@ def _help_of_eval() -> str:
 
 def train(config: Config) -> None:
     """Trains, or resumes, a run."""
-    import fastdino
+    from fastdino.train import trainer
 
-    result = fastdino.train(config)
+    result = trainer.train(config)
     knn = "" if result.knn is None else f", k-NN {result.knn:.1f} %"
     logging.getLogger(__name__).info("done: %d steps, loss %.4f%s, in %s", result.steps, result.loss, knn, result.dir)
 
@@ -166,7 +167,7 @@ def eval_knn(
 
 
 def eval_attention(
-    path: Path_, /, data: str = "shapes", num_images: int = 8, out: Path | None = None, size: int = 0,
+    path: Path_, /, data: str = "shapes", num_images: int = 100, out: Path | None = None, size: int = 0,
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> None:  # fmt: skip
     """A sheet of images with the attention of each head of the last block, as PNG.
@@ -174,7 +175,7 @@ def eval_attention(
     Args:
         path: a run folder, or weights that `fastdino export` wrote.
         data: a folder of images, or shapes.
-        num_images: rows of the sheet.
+        num_images: images over which the best head is found; the sheet shows the first eight.
         out: file to write; default: attention.png beside the weights.
         size: side in pixels that the backbone sees, a multiple of its patch; default: that of its global views.
         device: auto takes the GPU if there is one.

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import fastdino
 from fastdino import recipes
 from fastdino.config import Config
 from fastdino.data.shapes import ShapesSource
@@ -20,6 +19,7 @@ from fastdino.eval import KNeighbors, evaluate_attention, evaluate_knn
 from fastdino.eval.features import Protocol
 from fastdino.model import build_network
 from fastdino.train.restore import run_backbone
+from fastdino.train.trainer import train
 
 NUM_INITIALISATIONS = 5  # random backbones that the trained one is compared with
 NUM_NEIGHBORS = 20
@@ -36,7 +36,7 @@ def run_demo(folder: Path, seed: int) -> dict[str, float]:
     started = time.perf_counter()
     base = recipes.demo()
     config = dataclasses.replace(base, run=dataclasses.replace(base.run, dir=folder, seed=seed))
-    fastdino.train(config)
+    train(config)
     teacher, _, _ = run_backbone(folder)
     fresh = [_random_backbone(config, seed) for seed in range(NUM_INITIALISATIONS)]
     bank, test = bank_and_test("shapes", config.data.image_size)

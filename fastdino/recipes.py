@@ -109,7 +109,7 @@ def resnet50() -> Config:
     base = vit_small_16()
     return replace(
         base,
-        model=ModelConfig(arch="timm:resnet50"),
+        model=ModelConfig(arch="timm:resnet50", drop_path=0.0),
         views=replace(base.views, global_scale=(0.14, 1.0), local_scale=(0.05, 0.14)),
         optim=replace(base.optim, name="sgd", lr=0.03, weight_decay=1e-4, weight_decay_end=1e-4),
         run=replace(base.run, dir=Path("runs/resnet50")),

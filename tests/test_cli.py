@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TINY = """
-    --model.arch vit_nano --model.patch-size 8 --model.pos-embed sincos --views.global-size 32 --views.local-size 16
-    --views.num-local 2 --head.num-prototypes 64 --head.hidden-dim 48 --head.bottleneck-dim 32 --data.num-images 40
-    --data.image-size 32 --data.num-workers 0 --optim.warmup-epochs 1 --run.epochs 2 --run.local-batch 8
-    --run.log-every 1 --run.knn-every 2 --engine.device cpu
-""".split()
+TINY = [
+    *("--model.arch", "vit_nano", "--model.patch-size", 8, "--model.pos-embed", "sincos"),
+    *("--views.global-size", 32, "--views.local-size", 16, "--views.num-local", 2),
+    *("--head.num-prototypes", 64, "--head.hidden-dim", 48, "--head.bottleneck-dim", 32),
+    *("--data.root", "shapes", "--data.num-images", 40, "--data.image-size", 32, "--data.num-workers", 0),
+    *("--optim.warmup-epochs", 1, "--run.epochs", 2, "--run.local-batch", 8, "--run.log-every", 1),
+    *("--run.knn-every", 2, "--engine.device", "cpu"),
+]
 
 
 def fastdino(*arguments: object, code: int = 0) -> subprocess.CompletedProcess:
@@ -32,7 +34,7 @@ def fastdino(*arguments: object, code: int = 0) -> subprocess.CompletedProcess:
 def run(tmp_path_factory) -> Path:
     """A finished tiny run."""
     folder = tmp_path_factory.mktemp("cli") / "run"
-    done = fastdino("train", "vit_small_16", "--data.root", "shapes", "--run.dir", folder, *TINY)
+    done = fastdino("train", "vit_small_16", "--run.dir", folder, *TINY)
     assert "done: 10 steps" in done.stderr
     return folder
 
@@ -49,14 +51,14 @@ def run(tmp_path_factory) -> Path:
         (["train", "vit_small_16", "--model.patch-size", "15"], "use 210 or 225"),
         (["train", "vit_small_16"], "data.root is empty"),
         (["train", "vit_small_16", "--data.root", "/no/such/folder"], "does not exist"),
-        (["train", "vit_small_16", "--data.root", "shapes", "--model.attention", "xformers", *TINY], "needs a GPU"),
+        (["train", "vit_small_16", "--model.attention", "xformers", *TINY], "needs a GPU"),
         (["train", "vit_small_16", "--data.root", "shapes", "--model.arch", "timm:resnet5O"], "resnet50"),
-        (["train", "vit_small_16", "--data.root", "shapes", *TINY, "--run.local-batch", "64"], "do not fill one global batch"),
+        (["train", "vit_small_16", *TINY, "--run.local-batch", 64], "do not fill one global batch"),
         (["eval", "knn", "/no/such/run"], "neither a run folder nor a file"),
         (["eval", "nearest"], "kinds:"),
         (["export", "/no/such/run"], "not a run folder"),
     ],
-    ids=lambda value: " ".join(value[:4])[-40:] if isinstance(value, list) else "",
+    ids=lambda value: " ".join(map(str, value[:4]))[-40:] if isinstance(value, list) else "",
 )  # fmt: skip
 def test_a_mistake_is_one_message_and_exit_code_2(arguments, says, tmp_path):
     extra = ["--run.dir", tmp_path / "run"] if arguments[0] == "train" and len(arguments) > 2 else []

@@ -89,7 +89,7 @@ def test_recipe(name):
     assert "Run: " in doc
     if name != "demo":
         assert name in doc, "the command of a recipe names it"
-        assert "Score: " in doc and "README" in doc or "no published score" in doc
+        assert ("Score: " in doc and "README" in doc) or "no published score" in doc
 
 
 def test_wrong_recipe_names_the_nearest():

@@ -75,6 +75,14 @@ def test_sizes(path):
             assert node.end_lineno - start < limit, f"{node.name}: a function up to {limit} lines"
 
 
+@pytest.mark.parametrize("path", [*ROOT.glob("kernels/**/*.py")], ids=lambda p: p.name)
+def test_all_but_kernels_are_annotated(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef) and not any("jit" in ast.unparse(d) for d in node.decorator_list):
+            arguments = [a for a in (*node.args.args, *node.args.kwonlyargs) if a.arg != "self"]
+            assert node.returns and all(a.annotation for a in arguments), node.name
+
+
 def test_no_package_or_module_is_named_kernels():
     """Hugging Face's package of that name is imported from whatever folder comes first on the path."""
     assert not (ROOT / "kernels/__init__.py").exists()

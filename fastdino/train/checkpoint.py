@@ -43,10 +43,14 @@ class NewerFormatError(CheckpointError):
 class Piece(Protocol):
     """Elements [start, stop) of the flattened parameter ``name``, with its optimizer state, as live fp32 views."""
 
-    name: str
-    start: int
-    stop: int
-    tensors: dict[str, Tensor]
+    @property
+    def name(self) -> str: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def stop(self) -> int: ...
+    @property
+    def tensors(self) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True, kw_only=True)

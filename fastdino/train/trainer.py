@@ -2,6 +2,7 @@
 
 import atexit
 import logging
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 
 from fastdino.config import Config, ConfigError, UserError
 from fastdino.data import Batch, normalize, open_source, train_batches
+from fastdino.data.splits import bank_and_test
 from fastdino.eval import online_knn
 from fastdino.method.dino import Dino
 from fastdino.model import build_network
+from fastdino.model.attention import implementation
 from fastdino.train import checkpoint, distributed
 from fastdino.train.distributed import Ranks
 from fastdino.train.engine import build_engine
@@ -23,6 +26,7 @@ from fastdino.train.health import Health
 from fastdino.train.metrics import Metrics
 from fastdino.train.run_folder import open_run
 from fastdino.train.schedules import Schedules
+from fastdino_kernels._backend import use_triton
 
 log = logging.getLogger(__name__)
 
@@ -44,12 +48,16 @@ class TrainingDiverged(UserError, RuntimeError):
     """Too many steps in a row were skipped because the loss or a gradient was not finite."""
 
 
+class Preempted(UserError, RuntimeError):
+    """SIGTERM or SIGUSR1 ended the run after a checkpoint; the same command resumes it."""
+
+
 def train(config: Config) -> Result:
     """Trains the run in ``config.run.dir``, from its newest checkpoint if it has one.
 
     Works as one process with nothing set, and under torchrun, the deepspeed launcher or SLURM's srun; every process
     calls it. Raises ConfigError for settings that cannot work, CheckpointError for a checkpoint that cannot be used,
-    BadData when too many images are unreadable, TrainingDiverged.
+    BadData when too many images are unreadable, TrainingDiverged, and Preempted after SIGTERM or SIGUSR1.
     """
     ranks = distributed.init(config.engine.device)
     result = Trainer(config, ranks).run()
@@ -65,6 +73,9 @@ class Trainer:
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         self.source = open_source(config.data.root, config.data)
+        self.knn_root = config.run.knn_root or ("shapes" if config.data.root == "shapes" else "")
+        if config.run.knn_every and self.knn_root:
+            bank_and_test(self.knn_root, config.data.image_size)  # what is wrong with it is said now, not in hours
         self._open_folder()
         torch.manual_seed(config.run.seed)
         student, teacher = build_network(config), build_network(config, teacher=True)
@@ -81,6 +92,7 @@ class Trainer:
         self.total_steps = self.steps_per_epoch * config.run.epochs
         self.schedules = Schedules(config, self.steps_per_epoch, self.global_batch)
         self.num_bad = 0
+        self._notice = False  # a signal asked this rank to stop
 
     # ------------------------------------------------------------------------------------------------ one step
 
@@ -119,12 +131,12 @@ class Trainer:
         """Trains to the end; checkpoints, logs and evaluates on the way."""
         metrics = self._metrics()
         health = Health(self.config.head.num_prototypes)
-        stream = iter(self.batches)
         loss, knn = float("nan"), None
+        handlers = {number: signal.signal(number, self._on_notice) for number in (signal.SIGTERM, signal.SIGUSR1)}
         try:
             while self.step < self.total_steps:
                 started = time.perf_counter()
-                batches = [self._count_bad(next(stream)) for _ in range(self.config.engine.accumulate)]
+                batches = [self._count_bad(next(self.batches)) for _ in range(self.config.engine.accumulate)]
                 waited = time.perf_counter() - started
                 step_loss = self.train_step(batches)
                 if metrics:
@@ -132,14 +144,28 @@ class Trainer:
                     metrics.advance()
                 if self.step % self.config.run.log_every == 0 or self.step == self.total_steps:
                     loss = self._report(step_loss, metrics, health)
+                    self._stop_if_asked()
                 knn = self._end_of_epoch(metrics, knn)
         except KeyboardInterrupt:
             log.warning("stopped at step %d; the same command resumes from the newest checkpoint", self.step)
             raise
         finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
             if metrics:
                 metrics.close()
         return Result(self.config.run.dir, self.step, loss, knn)
+
+    def _on_notice(self, number: int, frame: object) -> None:
+        """Signal handler: a cluster is about to take the machine away."""
+        self._notice = True
+
+    def _stop_if_asked(self) -> None:
+        """Saves and stops on all ranks at the same step when any rank was given notice; asked at logging steps."""
+        if distributed.any_rank(self._notice) and self.step < self.total_steps:
+            raise Preempted(
+                f"stopped by a signal at step {self.step}, saved in {self.save()}: the same command resumes"
+            )
 
     def _end_of_epoch(self, metrics: Metrics | None, knn: float | None) -> float | None:
         """Saves and evaluates where the settings ask for it; returns the newest k-NN score."""
@@ -185,14 +211,13 @@ class Trainer:
 
     def _knn(self, metrics: Metrics | None, epoch: int, before: float | None) -> float | None:
         """Weighted k-NN of the teacher on rank 0, while the others wait."""
-        root = self.config.run.knn_root or ("shapes" if self.config.data.root == "shapes" else "")
-        if not root:
+        if not self.knn_root:
             return before
         self.engine.wait_teacher()
         if self.ranks.is_main:
             backbone = self.engine.teacher.backbone
             assert isinstance(backbone, nn.Module)
-            score = online_knn(backbone, root, self.config)
+            score = online_knn(backbone, self.knn_root, self.config)
             before = score["knn"]
             if metrics:
                 metrics.write(self.step, {"epoch": epoch, **score})
@@ -226,6 +251,12 @@ class Trainer:
             "%d images, %d steps per epoch, %d steps; global batch %d = %d * %d ranks * %d",
             len(self.source), self.steps_per_epoch, self.total_steps, self.global_batch,
             self.config.run.local_batch, self.ranks.world_size, self.config.engine.accumulate,
+        )  # fmt: skip
+        log.info(
+            "%s, %s on %s, attention by %s, loss and averages by %s",
+            self.config.engine.name, str(self.engine.dtype).removeprefix("torch."), self.ranks.device,
+            implementation(self.config.model.attention, self.ranks.device),
+            "Triton kernels" if use_triton(self.dino.center) else "plain torch",
         )  # fmt: skip
         return Metrics(self.config.run.dir, self.step, self.total_steps, self.global_batch)
 

@@ -66,9 +66,9 @@ def state(folder: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 def launch(
-    config: Config, processes: int = 1, kill_at: int | None = None, **environment: str
+    config: Config, processes: int = 1, kill_at: int | None = None, signal_number: int = signal.SIGKILL
 ) -> subprocess.CompletedProcess:
-    """Trains ``config`` in processes of their own; kill_at: SIGKILL itself when that step's update is done."""
+    """Trains ``config`` in processes of their own; rank 0 sends itself the signal when step ``kill_at`` is done."""
     config.run.dir.parent.mkdir(parents=True, exist_ok=True)
     script = config.run.dir.parent / f"{config.run.dir.name}.py"
     script.write_text(f"""
@@ -79,8 +79,8 @@ from fastdino.train.trainer import Trainer, train
 original = Trainer.train_step
 def train_step(self, batches):
     loss = original(self, batches)
-    if self.step == {kill_at}:
-        os.kill(os.getpid(), signal.SIGKILL)
+    if self.step == {kill_at} and self.ranks.is_main:
+        os.kill(os.getpid(), {int(signal_number)})
     return loss
 Trainer.train_step = train_step
 train(Config.from_json({config.to_json()!r}))
@@ -96,7 +96,7 @@ train(Config.from_json({config.to_json()!r}))
             str(script),
         ]
     paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | paths | environment
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | paths
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
 
 
@@ -155,6 +155,19 @@ def test_resumes_with_other_ranks_and_stage(tmp_path):
     )
     for name, weight in teacher.items():
         torch.testing.assert_close(moved[name], weight, atol=2e-5, rtol=1e-4)
+
+
+def test_a_notice_saves_and_stops_all_ranks(tmp_path):
+    """SIGTERM to one of two ranks: both stop at the same step, saved; resuming gives the run that was never stopped."""
+    same = {"model__drop_path": 0.0, "run__local_batch": 4}
+    straight = launch(tiny(tmp_path / "straight", **same), processes=2)
+    assert straight.returncode == 0, straight.stderr
+    config = tiny(tmp_path / "noticed", **same)
+    noticed = launch(config, processes=2, kill_at=7, signal_number=signal.SIGTERM)
+    assert "stopped by a signal at step 7" in noticed.stderr
+    assert (config.run.dir / "checkpoints/step-00000007").exists()
+    assert launch(config, processes=2).returncode == 0
+    assert losses(tmp_path / "straight") == losses(tmp_path / "noticed")
 
 
 def test_another_global_batch_is_refused(tmp_path):
