@@ -81,8 +81,12 @@ class _Views(Dataset[Batch]):
 
     def _read(self, epoch: int, index: int, bad: list[str]) -> Image.Image | BadImage:
         """Image ``index``, or the first readable one of a random row; names those that were not in ``bad``."""
+        try:
+            return self.source.read(index)[0]
+        except BadImage as error:
+            bad.append(error.name)
         row = random_bits(Purpose.REPLACEMENT, self.seed, epoch, index, _MAX_ATTEMPTS) % np.uint64(len(self.source))
-        for candidate in (index, *row.tolist()):
+        for candidate in row.tolist():
             try:
                 return self.source.read(candidate)[0]
             except BadImage as error:
@@ -175,7 +179,9 @@ def train_batches(
         seed=config.run.seed,
     )
     keys = plan.micro_batches(rank, start_step)
-    num_workers = _affordable(config.data.num_workers, rank)
+    num_workers = _affordable(config.data.num_workers)
+    if num_workers < config.data.num_workers and rank == 0:
+        log.info("data.num_workers=%d lowered to %d, this rank's cores", config.data.num_workers, num_workers)
     batches = _MadeAhead(_Views(config, source), num_workers, batch_sampler=keys, pin_memory=device.type == "cuda")
     return TrainBatches(batches, plan, start_step, config.data.max_bad, device)
 
@@ -219,16 +225,10 @@ def labelled_batches(source: Source, size: int, batch_size: int, num_workers: in
             yield pixels, labels
 
 
-def _affordable(wanted: int, rank: int = 0) -> int:
+def _affordable(wanted: int) -> int:
     """``wanted`` workers, or as many as this rank has cores: more would only take turns."""
     cores, ranks_here = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    affordable = min(wanted, max(1, cores // ranks_here))
-    if affordable < wanted and rank == 0:
-        log.warning(
-            "data.num_workers=%d lowered to %d: this machine lends %d cores to %d ranks",
-            wanted, affordable, cores, ranks_here,
-        )  # fmt: skip
-    return affordable
+    return min(wanted, max(1, cores // ranks_here))
 
 
 class _MadeAhead:

@@ -302,19 +302,25 @@ def test_workers_end_with_the_trainer(number, kind):
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
 
 
-def test_workers_are_no_more_than_the_cores(monkeypatch, caplog):
+def test_workers_are_no_more_than_the_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
     assert _affordable(10) == 10
-    assert caplog.text == ""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert _affordable(10, rank=1) == 2
-    assert caplog.text == ""
-    with caplog.at_level(logging.WARNING):
-        assert _affordable(10) == 2
-    assert "data.num_workers=10 lowered to 2" in caplog.text
+    assert _affordable(10) == 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
     assert _affordable(10) == 1
     assert _affordable(0) == 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_fewer_workers_are_noted_once_over_all_ranks(shapes, monkeypatch, caplog, rank):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(1))
+    before = children()
+    with caplog.at_level(logging.INFO):
+        batches = start(make_config(num_workers=3), shapes, rank=rank, world_size=2)
+    assert len(children() - before) == 1
+    assert ("data.num_workers=3 lowered to 1" in caplog.text) == (rank == 0)
+    batches.close()
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation
