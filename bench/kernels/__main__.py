@@ -1,0 +1,50 @@
+"""Every kernel beside its reference, torch.compile and the best public alternative.
+
+Correct first, then timed. ``python -m bench.kernels`` writes bench/results/kernels-DEVICE.json, in pytest-benchmark's
+format. On a GPU these are the kernels; on a CPU the references, which is what a CPU runs.
+"""
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.kernels.measure import OPERATIONS
+from bench.record import ROOT, result_path
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__)
+    parser.add_argument("--only", choices=OPERATIONS, help="one operation")
+    parser.add_argument("--shape", nargs="+", default=[], help="instead of the usual ones, such as 10,2,64,65536,bf16")
+    parser.add_argument("--rounds", type=int, help="pairs of measurements")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--out", type=Path, help="default: bench/results/kernels-DEVICE.json, if nothing is left out")
+    options = parser.parse_args()
+    if options.shape and not options.only:
+        parser.error("--shape is of one operation: name it with --only")
+    device = torch.device(options.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    out = options.out
+    if out is None and not (options.only or options.no_compile):
+        out = result_path("kernels", device)
+    arguments = [f"--{key}={value}" for key, value in (("only", options.only), ("rounds", options.rounds)) if value]
+    arguments += [f"--shapes={' '.join(options.shape)}", f"--device={device}"]
+    arguments += ["--no-compile"] if options.no_compile else []
+    arguments += [f"--benchmark-json={out}"] if out else []
+    warnings.filterwarnings("ignore", category=FutureWarning)  # lightly's head uses the old weight_norm
+    return pytest.main(
+        [str(Path(__file__).parent / "bench_kernels.py"), f"--rootdir={ROOT}", "-p", "no:cacheprovider", "-q",
+         "-o", "python_functions=bench_*", "-o", "timeout=0", "--benchmark-group-by=group",
+         "-W", "ignore:Benchmark fixture was not used",
+         "--benchmark-columns=median,iqr,rounds", "--benchmark-sort=fullname", *arguments]
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""Measures one case: correct first, then all variants interleaved, beside a copy in the same rounds."""
+
+import itertools
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.counters import launches, peak_bytes
+from bench.kernels import center_mean, dino_loss, ema_update
+from bench.kernels.case import OURS, Bound, Case, Variant, check
+from bench.timing import Clock, Work, interleave, paired_ratio
+
+OPERATIONS: dict[str, Any] = {"dino_loss": dino_loss, "center_mean": center_mean, "ema_update_": ema_update}
+COPY = "copy"  # the yardstick of bandwidth
+ROUNDS = {"cuda": 200, "cpu": 25}
+COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}  # of the tensor that is copied
+CPU_CACHE = 2**25  # bytes; a GPU is asked
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of every round and the figures derived from them, by variant."""
+
+    seconds: dict[str, list[float]]
+    figures: dict[str, dict[str, Any]]
+
+
+def make_cases(only: str | None, shapes: list[str], device: torch.device, compiled: bool) -> list[Case]:
+    """The cases of one operation or of all, at ``shapes`` or at those that each operation names for the device."""
+    names = [only] if only else list(OPERATIONS)
+    return [
+        case
+        for name in names
+        for case in OPERATIONS[name].cases(device, shapes or OPERATIONS[name].SHAPES[device.type], compiled)
+    ]
+
+
+def measure(case: Case, device: torch.device, rounds: int) -> Measured:
+    """Raises AssertionError, and times nothing, when a result is wrong."""
+    errors = check(case)
+    inputs = [case.make(1 + i) for i in range(_num_inputs(case, device))]
+    order = itertools.count()
+    works = {name: _work(variant, inputs, order) for name, variant in case.variants.items()}
+    source = torch.randn(COPY_BYTES[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    works[COPY] = Work(lambda index: target.copy_(source))
+    seconds, host = interleave(works, rounds, Clock(device))
+    copy_bandwidth = 2 * COPY_BYTES[device.type] / statistics.median(seconds[COPY])
+    figures = {}
+    for name, variant in case.variants.items():
+        median = statistics.median(seconds[name])
+        seen = (
+            device.type == "cuda" or "torch.compile" not in name
+        )  # on a CPU the counters see aten calls, not its code
+        figures[name] = {
+            "milliseconds": 1e3 * median,
+            "times_ours": asdict(paired_ratio(seconds[name], seconds[OURS])),
+            "copy_fraction": case.bytes / median / copy_bandwidth,
+            "least_bytes": case.bytes,
+            "peak_bytes": peak_bytes(variant.bind(case.make(0)), device) if seen else None,
+            "launches": launches(variant.bind(case.make(0)), device) if seen else None,
+            "host_milliseconds": 1e3 * host[name],
+            "error": errors[name],
+        }
+    return Measured(seconds, figures)
+
+
+def _num_inputs(case: Case, device: torch.device) -> int:
+    """So many that between two uses of the same inputs three caches full of others are touched."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else CPU_CACHE
+    return 1 + max(1, -(-3 * cache // case.bytes))
+
+
+def _work(variant: Variant, inputs: list[Any], order: Iterator[int]) -> Work:
+    """Takes the next inputs at every call of any variant, since ``order`` is common to them."""
+    calls: list[Bound] = [variant.bind(x) for x in inputs]
+    last = 0
+
+    def run(index: int) -> list[Tensor]:
+        nonlocal last
+        last = next(order) % len(calls)
+        return calls[last]()
+
+    restore: Callable[[Any], object] = variant.restore or (lambda x: None)
+    return Work(run, lambda index: restore(inputs[last]))

@@ -1,0 +1,68 @@
+"""What a result file says of where its figures come from, and how it is written."""
+
+import importlib.metadata
+import json
+import platform
+import re
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+PACKAGES = ("torch", "triton", "deepspeed", "xformers", "lightly", "timm")
+
+
+def provenance(device: torch.device, module: str) -> dict[str, Any]:
+    """Commit, device, versions, command and date of a measurement that ``python -m module ...`` makes now."""
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--", "fastdino", "kernels", "bench/*.py", "bench/kernels")),
+        "device": device_name(device),
+        "driver": _driver(device),
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "command": " ".join(["python -m", module, *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's or the processor's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    return f"{found[1] if found else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def result_path(bench: str, device: torch.device) -> Path:
+    """bench/results/BENCH-DEVICE.json; all processors share one file, each kind of GPU has its own."""
+    name = "cpu" if device.type == "cpu" else re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    return RESULTS / f"{bench}-{name}.json"
+
+
+def write(path: Path, document: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _git(*args: str) -> str:
+    return subprocess.run(["git", *args], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+
+
+def _driver(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,210 @@
+"""The whole training step beside a careful public peer, in the same run: same weights, views, precision.
+
+Correct first: before anything is timed, ours and the peers' losses over three steps must agree.
+``python -m bench.step`` writes bench/results/step-DEVICE.json.
+"""
+
+import argparse
+import gc
+import statistics
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.counters import LiveBytes, OpCounts, launches, peak_bytes
+from bench.peers import Peer
+from bench.record import provenance, result_path, write
+from bench.timing import Clock, Work, interleave, matmul_flops, paired_ratio
+from bench.workload import build_trainer, flatten_positions, random_batch, step_config, step_flops
+from fastdino.config import Config
+from fastdino.data import Batch
+from fastdino.train import distributed
+from fastdino.train.distributed import Ranks
+from fastdino.train.trainer import Trainer
+
+OURS = "fastdino"
+ARCHS = {"cuda": ["vit_small", "vit_base"], "cpu": ["vit_tiny"]}
+ROUNDS = {"cuda": 60, "cpu": 15}
+NUM_BATCHES = 4
+CHECKED_STEPS = 3
+TOLERANCE = {"fp32": 2e-3, "bf16": 2e-2}  # of the loss, relative; the first step in fp32: FIRST
+FIRST = 1e-5
+
+
+@dataclass
+class Contender:
+    """Something that trains: ``step`` is one update on a batch, ``networks`` what eval() and train() switch."""
+
+    step: Callable[[Batch], Tensor]
+    networks: list[nn.Module]
+    state_bytes: int = 0
+    """What stays allocated between steps: weights, moments, buffers."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--arch", nargs="+", help="default: vit_small and vit_base on a GPU, vit_tiny on a CPU")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--no-compile", action="store_true", help="leave the compiled peer out")
+    parser.add_argument("--out", type=Path, help="default: bench/results/step-DEVICE.json, if nothing is changed")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # lightly's head uses the old weight_norm
+    ranks = distributed.init("cuda" if device.type == "cuda" else "cpu")
+    try:
+        rounds = options.rounds or ROUNDS[device.type]
+        archs = options.arch or ARCHS[device.type]
+        cases = [measure(arch, ranks, rounds, compiled=not options.no_compile) for arch in archs]
+    finally:
+        distributed.shutdown()
+    document = {"provenance": provenance(device, "bench.step"), "cases": cases}
+    if options.out or not (options.arch or options.no_compile):
+        write(options.out or result_path("step", device), document)
+    for case in cases:
+        print(table(case))
+    return 0
+
+
+def measure(arch: str, ranks: Ranks, rounds: int, compiled: bool) -> dict[str, Any]:
+    """All figures of one architecture. Raises AssertionError, and times nothing, when the losses disagree."""
+    config = step_config(arch, ranks.device)
+    with tempfile.TemporaryDirectory() as folder:
+        contenders = build(config, ranks, Path(folder), compiled)
+        batches = [random_batch(config, ranks.device, seed) for seed in range(NUM_BATCHES)]
+        losses = check(contenders, batches, config)
+        works = {
+            name: Work(lambda index, c=contender: c.step(batches[index % NUM_BATCHES]))  # type: ignore[misc]
+            for name, contender in contenders.items()
+        }
+        clock = Clock(ranks.device)
+        seconds, _ = interleave(works, rounds, clock, hide_launches=False)
+        dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+        peak_flops = matmul_flops(ranks.device, dtype, clock)
+        figures = {}
+        for name, contender in contenders.items():
+            figures[name] = _figures(contender, name, config, seconds, batches[0], peak_flops)
+    return {
+        "arch": arch, "views": f"2 x {config.views.global_size} + {config.views.num_local} x {config.views.local_size}",
+        "batch": config.run.local_batch, "prototypes": config.head.num_prototypes,
+        "precision": config.engine.precision, "rounds": rounds, "step_flops": step_flops(config),
+        "matmul_flops_per_s": peak_flops, "losses": losses, "contenders": figures,
+    }  # fmt: skip
+
+
+def _figures(
+    contender: Contender, name: str, config: Config, seconds: dict[str, list[float]], batch: Batch, peak_flops: float
+) -> dict[str, Any]:
+    device = batch.global_views.device
+    median = statistics.median(seconds[name])
+    with OpCounts() as counts:
+        contender.step(batch)
+    seen = device.type == "cuda" or "compile" not in name  # on a CPU the counters see aten calls, not compiled code
+    return {
+        "milliseconds": 1e3 * median,
+        "images_per_second": config.run.local_batch / median,
+        "times_ours": asdict(paired_ratio(seconds[name], seconds[OURS])),
+        "mfu": step_flops(config) / median / peak_flops,
+        "state_bytes": contender.state_bytes if seen else None,
+        "peak_bytes": contender.state_bytes + peak_bytes(lambda: contender.step(batch), device) if seen else None,
+        "host_syncs": counts.syncs.total() if seen else None,
+        "launches": launches(lambda: contender.step(batch), device) if seen else None,
+    }
+
+
+def build(config: Config, ranks: Ranks, folder: Path, compiled: bool) -> dict[str, Contender]:
+    """Ours with its default engine and with the plain one, and the peer, all with the same weights."""
+    contenders, weights = {}, dict[str, Tensor]()
+    for label, engine in ((OURS, "deepspeed"), ("fastdino, torch engine", "torch")):
+        settings = step_config(config.model.arch, ranks.device, engine=engine)
+
+        def make(settings: Config = settings, label: str = label) -> Contender:
+            trainer = build_trainer(settings, ranks, folder / label)
+            _restart(trainer, weights)
+            trained = [trainer.engine.student, trainer.engine.teacher]
+            return Contender(lambda batch: trainer.train_step([batch]), trained)
+
+        contenders[label] = _counted(make, ranks.device)
+    peers = {"lightly + timm": False} | ({"lightly + timm, torch.compile": True} if compiled else {})
+    for label, compile_it in peers.items():
+
+        def make_peer(compile_it: bool = compile_it) -> Contender:
+            peer = Peer(config, weights, ranks.device, compile_it)
+            return Contender(peer.train_step, [peer.student, peer.teacher])
+
+        contenders[label] = _counted(make_peer, ranks.device)
+    return contenders
+
+
+def _counted(make: Callable[[], Contender], device: torch.device) -> Contender:
+    """What ``make`` gives, with the bytes that it keeps allocated; AdamW's moments are made at the first step."""
+    gc.collect()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        contender = make()
+        contender.state_bytes = torch.cuda.memory_allocated() - before
+    else:
+        with LiveBytes() as live:
+            contender = make()
+        gc.collect()
+        contender.state_bytes = live.live
+    return contender
+
+
+def _restart(trainer: Trainer, weights: dict[str, Tensor]) -> None:
+    """The first trainer gives its weights, with one position embedding for all patches; later ones take them."""
+    if not weights:
+        weights.update(
+            {name: p.detach().float().clone() for name, p in trainer.engine.student_network.named_parameters()}
+        )
+        for fragment in trainer.engine.fragments():
+            weights[fragment.name].view(-1)[fragment.start : fragment.stop] = fragment.tensors["param"]
+        flatten_positions(weights)
+    for fragment in trainer.engine.fragments():
+        for key in ("param", "ema"):
+            fragment.tensors[key].copy_(weights[fragment.name].view(-1)[fragment.start : fragment.stop])
+    trainer.engine.after_load()
+
+
+def check(contenders: dict[str, Contender], batches: list[Batch], config: Config) -> dict[str, list[float]]:
+    """Losses of the first steps without drop path; raises AssertionError when a peer's are not ours."""
+    losses: dict[str, list[float]] = {}
+    for name, contender in contenders.items():
+        for network in contender.networks:
+            network.eval()
+        losses[name] = [float(contender.step(batches[step % NUM_BATCHES])) for step in range(CHECKED_STEPS)]
+        for network in contender.networks:
+            network.train()
+        for step, (got, want) in enumerate(zip(losses[name], losses[OURS], strict=True)):
+            allowed = FIRST if step == 0 and config.engine.precision == "fp32" else TOLERANCE[config.engine.precision]
+            assert abs(got - want) <= allowed * abs(want), (
+                f"no figure: step {step} of {name} has loss {got}, ours {want}"
+            )
+    return losses
+
+
+def table(case: dict[str, Any]) -> str:
+    """The case in a few lines."""
+    lines = [f"{case['arch']}, {case['views']} px, batch {case['batch']}, {case['precision']}"]
+    for name, f in case["contenders"].items():
+        ratio = f["times_ours"]
+        peak = f"{f['peak_bytes'] / 1e6:8.1f} MB" if f["peak_bytes"] is not None else "          -"
+        lines.append(
+            f"  {name:30} {f['milliseconds']:9.2f} ms {f['images_per_second']:9.1f} images/s"
+            f"  MFU {100 * f['mfu']:5.1f} %  {peak}  syncs {f['host_syncs']}  launches {f['launches']}  x {ratio['median']:.3f}"
+            f" [{ratio['low']:.3f}, {ratio['high']:.3f}]"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""The training step as the benchmarks run it: settings, random views resident in memory, and its FLOPs."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastdino.config import (
+    Config,
+    DataConfig,
+    EngineConfig,
+    HeadConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    ViewsConfig,
+)
+from fastdino.data import Batch
+from fastdino.model.vit import SIZES
+from fastdino.train.distributed import Ranks
+from fastdino.train.trainer import Trainer
+
+
+def step_config(arch: str, device: torch.device, *, engine: str = "deepspeed", precision: str = "auto") -> Config:
+    """DINO v1's settings at full size for a GPU; on a CPU 2 + 4 views of 96 and 48 pixels and 4096 prototypes.
+
+    Two things are set so that a peer can do the same arithmetic: clipping by the common norm, prototypes that move
+    from the first step on.
+    """
+    full = device.type == "cuda"
+    if precision == "auto":
+        precision = "bf16" if full else "fp32"
+    return Config(
+        model=ModelConfig(arch=arch),
+        head=HeadConfig() if full else HeadConfig(num_prototypes=4096, hidden_dim=512),
+        views=ViewsConfig() if full else ViewsConfig(global_size=96, local_size=48, num_local=4),
+        data=DataConfig(root="shapes", num_images=4096, num_workers=0),
+        optim=OptimConfig(warmup_epochs=0, clip_mode="global", freeze_last_layer=0),
+        engine=EngineConfig(name=engine, precision=precision, device=device.type),  # type: ignore[arg-type]
+        run=RunConfig(local_batch=64 if full else 4),
+    )
+
+
+def nano_config(*, engine: str = "deepspeed", precision: str = "fp32", zero_stage: int = 1) -> Config:
+    """The smallest step that has everything, with the product's defaults: what CI counts."""
+    return Config(
+        model=ModelConfig(arch="vit_nano", patch_size=8),
+        head=HeadConfig(num_prototypes=512, hidden_dim=128, bottleneck_dim=64),
+        views=ViewsConfig(global_size=32, local_size=16, num_local=4),
+        data=DataConfig(root="shapes", num_images=64, num_workers=0),
+        optim=OptimConfig(warmup_epochs=0, freeze_last_layer=0),
+        engine=EngineConfig(name=engine, precision=precision, zero_stage=zero_stage, device="cpu"),  # type: ignore[arg-type]
+        run=RunConfig(local_batch=4),
+    )
+
+
+def random_batch(config: Config, device: torch.device, seed: int) -> Batch:
+    """Views of noise, as the loader would hand them over."""
+    sides, size = (config.views.global_size, config.views.local_size), config.run.local_batch
+    counts = (2, config.views.num_local)
+    shapes = [(count, size, 3, side, side) for count, side in zip(counts, sides, strict=True)]
+    generator = torch.Generator(device).manual_seed(seed)
+    views = [torch.randint(256, s, generator=generator, device=device, dtype=torch.uint8) for s in shapes]
+    return Batch(views[0], views[1])
+
+
+def build_trainer(config: Config, ranks: Ranks, folder: Path) -> Trainer:
+    """A trainer whose run folder is under ``folder``; it reads no image as long as nobody asks for a batch."""
+    return Trainer(dataclasses.replace(config, run=dataclasses.replace(config.run, dir=folder / "run")), ranks)
+
+
+@torch.no_grad()
+def flatten_positions(weights: dict[str, Tensor]) -> None:
+    """One position embedding for all patches, in place: then every way to resample it to another grid agrees."""
+    positions = weights["backbone.pos_embed"][:, 1:]
+    positions.copy_(positions.mean(1, keepdim=True).expand_as(positions))
+
+
+def step_flops(config: Config) -> float:
+    """FLOPs of one training step's matrix products as DINO defines it: every block for every token.
+
+    A backward pass takes twice its forward, but for the patches, whose pixels need no gradient. The teacher has no
+    backward. Work that an implementation avoids counts as if done: the figure is of the problem, not of the code.
+    """
+    views, rows = config.views, config.run.local_batch * config.engine.accumulate
+    size = SIZES[config.model.arch.removeprefix("vit_")]
+    width, patch = size.width, config.model.patch_size
+
+    def backbone(pixels: int) -> tuple[float, float]:
+        """Forward FLOPs of one view: of the patches, of the rest."""
+        patches = (pixels // patch) ** 2
+        tokens = patches + 1
+        linear = 2 * tokens * (4 * width * width + 2 * width * size.hidden)
+        attention = 4 * tokens * tokens * width
+        return 2.0 * patches * 3 * patch**2 * width, float(size.depth * (linear + attention))
+
+    head = config.head
+    hidden = [head.hidden_dim] * (head.num_layers - 1)
+    widths = [width, *hidden, head.bottleneck_dim, head.num_prototypes]
+    head_flops = 2.0 * sum(a * b for a, b in itertools.pairwise(widths))
+    total = 0.0
+    for count, pixels in ((2, views.global_size), (views.num_local, views.local_size)):
+        patches, blocks = backbone(pixels)
+        total += count * (2 * patches + 3 * (blocks + head_flops))
+        if pixels == views.global_size:
+            total += count * (patches + blocks + head_flops)  # the teacher
+    return rows * total
