@@ -1,7 +1,18 @@
 """Fused Triton kernels for self-distillation, each beside the plain-torch reference that defines it."""
 
+from fastdino_kernels.adamw_ema import Rates, adamw_ema_
 from fastdino_kernels.center import center_mean
 from fastdino_kernels.ema import ema_update_
 from fastdino_kernels.loss import dino_loss
+from fastdino_kernels.segments import Segments, make_segments, segment_squares
 
-__all__ = ["center_mean", "dino_loss", "ema_update_"]
+__all__ = [
+    "Rates",
+    "Segments",
+    "adamw_ema_",
+    "center_mean",
+    "dino_loss",
+    "ema_update_",
+    "make_segments",
+    "segment_squares",
+]

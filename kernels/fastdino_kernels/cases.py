@@ -6,9 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastdino_kernels.adamw_ema import Rates, adamw_ema_
 from fastdino_kernels.center import center_mean
 from fastdino_kernels.ema import ema_update_
 from fastdino_kernels.loss import dino_loss
+from fastdino_kernels.segments import BLOCK, Segments, make_segments, segment_squares
 
 # DINO v1's headline: 10 student and 2 teacher views of 64 images, 65536 prototypes, ViT-B/16 with its head.
 S, T, B, K = 10, 2, 64, 65536
@@ -19,6 +21,8 @@ NARROW = {
     "_slice_kernel": frozenset({"store"}),
     "_merge_kernel": frozenset({"load", "store"}),
     "_center_mean_kernel": frozenset({"store"}),
+    "_partial_squares_kernel": frozenset({"store"}),
+    "_segment_squares_kernel": frozenset({"load", "store"}),
 }
 
 
@@ -48,6 +52,30 @@ def _ema_list() -> None:
     ema_update_(teacher, student, 0.996)
 
 
+def _adamw_ema(segments: Segments | None = None) -> None:
+    """Clipped, guarded, and with the rounded teacher that the next step computes with."""
+    param, grad, exp_avg, exp_avg_sq, ema = (_empty(PARAMETERS) for _ in range(5))
+    adamw_ema_(
+        param,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        ema,
+        _empty(),
+        Rates(lr=1e-3, weight_decay=0.04, momentum=0.996),
+        grad_scale=_empty() if segments is None else _empty(len(segments.lengths)),
+        segments=segments,
+        found_inf=_empty(),
+        ema_shadow=_empty(PARAMETERS, dtype=torch.bfloat16),
+    )
+
+
+def _segments() -> Segments:
+    """As many as ViT-B with its head has tensors; one in two is a bias."""
+    pairs = [n for _ in range(79) for n in (PARAMETERS // 79 - 768, 768)]
+    return make_segments([*pairs, PARAMETERS - sum(pairs)], "cpu")
+
+
 CASES = {
     "dino_loss": Case(
         _dino_loss,
@@ -71,4 +99,13 @@ CASES = {
         {"_ema_kernel": PARAMETERS * (4 + 4 + 4 + 2)},
     ),
     "ema_update_ list": Case(_ema_list, PARAMETERS, {"_ema_list_kernel": PARAMETERS * (4 + 2 + 4)}),
+    "adamw_ema_": Case(_adamw_ema, PARAMETERS, {"_adamw_ema_kernel": PARAMETERS * (9 * 4 + 2)}),
+    "adamw_ema_ with segments": Case(
+        lambda: _adamw_ema(_segments()), PARAMETERS, {"_adamw_ema_kernel": PARAMETERS * (9 * 4 + 2)}
+    ),
+    "segment_squares": Case(
+        lambda: segment_squares(_empty(PARAMETERS), _segments()),
+        PARAMETERS,
+        {"_partial_squares_kernel": PARAMETERS * 4, "_segment_squares_kernel": PARAMETERS // BLOCK * 4},
+    ),
 }

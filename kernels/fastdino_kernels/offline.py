@@ -56,7 +56,7 @@ class Report:
     loads_128: int  # in the whole kernel, accesses of global memory that are 128 bits wide
     stores_128: int
     hot_instructions: int
-    hot_bytes: int  # moved in accesses of 64 bits and more: a row's few numbers do not count
+    hot_bytes: int  # moved in accesses of 64 bits and more, if there are any: a row's few numbers do not count
     hot_exps: int
 
     def problems(self, narrow: Set[str] = frozenset()) -> list[str]:
@@ -125,6 +125,7 @@ def _report(kernel: Any, target: str) -> Report:
     lines, registers, spills = reader(kernel)
     accesses = [_access(line) for line in lines]
     hot = _hot(lines)
+    sizes = [access[1] for line in hot if (access := _access(line))]
     return Report(
         kernel=kernel.metadata.name,
         target=target,
@@ -135,7 +136,7 @@ def _report(kernel: Any, target: str) -> Report:
         loads_128=sum(access == ("load", 16) for access in accesses),
         stores_128=sum(access == ("store", 16) for access in accesses),
         hot_instructions=len(hot),
-        hot_bytes=sum(access[1] for line in hot if (access := _access(line)) and access[1] >= 8),
+        hot_bytes=sum(size for size in sizes if size >= 8) or sum(sizes),
         hot_exps=sum("MUFU.EX2" in line or "v_exp_f32" in line for line in hot),
     )
 
