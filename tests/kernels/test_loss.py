@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdino_kernels import loss
+from fastdino_kernels import soft_cross_entropy
 from fastdino_kernels.loss import dino_loss, dino_loss_reference
 from fastdino_kernels.testing import assert_no_worse
 
@@ -43,7 +43,7 @@ def poisoned_memory() -> Iterator[None]:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 64 and 32, so that a short row has several, and the two passes differ in them."""
     blocks = {"slice": {"BLOCK_K": 64, "num_warps": 1}, "gradient": {"BLOCK_K": 32, "num_warps": 2}}
-    monkeypatch.setattr(loss, "launch_config", lambda num_prototypes: blocks)
+    monkeypatch.setattr(soft_cross_entropy, "launch_config", lambda num_prototypes, num_views: blocks)
 
 
 def random_inputs(
@@ -139,6 +139,7 @@ def test_a_common_offset_costs_no_accuracy() -> None:
     """Softmax ignores it; sums of exponentials and products that are not taken about the maximum do not."""
     student, teacher, center = random_inputs((3, 2, 2, 200))
     check(student + 1000, teacher - 1000, center)
+    check(student - 1000, teacher + 1000, center)
 
 
 @pytest.mark.usefixtures("small_blocks")
