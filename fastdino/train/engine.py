@@ -13,7 +13,7 @@ from fastdino.config import Config
 from fastdino.train.distributed import Ranks
 from fastdino.train.optim import Shard
 from fastdino.train.schedules import Now
-from fastdino.train.torch_engine import Engine, Fragment, TorchEngine, all_finite
+from fastdino.train.torch_engine import BatchNorm, Engine, Fragment, TorchEngine
 
 __all__ = ["Engine", "Fragment", "build_engine", "deepspeed_config"]
 
@@ -41,7 +41,7 @@ def build_engine(config: Config, student: nn.Module, teacher: nn.Module, ranks: 
 
 def _prepare(network: nn.Module, ranks: Ranks) -> nn.Module:
     """On the device, with batch statistics over all ranks where there are any, as in DINO v1."""
-    if ranks.world_size > 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules()):
+    if ranks.world_size > 1 and any(isinstance(m, BatchNorm) for m in network.modules()):
         if ranks.device.type == "cpu":
             raise RuntimeError(
                 f"batch normalisation over {ranks.world_size} processes needs GPUs, because torch's SyncBatchNorm has "
@@ -137,8 +137,6 @@ class DeepSpeedEngine(Engine):
         for index, group in enumerate(self._bound()):
             shard: Shard = group["shard"]
             pieces += self._zero.averaged_gradients[index][: len(shard.pieces)]  # what is left is padding
-        if self.ranks.world_size > 1:
-            finite = all_finite(finite)
         self.optimizer.prepare(now, pieces, finite)
         self._deepspeed.step()
         self._micro_batch = 0

@@ -125,26 +125,30 @@ class Optimizer(torch.optim.Optimizer):
         Args:
             now: what the schedules say.
             grads: the gradient of every piece of every group's shard, in order; any shape and dtype.
-            finite: 0-d bool, the same on every rank; False makes the step a no-op.
+            finite: 0-d bool; False makes the step a no-op, on all ranks among which the shards are split.
         """
         for group in self.param_groups:
             group["lr"], group["momentum"] = now.lr, now.momentum
             group["weight_decay"] = now.weight_decay if group["group"].regularized else 0.0
             group["frozen"] = now.freeze_last_layer and group["group"].last_layer
-        squares = self._sum_squares(grads, self.index)
+        squares = self._sum_squares(grads, self.index, torch.where(finite, 0.0, torch.nan))
         self.grad_norm = squares.sum().sqrt()
-        self.ok = finite & torch.isfinite(self.grad_norm)
+        self.ok = torch.isfinite(self.grad_norm)
         self.found_inf = (~self.ok).float()  # the fused kernels' word for: leave everything as it is
         norms = squares.sqrt() if self.clip_mode == "tensor" else self.grad_norm.expand(self.num_params)
         self.scale = (self.clip / (norms + 1e-6)).clamp(max=1)
         self._count()
 
-    def _sum_squares(self, tensors: list[Tensor], index: Tensor) -> Tensor:
-        """(num_params,) squared L2 norms of whole parameters, from the pieces of those in ``index``."""
+    def _sum_squares(self, tensors: list[Tensor], index: Tensor, offset: float | Tensor = 0.0) -> Tensor:
+        """(num_params,) squared L2 norms of whole parameters, from the pieces of those in ``index``.
+
+        A not finite ``offset`` of one rank reaches all of them through the sum.
+        """
         squares = torch.zeros(self.num_params, device=index.device)
         if tensors:
             norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32))
             squares.index_copy_(0, index, norms.square())  # a rank holds at most one piece of a parameter
+        squares.add_(offset)
         if self.reduce is not None:
             self.reduce(squares)
         return squares

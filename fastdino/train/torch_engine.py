@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # all of them, SyncBatchNorm too
 
 from fastdino.config import Config
 from fastdino.train.distributed import Ranks
@@ -56,6 +57,11 @@ class Engine:
             n: p.detach().flatten().clone() for n, p in student.named_parameters() if not p.requires_grad
         }
         self._gathers: list[dist.Work] = []
+        for network in (student, teacher):
+            for module in network.modules():
+                if isinstance(module, BatchNorm):  # torch takes running statistics in the dtype of the weights only
+                    for name, buffer in module.named_buffers(recurse=False):
+                        setattr(module, name, buffer.to(self.dtype) if buffer.is_floating_point() else buffer)
 
     @property
     def saves(self) -> bool:
@@ -134,6 +140,7 @@ class Engine:
     def _bound(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
 
+    @torch.no_grad()
     def _adopt(self, masters: list[Tensor], parts: int, part: int) -> None:
         """Takes this rank's masters, slice ``part`` of ``parts`` of each group, and lays the teacher out like them."""
         teacher, shards = dict(self.teacher.named_parameters()), []
@@ -195,7 +202,7 @@ class TorchEngine(Engine):
     @torch.no_grad()
     def step(self, now: Now, finite: Tensor) -> None:
         if self.ranks.world_size > 1:
-            finite = all_finite(finite)
+            self._grads[0][:1].add_(torch.where(finite, 0.0, torch.nan))  # tells the others within the same all-reduce
             for grad in self._grads:
                 dist.all_reduce(grad)
                 grad.div_(self.ranks.world_size)
@@ -220,13 +227,6 @@ def uses_bf16(config: Config, ranks: Ranks) -> bool:
     """True when weights and gradients of the forward and backward passes are bf16."""
     precision = config.engine.precision
     return precision == "bf16" or (precision == "auto" and ranks.device.type == "cuda")
-
-
-def all_finite(finite: Tensor) -> Tensor:
-    """0-d bool: ``finite`` is true on every rank."""
-    told = finite.int()
-    dist.all_reduce(told, op=dist.ReduceOp.MIN)
-    return told.bool()
 
 
 def point_into(flat: Tensor, params: list[nn.Parameter], grad: bool = False) -> None:

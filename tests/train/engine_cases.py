@@ -1,0 +1,246 @@
+"""What test_engine.py compares: runs every case at this world size and writes the results to a file.
+
+python engine_cases.py OUT [OTHERS], plain or under a launcher.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdino.config import Config, EngineConfig, HeadConfig, ModelConfig, OptimConfig, RunConfig, ViewsConfig
+from fastdino.model.network import build_network
+from fastdino.train import distributed
+from fastdino.train.engine import Engine, build_engine
+from fastdino.train.schedules import Now
+
+GLOBAL_BATCH, STEPS = 8, 5
+ENGINES = {"torch": ("torch", 1), "zero0": ("deepspeed", 0), "zero1": ("deepspeed", 1), "zero2": ("deepspeed", 2)}
+BASE = Config(
+    model=ModelConfig(arch="vit_nano", patch_size=8, drop_path=0.0),
+    head=HeadConfig(num_prototypes=61, num_layers=2, hidden_dim=19, bottleneck_dim=11),  # odd, so that slices straddle
+    views=ViewsConfig(global_size=16, local_size=8, num_local=2),
+    optim=OptimConfig(clip=0.3),  # low enough to clip some tensors and not others
+    run=RunConfig(local_batch=GLOBAL_BATCH),
+)
+SYNCS = {"_local_scalar_dense", "is_nonzero", "item", "equal", "nonzero", "masked_select", "_unique2"}
+
+
+class SyncCount(TorchDispatchMode):
+    """Names what makes the host wait for the device, while it is entered."""
+
+    def __enter__(self) -> "SyncCount":
+        self.found: list[str] = []
+        self.patches = [
+            mock.patch.object(torch.Tensor, name, self.noting(name, getattr(torch.Tensor, name)))
+            for name in ("tolist", "numpy", "cpu")  # these do not pass the dispatcher
+        ]
+        if "deepspeed" in sys.modules:
+            accelerator = sys.modules["deepspeed.accelerator"].get_accelerator()
+            waits = self.noting("synchronize", accelerator.synchronize)
+            self.patches.append(mock.patch.object(accelerator, "synchronize", waits))
+        for patch in self.patches:
+            patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for patch in self.patches:
+            patch.stop()
+
+    def noting(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            self.found.append(name)
+            return function(*args, **kwargs)
+
+        return noted
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name.split("::")[-1] in SYNCS:
+            self.found.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def now(step: int) -> Now:
+    """Everything changes every step; the last layer is frozen in the first two."""
+    return Now(lr=2e-4 * (step + 1), weight_decay=0.1 + 0.05 * step, momentum=0.9 + 0.01 * step, teacher_temp=0.07,
+               freeze_last_layer=step < 2)  # fmt: skip
+
+
+class Case:
+    """An engine on the toy task, fed with this rank's share of the same global batches."""
+
+    def __init__(self, ranks: distributed.Ranks, engine: str, **changes: Any) -> None:
+        name, stage = ENGINES[engine]
+        self.accumulate = changes.pop("accumulate", 1)
+        settings = EngineConfig(
+            name=name, zero_stage=stage, device="cpu", precision=changes.pop("precision", "fp32"),
+            accumulate=self.accumulate,
+        )  # fmt: skip
+        self.config = dataclasses.replace(BASE, engine=settings, **changes)
+        self.ranks = ranks
+        torch.manual_seed(ranks.rank)  # the engine has to make all ranks start from rank 0's weights
+        student, teacher = build_network(self.config), build_network(self.config, teacher=True)
+        self.shapes = {name: p.shape for name, p in student.named_parameters()}
+        self.engine: Engine = build_engine(self.config, student, teacher, ranks)
+        self.losses: list[Tensor] = []
+
+    def batch(self, step: int, micro: int) -> list[Tensor]:
+        """Global and local views of the images of one micro batch on this rank."""
+        generator = torch.Generator().manual_seed(step)
+        size = GLOBAL_BATCH // self.ranks.world_size // self.accumulate
+        first = (self.ranks.rank * self.accumulate + micro) * size
+        images = torch.randn(GLOBAL_BATCH, 3, 16, 16, generator=generator)
+        noise = torch.randn(2, GLOBAL_BATCH, 3, 16, 16, generator=generator)
+        views = (images + 0.5 * noise)[:, first : first + size]
+        return [views, views[..., 4:12, 4:12]]
+
+    def loss(self, step: int, micro: int) -> Tensor:
+        """DINO's loss with a center of zero, in plain torch."""
+        groups = self.batch(step, micro)
+        with torch.no_grad():
+            targets = torch.softmax(self.engine.teacher(groups[:1]).float() / now(step).teacher_temp, dim=-1)
+        log_q = F.log_softmax(self.engine.student(groups).float() / 0.1, dim=-1)
+        pairs = [(t, s) for t in range(2) for s in range(4) if t != s]
+        return -torch.stack([(targets[t] * log_q[s]).sum(-1).mean() for t, s in pairs]).mean()
+
+    def step(self, step: int, spoil: Callable[[Tensor], Tensor] = lambda loss: loss) -> None:
+        total = torch.zeros(())
+        for micro in range(self.accumulate):
+            loss = self.loss(step, micro)
+            self.engine.backward(spoil(loss))
+            total += loss.detach() / self.accumulate
+        self.engine.step(now(step), torch.isfinite(total))
+        mean = total.clone()
+        distributed.all_reduce_mean_(mean)
+        self.losses.append(mean)
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Whole tensors by kind and name, from the fragments that a checkpoint would hold; on every rank."""
+        mine = []
+        if self.engine.saves:
+            for f in self.engine.fragments():
+                assert not any(v.requires_grad for v in f.tensors.values())
+                mine.append((f.name, f.start, f.stop, {k: v.clone() for k, v in f.tensors.items()}))
+        everyone: list[Any] = [None] * self.ranks.world_size
+        dist.all_gather_object(everyone, mine)
+        whole: dict[str, dict[str, Tensor]] = {}
+        seen = {name: torch.zeros(shape.numel(), dtype=torch.int) for name, shape in self.shapes.items()}
+        for name, start, stop, tensors in (fragment for fragments in everyone for fragment in fragments):
+            seen[name][start:stop] += 1
+            for kind, values in tensors.items():
+                assert values.dtype == torch.float32
+                assert values.shape == (stop - start,)
+                whole.setdefault(kind, {}).setdefault(name, torch.zeros(self.shapes[name].numel()))[start:stop] = values
+        assert all((count == 1).all() for count in seen.values()), "fragments must cover every element once"
+        return whole
+
+    def load(self, state: dict[str, dict[str, Tensor]], counters: dict[str, Tensor]) -> None:
+        for f in self.engine.fragments():
+            for kind, view in f.tensors.items():
+                view.copy_(state[kind][f.name][f.start : f.stop])
+        self.engine.load_counters(counters)
+        self.engine.after_load()
+
+    def networks(self) -> dict[str, dict[str, Tensor]]:
+        """The weights that student and teacher compute with."""
+        self.engine.wait_teacher()
+        networks = {"student": self.engine.student_network, "teacher": self.engine.teacher}
+        return {role: {n: p.detach().clone() for n, p in net.named_parameters()} for role, net in networks.items()}
+
+    def counters(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self.engine.counters().items()}
+
+    def result(self) -> dict[str, Any]:
+        return {
+            "losses": torch.stack(self.losses) if self.losses else None,
+            "grad_norm": self.engine.grad_norm.clone(),
+            "counters": self.counters(),
+            "state": self.state(),
+            "networks": self.networks(),
+        }
+
+
+def train(ranks: distributed.Ranks, engine: str, steps: int = STEPS, **changes: Any) -> dict[str, Any]:
+    case = Case(ranks, engine, **changes)
+    for step in range(steps):
+        case.step(step)
+    return case.result()
+
+
+def skip(ranks: distributed.Ranks, engine: str, what: str) -> dict[str, Any]:
+    """Good steps 0, 2 and 4; between, one that is spoilt on the last rank alone: its gradient, or only its flag."""
+    case = Case(ranks, engine)
+    spoilt_here = ranks.rank == ranks.world_size - 1
+    for step in (0, 2):  # frozen and not
+        case.step(step)
+    before = (case.state(), case.networks(), case.counters())
+    loss = case.loss(3, 0)
+    case.engine.backward(loss * torch.nan if spoilt_here and what == "gradient" else loss)
+    case.engine.step(now(3), torch.tensor(not spoilt_here or what == "gradient"))
+    after = (case.state(), case.networks(), case.counters())
+    case.step(4)
+    return {"before": before, "after": after, **case.result()}
+
+
+def resume(ranks: distributed.Ranks, engine: str, source: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Steps 3 and 4 from the state and counters of another engine."""
+    case = Case(ranks, engine, **changes)
+    case.load(source["state"], source["counters"])
+    loaded = case.networks()
+    for step in range(3, STEPS):
+        case.step(step)
+    return {"loaded": loaded, **case.result()}
+
+
+def syncs(ranks: distributed.Ranks, engine: str, **changes: Any) -> list[str]:
+    """What made the host wait in the third step."""
+    case = Case(ranks, engine, **changes)
+    case.step(0)
+    case.step(1)
+    with SyncCount() as count:
+        case.step(2)
+    return count.found
+
+
+def main(out: Path, others: Path | None) -> None:
+    """Writes the results to ``out``; ``others`` are those of a run with another world size, to go on from."""
+    ranks = distributed.init("cpu")
+    results: dict[str, Any] = {"fp32/zero0": train(ranks, "zero0")}
+    trained_norm = {"head": dataclasses.replace(BASE.head, freeze_prototype_norm=False)}
+    for engine in ("torch", "zero1", "zero2"):
+        results[f"fp32/{engine}"] = train(ranks, engine)
+        results[f"three/{engine}"] = train(ranks, engine, steps=3)
+        results[f"bf16/{engine}"] = train(ranks, engine, precision="bf16")
+        results[f"accumulate/{engine}"] = train(ranks, engine, accumulate=2)
+        results[f"bf16 accumulate/{engine}"] = train(ranks, engine, accumulate=2, precision="bf16")
+        results[f"global/{engine}"] = train(ranks, engine, optim=OptimConfig(clip=0.3, clip_mode="global"))
+        results[f"lars/{engine}"] = train(ranks, engine, optim=OptimConfig(name="lars", clip=0.0), **trained_norm)
+        results[f"sgd/{engine}"] = train(ranks, engine, optim=OptimConfig(name="sgd", lr=1.0), **trained_norm)
+        results[f"skip gradient/{engine}"] = skip(ranks, engine, "gradient")
+        results[f"skip flag/{engine}"] = skip(ranks, engine, "flag")
+        for precision in ("fp32", "bf16"):
+            results[f"syncs {precision}/{engine}"] = syncs(ranks, engine, precision=precision)
+    for engine, source in {"torch": "zero1", "zero1": "zero2", "zero2": "torch"}.items():
+        results[f"resume/{engine}"] = resume(ranks, engine, results[f"three/{source}"])
+        results[f"bf16 resume/{engine}"] = resume(ranks, engine, results[f"three/{source}"], precision="bf16")
+        if others is not None:
+            results[f"reshard/{engine}"] = resume(ranks, engine, torch.load(others)[f"three/{source}"])
+    with SyncCount() as control:
+        results["fp32/torch"]["losses"].sum().item()
+    results["syncs control"] = control.found
+    if ranks.is_main:
+        torch.save(results, out)
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)

@@ -1,0 +1,132 @@
+"""Which rank a process is, under every launcher and none."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdino.train.distributed import _place, first_host, init
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
+import sys
+import torch
+from fastdino.train import distributed
+ranks = distributed.init("cpu")
+mean = torch.tensor([float(ranks.rank)])
+work = distributed.all_reduce_mean_(mean, async_op=True)
+if work is not None:
+    work.wait()
+last = distributed.any_rank(ranks.rank == ranks.world_size - 1)
+seen = (ranks.rank, ranks.world_size, ranks.local_rank, ranks.device, float(mean), last, distributed.any_rank(False))
+sys.stdout.write(" ".join(map(str, seen)) + "\\n")  # in one piece, because two ranks share a pipe
+distributed.barrier()
+distributed.shutdown()
+"""
+LAUNCHER = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
+SLURM = {
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "16",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "123456",
+    "SLURM_STEP_ID": "0",
+    "SLURM_JOB_NODELIST": "gpu[017-020]",
+}
+
+
+def bare_environment() -> dict[str, str]:
+    dropped = ("SLURM_", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
+    return env | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return str(probe.getsockname()[1])
+
+
+def outputs(environments: list[dict[str, str]]) -> list[str]:
+    command = [sys.executable, "-c", PROGRAM]
+    processes = [
+        subprocess.Popen(
+            command, env=bare_environment() | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for env in environments
+    ]
+    finished = [process.communicate(timeout=200) for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), finished
+    return [out.strip() for out, _ in finished]
+
+
+def test_plain_python_needs_nothing() -> None:
+    assert outputs([{}, {}]) == ["0 1 0 cpu 0.0 True False"] * 2, "two at once: no port is taken"
+
+
+def test_slurm_starts_a_group() -> None:
+    common = SLURM | {"SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "localhost", "MASTER_PORT": free_port()}
+    tasks = [common | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
+    assert outputs(tasks) == ["0 2 0 cpu 0.5 True False", "1 2 1 cpu 0.5 True False"]
+
+
+def test_deepspeed_launcher(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus=2", f"--master_port={free_port()}"]
+    done = subprocess.run([*command, str(program)], env=bare_environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert {"0 2 0 cpu 0.5 True False", "1 2 1 cpu 0.5 True False"} <= set(done.stdout.splitlines())
+
+
+def test_launcher_variables() -> None:
+    assert _place(LAUNCHER) == (3, 8, 1, "tcp://host:29500")
+    assert _place(LAUNCHER | {"TORCHELASTIC_RUN_ID": "x"}) == (3, 8, 1, "env://")
+    assert _place(LAUNCHER | SLURM)[:3] == (3, 8, 1), "torchrun within a SLURM job"
+    assert _place({}) == (0, 1, 0, None)
+
+
+def test_slurm_variables() -> None:
+    assert _place(SLURM) == (5, 16, 1, f"tcp://gpu017:{20000 + 123456 % 20000}")
+    assert _place(SLURM | {"SLURM_STEP_NUM_TASKS": "8"})[1] == 8, "srun -n 8 within a job of 16"
+    assert _place(SLURM | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "7"})[3] == "tcp://10.0.0.1:7"
+    assert _place({**SLURM, "SLURM_NTASKS": "1"}) == (0, 1, 0, None)
+
+
+@pytest.mark.parametrize("name", LAUNCHER)
+def test_half_set_launcher_variables(name: str) -> None:
+    env = {key: value for key, value in LAUNCHER.items() if key != name}
+    with pytest.raises(RuntimeError, match=f"half set.*{name} missing"):
+        _place(env)
+
+
+def test_slurm_without_srun() -> None:
+    with pytest.raises(RuntimeError, match="srun"):
+        _place({key: value for key, value in SLURM.items() if key != "SLURM_STEP_ID"})
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [("gpu[003-010,020],login", "gpu003"), ("node7", "node7"), ("a1,a2", "a1"), ("rack-2-n[9,11]", "rack-2-n9"),
+     ("n[1-3]-ib", "n1-ib")],
+)  # fmt: skip
+def test_first_host(nodelist: str, host: str) -> None:
+    assert first_host(nodelist) == host
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_asked_for_and_absent() -> None:
+    with pytest.raises(RuntimeError, match="no GPU"):
+        init("cuda")
+
+
+def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in LAUNCHER.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RuntimeError, match="local rank 1 has no GPU"):
+        init("auto")

@@ -1,0 +1,47 @@
+"""The schedules against DINO v1's formulas, written out as arrays."""
+
+import numpy as np
+import pytest
+
+from fastdino.config import Config, LossConfig, OptimConfig, RunConfig
+from fastdino.train.schedules import Schedules
+
+
+def warmup_then_cosine(base: float, final: float, total: int, warmup: int = 0) -> np.ndarray:
+    i = np.arange(total - warmup)
+    cosine = final + 0.5 * (base - final) * (1 + np.cos(np.pi * i / len(i)))
+    return np.concatenate([np.linspace(0, base, warmup), cosine])
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps_per_epoch", "warmup"), [(10, 7, 3), (4, 5, 0), (3, 4, 1.5), (5, 1, 1), (2, 3, 2)]
+)
+def test_schedules(epochs: int, steps_per_epoch: int, warmup: float) -> None:
+    optim = OptimConfig(
+        lr=5e-4, min_lr=2e-6, warmup_epochs=warmup, weight_decay=0.04, weight_decay_end=0.4, teacher_momentum=0.99,
+        freeze_last_layer=2,
+    )  # fmt: skip
+    loss = LossConfig(warmup_teacher_temp=0.02, teacher_temp=0.06, warmup_teacher_temp_epochs=3)
+    config = Config(optim=optim, loss=loss, run=RunConfig(epochs=epochs))
+    schedules = Schedules(config, steps_per_epoch, global_batch=1024)
+    total = epochs * steps_per_epoch
+    values = [schedules(step) for step in range(total)]
+
+    lr = warmup_then_cosine(5e-4 * 1024 / 256, 2e-6, total, int(warmup * steps_per_epoch))
+    np.testing.assert_allclose([now.lr for now in values], lr, rtol=1e-12, atol=1e-18)
+    decay, momentum = warmup_then_cosine(0.04, 0.4, total), warmup_then_cosine(0.99, 1, total)
+    np.testing.assert_allclose([now.weight_decay for now in values], decay, rtol=1e-12)
+    np.testing.assert_allclose([now.momentum for now in values], momentum, rtol=1e-12)
+    temps = np.concatenate([np.linspace(0.02, 0.06, 3), np.full(epochs, 0.06)])
+    np.testing.assert_allclose([now.teacher_temp for now in values], temps[np.arange(total) // steps_per_epoch])
+    assert [now.freeze_last_layer for now in values] == list(np.arange(total) < 2 * steps_per_epoch)
+    assert all(type(x) is float for x in (values[0].lr, values[-1].weight_decay, values[0].momentum))
+
+
+def test_the_peak_comes_twice_and_the_end_holds() -> None:
+    config = Config(optim=OptimConfig(warmup_epochs=2), run=RunConfig(epochs=4))
+    schedules = Schedules(config, steps_per_epoch=5, global_batch=512)
+    assert schedules(9).lr == schedules(10).lr == 1e-3, "v1's linspace has the end point, and the cosine starts there"
+    assert schedules(0).lr == 0
+    assert schedules(20) == schedules(10**6), "beyond the end"
+    assert schedules(20).lr == schedules(19).lr
