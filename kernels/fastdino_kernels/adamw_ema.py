@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from fastdino_kernels._backend import use_triton
 from fastdino_kernels.ema import ema_update_reference_, moved
 from fastdino_kernels.segments import BLOCK, Segments, check_divides, load_chunk
+
+PIECE = 2**17  # elements that plain torch works on at a time: several of its passes over them find them in the cache
 
 
 class Rates(NamedTuple):
@@ -48,7 +51,8 @@ def adamw_ema_(
     Args:
         param, exp_avg, exp_avg_sq, ema: (N,) contiguous, fp32 or fp64, which share no memory.
         grad: (N,) contiguous, of the same dtype; or bf16 or fp16.
-        step: 0-d fp32, updates so far with this one. Like every tensor here it is never read on the host.
+        step: 0-d fp32, updates so far with this one. Like every tensor here the host does not wait for it (except in
+            fp64 on a GPU).
         grad_scale: fp32 coefficient for clipping: 0-d, or with ``segments`` (num_segments,), one for each.
         segments: a division of the N elements into parameters, see :func:`~fastdino_kernels.segments.make_segments`.
         found_inf: 0-d fp32; unless it is 0 nothing changes, bit for bit, whatever the gradient holds.
@@ -86,20 +90,29 @@ def adamw_ema_reference_(
     ema_shadow: Tensor | None = None,
 ) -> None:
     """:func:`adamw_ema_` in plain torch: the CPU path and the definition that the kernel is tested against."""
-    grad = grad.to(param.dtype)
-    if segments is not None and grad_scale is not None:
-        grad = torch.cat(torch._foreach_mul(segments.split(grad), list(grad_scale.unbind())))
-    elif grad_scale is not None:
-        grad = grad * grad_scale
-    torch._fused_adamw_(
-        [param], [grad], [exp_avg], [exp_avg_sq], [], [step], lr=rates.lr, beta1=rates.betas[0], beta2=rates.betas[1],
-        weight_decay=rates.weight_decay, eps=rates.eps, amsgrad=False, maximize=False, found_inf=found_inf,
-    )  # fmt: skip
-    # In fp64 1 - momentum keeps its digits; 1, for a skipped step, leaves the teacher as it is.
-    momentum = rates.momentum if found_inf is None else 1 - (found_inf == 0).double() * (1 - rates.momentum)
-    ema_update_reference_(ema, param, momentum, ema_shadow)
-    if param_shadow is not None:
-        param_shadow.copy_(param)
+    if found_inf is not None and found_inf.tolist() != 0:  # on a CPU there is nothing to wait for
+        return
+    lengths = (param.numel(),) if segments is None else segments.lengths
+    scales = [None] * len(lengths) if grad_scale is None else grad_scale.expand(len(lengths)).unbind()
+    for piece, scale in _pieces(lengths, scales):
+        g = grad[piece].to(param.dtype) if scale is None else grad[piece].to(param.dtype) * scale
+        torch._fused_adamw_(
+            [param[piece]], [g], [exp_avg[piece]], [exp_avg_sq[piece]], [], [step], lr=rates.lr, beta1=rates.betas[0],
+            beta2=rates.betas[1], weight_decay=rates.weight_decay, eps=rates.eps, amsgrad=False, maximize=False,
+        )  # fmt: skip
+        shadow = None if ema_shadow is None else ema_shadow[piece]
+        ema_update_reference_(ema[piece], param[piece], rates.momentum, shadow)
+        if param_shadow is not None:
+            param_shadow[piece].copy_(param[piece])
+
+
+def _pieces(lengths: Sequence[int], scales: Sequence[Tensor | None]) -> Iterator[tuple[slice, Tensor | None]]:
+    """Stretches that stay in a CPU's cache, each within one segment, with the segment's scale."""
+    start = 0
+    for length, scale in zip(lengths, scales, strict=True):
+        for i in range(start, start + length, PIECE):
+            yield slice(i, min(i + PIECE, start + length)), scale
+        start += length
 
 
 def _check_rates(rates: Rates) -> None:

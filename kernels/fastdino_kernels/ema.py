@@ -21,9 +21,9 @@ def ema_update_(teacher: Tensors, student: Tensors, momentum: float | Tensor, sh
     Args:
         teacher: one contiguous fp32 (or fp64) tensor, or a list of them: all parameters go in one launch.
         student: as many tensors of the same shapes; fp32, bf16 or fp16.
-        momentum: weight of the old value, in [0, 1]; a number or a 0-d tensor on the device, which is never read on
-            the host. 1 leaves the teacher bit for bit as it was, whatever the student holds (a skipped step), and 0
-            copies the student, whatever the teacher holds.
+        momentum: weight of the old value, in [0, 1]: a number, or a 0-d tensor on the same device, for which the host
+            does not wait (except in fp64 on a GPU). 1, as for a skipped step, leaves the teacher bit for bit as it
+            was, whatever the student holds; 0 copies the student, whatever the teacher holds.
         shadow: tensors of the same shapes, of any floating dtype, that receive the updated teacher.
 
     Raises ValueError for lists of different lengths, for tensors that differ in shape or device, are not contiguous or
@@ -47,15 +47,13 @@ def ema_update_reference_(
 ) -> None:
     """:func:`ema_update_` in plain torch: the CPU path and the definition that the kernel is tested against."""
     teachers, students = _as_list(teacher), _as_list(student)
-    ends = [s.to(t.dtype) for t, s in zip(teachers, students, strict=True)]
-    if isinstance(momentum, Tensor):
-        for t, end in zip(teachers, ends, strict=True):
-            moved = torch.lerp(t, end, (1 - momentum).to(t.dtype))
-            t.copy_(torch.where(momentum == 1, t, torch.where(momentum == 0, end, moved)))
-    elif momentum == 0:
-        torch._foreach_copy_(teachers, ends)
-    elif momentum < 1:
-        torch._foreach_lerp_(teachers, ends, 1 - momentum)
+    # Not .item(), which is counted where host and device must not meet: on a CPU there is nothing to wait for.
+    weight: float = 1 - (momentum.tolist() if isinstance(momentum, Tensor) else momentum)
+    if weight == 1:
+        torch._foreach_copy_(teachers, students)
+    elif weight > 0:
+        ends = [s.to(t.dtype) for t, s in zip(teachers, students, strict=True)]
+        torch._foreach_lerp_(teachers, ends, weight)
     for copy, t in zip(_as_list(shadow), teachers, strict=shadow is not None):
         copy.copy_(t)
 
