@@ -28,6 +28,7 @@ from fastdino.data import (
     train_batches,
 )
 from fastdino.data.loader import _affordable
+from fastdino.data.sampler import epoch_order
 from fastdino.data.views import apply, center_view, sample_params
 
 CPU = torch.device("cpu")
@@ -188,24 +189,35 @@ def test_the_replacement_varies_with_the_epoch(folder):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_too_many_bad_images_stop_the_run(folder, num_workers):
-    for i in range(4):
+    for i in range(10):
         (folder / f"{i:02d}.png").write_bytes(b"")
-    batches = start(make_config(num_workers, max_bad=0.15), FolderSource(folder))
+    source = FolderSource(folder)
+    config = make_config(num_workers, local_batch=1)
+    per_batch = [len(batch.bad) for batch in take(20, config, source)]
+    allowed = max(per_batch) + 1  # so that only a sum over batches can pass it
+    assert sum(per_batch) > allowed
+    batches = start(make_config(num_workers, local_batch=1, max_bad=allowed / 20), source)
     with pytest.raises(BadData) as caught:
-        list(islice(batches, 5))
+        list(islice(batches, 20))
     message = str(caught.value)
     assert " of an epoch's 20 images" in message
-    assert "data.max_bad=0.15" in message
+    assert f"data.max_bad={allowed / 20:g}" in message
     assert message.count(".png") == 3, "names some"
     assert "\n" not in message, "no worker's traceback"
 
 
 def test_bad_images_are_counted_anew_each_epoch(folder):
-    (folder / "07.png").write_bytes(b"")
-    found = take(20, make_config(max_bad=0.05), FolderSource(folder))  # 1 of 20 an epoch, four epochs
-    assert sum(len(batch.bad) for batch in found) >= 4
+    """Also when resumed in the middle of one: early in its epoch, late in the one before, an image counts once each."""
+    where = [{int(index): place // 4 for place, index in enumerate(epoch_order(3, epoch, 20))} for epoch in range(2)]
+    image = max(range(20), key=lambda index: where[0][index] - where[1][index])
+    assert where[0][image] > where[1][image]
+    (folder / f"{image:02d}.png").write_bytes(b"")
+    source, config = FolderSource(folder), make_config(max_bad=0.05)  # 1 of 20 an epoch
+    for step in (0, where[0][image]):
+        found = take(10 - step, config, source, step=step)
+        assert sum(len(batch.bad) for batch in found) == 2
     with pytest.raises(BadData):
-        take(5, make_config(max_bad=0.04), FolderSource(folder))
+        take(5, make_config(max_bad=0.04), source)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -251,7 +263,9 @@ def test_dropping_the_iterator_ends_the_workers(shapes):
 
 def test_workers_leave_signals_to_the_trainer(shapes):
     before = children()
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, in a shell's background job
     batches = start(make_config(num_workers=1), shapes)
+    signal.signal(signal.SIGINT, heard)
     next(batches)
     (worker,) = children() - before
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -263,11 +277,12 @@ def test_workers_leave_signals_to_the_trainer(shapes):
 
 
 SCRIPT = """
-    import sys, time, torch
+    import signal, sys, torch
     from fastdino.config import Config, DataConfig, RunConfig, ViewsConfig
     from fastdino.data import ShapesSource, labelled_batches, train_batches
     config = Config(data=DataConfig(num_workers=1), run=RunConfig(local_batch=4))
     source = ShapesSource(100000, 40)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
     if sys.argv[1] == "train":
         batches = train_batches(config, source, rank=0, world_size=1, start_step=0, device=torch.device("cpu"))
     else:

@@ -48,6 +48,15 @@ def test_a_step_trains_on_the_same_images_however_it_is_split(world_size, local_
         assert len(set(together)) == 12
 
 
+def test_micro_batches_are_dealt_to_the_ranks_in_turn():
+    """Positions [step * 12 + micro * 6 + rank * 3, + 3) of the epoch's order: what a checkpoint relies on."""
+    plan = Plan(num_images=100, local_batch=3, world_size=2, accumulate=2, seed=7)
+    order = epoch_order(7, 0, 100)
+    for step, micro, rank in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (5, 1, 1)]:
+        start = step * 12 + micro * 6 + rank * 3
+        assert [index for _, index in plan.micro_batch(step, micro, rank)] == order[start : start + 3].tolist()
+
+
 def test_an_epoch_visits_each_image_once_and_drops_the_rest():
     plan = Plan(num_images=50, local_batch=4, world_size=3)
     assert plan.steps_per_epoch == 4
