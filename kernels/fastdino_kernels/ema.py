@@ -48,7 +48,7 @@ def ema_update_reference_(
     """:func:`ema_update_` in plain torch: the CPU path and the definition that the kernel is tested against."""
     teachers, students = _as_list(teacher), _as_list(student)
     # Not .item(), which is counted where host and device must not meet: on a CPU there is nothing to wait for.
-    weight: float = 1 - (momentum.tolist() if isinstance(momentum, Tensor) else momentum)
+    weight: float = 1 - (momentum.tolist() if isinstance(momentum, Tensor) else momentum)  # type: ignore[operator]
     if weight == 1:
         torch._foreach_copy_(teachers, students)
     elif weight > 0:
