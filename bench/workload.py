@@ -43,7 +43,9 @@ def step_config(arch: str, device: torch.device, *, engine: str = "deepspeed", p
     )
 
 
-def nano_config(*, engine: str = "deepspeed", precision: str = "fp32", zero_stage: int = 1) -> Config:
+def nano_config(
+    *, engine: str = "deepspeed", precision: str = "fp32", zero_stage: int = 1, local_batch: int = 4
+) -> Config:
     """The smallest step that has everything, with the product's defaults: what CI counts."""
     return Config(
         model=ModelConfig(arch="vit_nano", patch_size=8),
@@ -52,7 +54,7 @@ def nano_config(*, engine: str = "deepspeed", precision: str = "fp32", zero_stag
         data=DataConfig(root="shapes", num_images=64, num_workers=0),
         optim=OptimConfig(warmup_epochs=0, freeze_last_layer=0),
         engine=EngineConfig(name=engine, precision=precision, zero_stage=zero_stage, device="cpu"),  # type: ignore[arg-type]
-        run=RunConfig(local_batch=4),
+        run=RunConfig(local_batch=local_batch),
     )
 
 

@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 
 from bench.counters import launches, peak_bytes
-from bench.kernels import center_mean, dino_loss, ema_update
+from bench.kernels import adamw_ema, center_mean, dino_loss, ema_update
 from bench.kernels.case import OURS, Bound, Case, Variant, check
 from bench.timing import Clock, Work, interleave, paired_ratio
 
-OPERATIONS: dict[str, Any] = {"dino_loss": dino_loss, "center_mean": center_mean, "ema_update_": ema_update}
+OPERATIONS: dict[str, Any] = {
+    "dino_loss": dino_loss,
+    "center_mean": center_mean,
+    "ema_update_": ema_update,
+    "adamw_ema_": adamw_ema,
+}
 COPY = "copy"  # the yardstick of bandwidth
 ROUNDS = {"cuda": 200, "cpu": 25}
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}  # of the tensor that is copied

@@ -1,0 +1,110 @@
+"""Exact counts of one training step, which need no GPU and are the same on every machine.
+
+``python -m bench.counts`` records them in bench/results/counts.json; ``--check`` compares with the record, exits with 1
+when anything differs and writes nothing. tests/test_throughput.py runs the check.
+
+The cases "gpu ..." take the path of a GPU on CPU tensors: Triton launches are counted and not run, attention is torch's.
+Each is rank 0 of two in a group whose collectives do nothing, so their number is that of a real run.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from bench.counters import OpCounts, kernels_counted, saved_bytes
+from bench.record import RESULTS, provenance, write
+from bench.workload import build_trainer, nano_config, random_batch
+from fastdino.config import Config
+from fastdino.train.distributed import Ranks
+
+COUNTS = RESULTS / "counts.json"
+CPU = torch.device("cpu")
+WARMUP_STEPS = 2  # the first one makes buffers and caches that later ones keep
+CASES = {
+    "cpu, ZeRO 1": nano_config(),
+    "gpu, not sharded": nano_config(engine="torch", precision="bf16"),
+    "gpu, ZeRO 1": nano_config(precision="bf16"),
+    "gpu, ZeRO 2": nano_config(precision="bf16", zero_stage=2),
+}
+HOW_TO = "If this is meant, record it with `python -m bench.counts` and say why in the commit."
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.counts", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="compare with the record; write nothing")
+    check = parser.parse_args().check
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    now = {name: count(config, Ranks(0, 2, 0, CPU), name.startswith("gpu")) for name, config in CASES.items()}
+    dist.destroy_process_group()
+    where = provenance(CPU, "bench.counts")
+    if not check:
+        write(COUNTS, {"provenance": where, "cases": now})
+        return 0
+    recorded = json.loads(COUNTS.read_text())
+    found = differences(recorded["cases"], now)
+    print("\n".join(found) or f"{len(CASES)} cases, every counter as recorded")
+    if found:
+        print(HOW_TO)
+        if recorded["provenance"]["versions"] != where["versions"]:
+            print(f"recorded with {recorded['provenance']['versions']}, compared with {where['versions']}")
+    return bool(found)
+
+
+def count(config: Config, ranks: Ranks, as_on_gpu: bool) -> dict[str, Any]:
+    """The counters of one step, after warm-up, in the process group that there is.
+
+    ``host_syncs``: operations that wait for the device. ``collectives`` and ``triton_launches`` by name.
+    ``aten_calls`` by operation, views and bare allocations left out. ``aten_bytes``: what they read and write.
+    ``saved_bytes``: what the forward pass keeps for the backward pass beside the parameters.
+    """
+    batch = random_batch(config, CPU, 0)
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        kernels = stack.enter_context(kernels_counted()) if as_on_gpu else Counter[str]()
+        trainer = build_trainer(config, ranks, Path(folder))
+        for _ in range(WARMUP_STEPS):
+            trainer.train_step([batch])
+        kernels.clear()
+        with OpCounts() as counts, saved_bytes() as saved:
+            trainer.train_step([batch])
+            return {
+                "host_syncs": dict(counts.syncs),
+                "collectives": dict(sorted(counts.collectives.items())),
+                "triton_launches": dict(sorted(kernels.items())),
+                "aten_calls": dict(sorted(counts.calls.items())),
+                "aten_bytes": counts.bytes,
+                "saved_bytes": saved(),
+            }
+
+
+def differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """One line for each counter that differs: case, counter, recorded, now, and which operations make it so."""
+    found = []
+    for case in sorted(recorded.keys() | now.keys()):
+        if case not in recorded or case not in now:
+            found.append(f"{case}: {'is not recorded' if case in now else 'is recorded, but measured no more'}")
+            continue
+        for counter, new in now[case].items():
+            old = recorded[case].get(counter)
+            if old == new:
+                continue
+            if isinstance(new, int):
+                found.append(f"{case}: {counter} was {old:,}, is {new:,}")
+                continue
+            changed = [f"{key} {old.get(key, 0)} -> {new.get(key, 0)}" for key in sorted(old | new)
+                       if old.get(key, 0) != new.get(key, 0)]  # fmt: skip
+            found.append(f"{case}: {counter} was {sum(old.values())}, is {sum(new.values())} ({', '.join(changed)})")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

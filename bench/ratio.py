@@ -1,0 +1,94 @@
+"""One calibrated ratio for CI: our step over the public peer's, on a CPU, interleaved in the same process.
+
+Against a loop of matrix products the ratio would follow the processor, because a small step is half dispatch and half
+arithmetic. The peer is made of the same parts in the same proportions, so the ratio stays where it is from machine to
+machine. Seconds are the processor's, which other programs do not stretch; the least of many rounds is kept. What they
+miss is a step that sleeps or waits: that shows as a voluntary context switch, of which a step has none.
+
+``python -m bench.ratio`` records it in bench/results/cpu_ratio.json.
+"""
+
+import resource
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.peers import Peer
+from bench.record import RESULTS, provenance, write
+from bench.workload import build_trainer, nano_config, random_batch
+from fastdino.train import distributed
+from fastdino.train.distributed import Ranks
+
+RATIO = RESULTS / "cpu_ratio.json"
+ROUNDS = 15
+LIMIT = 1.3  # times the recorded ratio
+LOCAL_BATCH = 16  # so that arithmetic is as much of the step as dispatch
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    ranks = distributed.init("cpu")
+    try:
+        ratios = sorted(measure(ranks)["ratio"] for _ in range(5))
+    finally:
+        distributed.shutdown()
+    where = provenance(ranks.device, "bench.ratio")
+    write(RATIO, {"provenance": where, "ratio": ratios[2], "lowest": ratios[0], "highest": ratios[-1]})
+    print(ratios)
+    return 0
+
+
+def measure(ranks: Ranks) -> dict[str, float]:
+    """Least milliseconds of a step of ours and of the peer's, their ratio, and the least waits of ours.
+
+    The caller sets torch to one thread.
+    """
+    config = nano_config(local_batch=LOCAL_BATCH)
+    batch = random_batch(config, ranks.device, 0)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # lightly's head uses the old weight_norm
+        trainer = build_trainer(config, ranks, Path(folder))
+        weights = {name: p.detach().clone() for name, p in trainer.engine.student_network.named_parameters()}
+        peer = Peer(config, weights, ranks.device, compiled=False)
+        least: dict[str, dict[str, float]] = {"fastdino": {}, "peer": {}}
+        steps: dict[str, Callable[[], Any]] = {
+            "fastdino": lambda: trainer.train_step([batch]), "peer": lambda: peer.train_step(batch)
+        }  # fmt: skip
+        for index in range(-3, ROUNDS):
+            for name, step in steps.items():
+                waits, started = _waits(), time.process_time()
+                step()
+                took = {"ms": 1e3 * (time.process_time() - started), "waits": _waits() - waits}
+                if index >= 0:
+                    least[name] = {key: min(least[name].get(key, took[key]), took[key]) for key in took}
+    ours, theirs = least["fastdino"], least["peer"]
+    return {"ratio": ours["ms"] / theirs["ms"], "waits": ours["waits"], "ms": ours["ms"], "peer_ms": theirs["ms"]}
+
+
+def problems(found: dict[str, float], recorded: float) -> list[str]:
+    """What is wrong with a measurement; a first one that finds something should be confirmed by a second."""
+    wrong = []
+    if found["ratio"] > LIMIT * recorded:
+        wrong.append(
+            f"a step takes {found['ratio']:.2f} times the peer's processor time ({found['ms']:.1f} ms against "
+            f"{found['peer_ms']:.1f}), {recorded:.2f} is recorded, {LIMIT * recorded:.2f} allowed. If this is meant, "
+            "record it with `python -m bench.ratio` and say why in the commit."
+        )
+    if found["waits"]:
+        wrong.append(f"a step sleeps or waits {found['waits']:.0f} times, 0 is recorded: nothing in a step may")
+    return wrong
+
+
+def _waits() -> int:
+    """How often this thread gave the processor away of its own accord: it slept, or waited for something."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+
+
+if __name__ == "__main__":
+    sys.exit(main())
