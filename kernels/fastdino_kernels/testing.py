@@ -5,10 +5,11 @@ from torch import Tensor
 
 from fastdino_kernels._backend import INTERPRETED
 
-# Allowed error beyond plain torch's own, relative to the exact result's root mean square.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
-# The interpreter truncates on a store where hardware rounds: half a unit in the last place more.
-_TRUNCATION = {torch.float32: 0.0, torch.float64: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+# Allowed error beyond plain torch's own, relative to the exact result's root mean square. In fp32 an exponent of 40 is
+# rounded by 2e-6, and the peak of a softmax, where this counts, is 20 times the root mean square.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+# The interpreter truncates on a store where hardware rounds: up to one unit in the last place.
+_TRUNCATION = {torch.float32: 0.0, torch.float64: 0.0, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
 
 def error(got: Tensor, exact: Tensor) -> float:
