@@ -10,11 +10,12 @@ from fastdino_kernels.adamw_ema import Rates, adamw_ema_
 from fastdino_kernels.center import center_mean
 from fastdino_kernels.ema import ema_update_
 from fastdino_kernels.loss import dino_loss
+from fastdino_kernels.prototypes import prototype_weight
 from fastdino_kernels.segments import BLOCK, Segments, make_segments, segment_squares
 
-# DINO v1's headline: 10 student and 2 teacher views of 64 images, 65536 prototypes, ViT-B/16 with its head.
-S, T, B, K = 10, 2, 64, 65536
-PARAMETERS = 85_798_656 + K * 256 + 5_770_496  # backbone, prototypes, the head's MLP
+# DINO v1's headline: 10 student and 2 teacher views of 64 images, 65536 prototypes of 256, ViT-B/16 with its head.
+S, T, B, K, D = 10, 2, 64, 65536, 256
+PARAMETERS = 85_798_656 + K * D + 5_770_496  # backbone, prototypes, the head's MLP
 
 # Kernels that load or store no more than a few numbers per row or column there: no 128-bit access to expect.
 NARROW = {
@@ -41,6 +42,11 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def _dino_loss() -> None:
     student, teacher = (_empty(views, B, K, dtype=torch.bfloat16) for views in (S, T))
     dino_loss(student.requires_grad_(), teacher, _empty(K), student_temp=0.1, teacher_temp=0.04).backward()
+
+
+def _prototype_weight() -> None:
+    weight = prototype_weight(_empty(K, D).requires_grad_(), _empty(K, 1), torch.bfloat16)
+    weight.backward(_empty(K, D, dtype=torch.bfloat16))
 
 
 def _ema_list() -> None:
@@ -90,6 +96,11 @@ CASES = {
         lambda: center_mean(_empty(T, B, K, dtype=torch.bfloat16)),
         T * B * K,
         {"_center_mean_kernel": T * B * K * 2 + K * 4},
+    ),
+    "prototype_weight": Case(
+        _prototype_weight,
+        K * D,
+        {"_weight_kernel": K * D * (4 + 2) + K * 4, "_gradient_weight_kernel": K * D * (4 + 2 + 4) + K * 4},
     ),
     "ema_update_ flat": Case(
         lambda: ema_update_(
