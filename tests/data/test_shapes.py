@@ -95,6 +95,19 @@ def test_objects_fill_much_of_the_image_but_not_all_of_it():
     assert shares.std() > 0.05
 
 
+def test_turning_does_not_bend():
+    source = ShapesSource(600, 96)
+    whole = 0
+    for index in range(0, 600, 12):  # discs
+        mask = source.mask(index)
+        if not (mask[[0, -1]].any() or mask[:, [0, -1]].any()):
+            height, width = mask.any(1).sum(), mask.any(0).sum()
+            assert abs(int(height) - int(width)) <= 1
+            assert mask.sum() == pytest.approx(np.pi / 4 * height * width, rel=0.03)
+            whole += 1
+    assert whole > 5
+
+
 def test_mask_is_where_the_object_is_at_any_size():
     """Rendered twice as large, the same image: mask and pixels agree after halving."""
     small, large = ShapesSource(24, 48), ShapesSource(24, 96)

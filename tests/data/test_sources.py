@@ -1,5 +1,6 @@
 """Folders of images as people have them: nested, mixed, linked, damaged."""
 
+import io
 import os
 import pickle
 import time
@@ -177,33 +178,35 @@ def test_pixels_are_those_of_image_folder(tmp_path):
     assert np.array_equal(found, want)
 
 
-def damaged(tmp_path, kind: str) -> str:
-    write(tmp_path / "whole.jpg", pixels(size=100))
-    whole = (tmp_path / "whole.jpg").read_bytes()
-    (tmp_path / "whole.jpg").unlink()
-    write(tmp_path / "float.tiff", Image.fromarray(np.zeros((4, 4), np.float32)))
-    float_tiff = (tmp_path / "float.tiff").read_bytes()
-    (tmp_path / "float.tiff").unlink()
-    data = {
+def encoded(image: Image.Image, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def damaged(kind: str) -> bytes:
+    if kind == "chunk":  # Pillow calls it a SyntaxError
+        first, _, rest = encoded(pixels(size=400), "PNG").partition(b"IDAT")
+        assert b"IDAT" in rest
+        return first + b"IDAT" + rest.replace(b"IDAT", b"\x01\x02\x03\x04", 1)
+    whole = encoded(pixels(size=100), "JPEG")
+    return {
         "empty": b"",
         "cut off": whole[: len(whole) // 2],
         "text": b"<html>404 not found</html>",
-        "float": float_tiff,
+        "float": encoded(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"),
     }[kind]
-    name = "float.tiff" if kind == "float" else "bad.jpg"
-    (tmp_path / name).write_bytes(data)
-    return name
 
 
-@pytest.mark.parametrize("kind", ["empty", "cut off", "text", "float"])
+@pytest.mark.parametrize("kind", ["empty", "cut off", "text", "float", "chunk"])
 def test_a_damaged_image_raises_one_clear_error(tmp_path, kind):
-    name = damaged(tmp_path, kind)
+    (tmp_path / "bad.jpg").write_bytes(damaged(kind))
     with pytest.raises(BadImage) as caught:
         FolderSource(tmp_path).read(0)
     error = pickle.loads(pickle.dumps(caught.value))
-    assert error.name == name
+    assert error.name == "bad.jpg"
     assert len(error.reason) > 10
-    assert str(error) == f"cannot read image {name}: {error.reason}"
+    assert str(error) == f"cannot read image bad.jpg: {error.reason}"
     if kind == "float":
         assert "mode F" in error.reason
 
