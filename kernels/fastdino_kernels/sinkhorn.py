@@ -71,7 +71,7 @@ def launch_config(num_rows: int, num_prototypes: int) -> dict[str, dict[str, int
     row = max(16, triton.next_power_of_2(num_prototypes))
     return {
         "columns": {"ROWS": max(32, triton.cdiv(num_rows, 16)), "BLOCK_ROWS": 8, "BLOCK_K": min(row, 256)},
-        "rows": {"COLUMNS": 8192, "BLOCK_K": min(row, 512)},
+        "rows": {"COLUMNS": 8192, "BLOCK_ROWS": 4, "BLOCK_K": min(row, 256)},
     }
 
 
@@ -94,9 +94,9 @@ def _launch_rows(logits: Tensor, column: Tensor, temp: float) -> Tensor:
     config = launch_config(R, K)["rows"]
     num_slices = triton.cdiv(K, config["COLUMNS"])
     parts = torch.empty((R, num_slices), dtype=torch.float32, device=logits.device)
-    column, grid = column * _LOG2_E, (R * num_slices,)
+    column, grid = column * _LOG2_E, (triton.cdiv(R, config["BLOCK_ROWS"]) * num_slices,)
     with torch.cuda.device_of(logits):
-        _row_kernel[grid](parts, logits, column, logits.stride(0), _LOG2_E / temp, K=K, **config, num_warps=1)
+        _row_kernel[grid](parts, logits, column, R, logits.stride(0), _LOG2_E / temp, K=K, **config, num_warps=1)
     return torch.logsumexp(parts / _LOG2_E, dim=1)
 
 
@@ -136,32 +136,35 @@ def _column_kernel(
     tl.store(parts_ptr + group.to(tl.int64) * K + k, top + tl.log2(total), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _row_kernel(
     parts_ptr,
     logits_ptr,
     column_ptr,
+    R,
     row_stride,
     scale,
     K: tl.constexpr,
     COLUMNS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     # parts[r, n] = LSE over the n-th COLUMNS columns of logits[r, k] / temp + column[k], in units of log2 like column
-    # itself. One program: one r and n, with a running maximum, and a running sum in each lane.
+    # itself. One program: BLOCK_ROWS rows, which share the reading of column, and one n; with a running maximum of each
+    # row, and a running sum in each lane.
     num_slices: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
-    r = (tl.program_id(0) // num_slices).to(tl.int64)
-    first = (tl.program_id(0) % num_slices) * COLUMNS
-    logits_ptr += r * row_stride
-    top = -float("inf")
-    total = tl.zeros([BLOCK_K], tl.float32)
-    for start in tl.range(first, tl.minimum(first + COLUMNS, K), BLOCK_K, num_stages=3):
+    n = tl.program_id(0) % num_slices
+    rows = tl.program_id(0) // num_slices * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    logits_ptr += tl.minimum(rows, R - 1).to(tl.int64)[:, None] * row_stride  # rows past R repeat the last one
+    top = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_ROWS, BLOCK_K], tl.float32)
+    for start in tl.range(n * COLUMNS, tl.minimum((n + 1) * COLUMNS, K), BLOCK_K, num_stages=3):
         k = start + tl.arange(0, BLOCK_K)
         inside = k < K if K % BLOCK_K else tl.full([BLOCK_K], True, tl.int1)
-        x = tl.load(logits_ptr + k, mask=inside, other=float("-inf")).to(tl.float32) * scale
-        x += tl.load(column_ptr + k, mask=inside, other=0.0)
-        new_top = tl.maximum(top, tl.max(x, 0))
+        x = tl.load(logits_ptr + k[None, :], mask=inside[None, :], other=float("-inf")).to(tl.float32) * scale
+        x += tl.load(column_ptr + k, mask=inside, other=0.0)[None, :]
+        new_top = tl.maximum(top, tl.max(x, 1))
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp2(top - base) + tl.exp2(x - base)
+        total = total * tl.exp2(top - base)[:, None] + tl.exp2(x - base[:, None])
         top = new_top
-    tl.store(parts_ptr + tl.program_id(0), top + tl.log2(tl.sum(total, 0)))
+    tl.store(parts_ptr + rows * num_slices + n, top + tl.log2(tl.sum(total, 1)), mask=rows < R)

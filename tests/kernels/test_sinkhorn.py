@@ -16,7 +16,8 @@ from fastdino_kernels.testing import assert_no_worse
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:triton.runtime.interpreter")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# (R, K), in groups of 16 rows and tiles of 4 x 64, and slices of 192 columns in blocks of 64.
+# (R, K), in groups of 16 rows and tiles of 4 x 64, and slices of 192 columns
+# in tiles of 4 x 64.
 SHAPES = [(8, 16), (16, 384), (23, 301), (1, 65), (17, 1)]
 
 
@@ -32,7 +33,7 @@ def poisoned_memory() -> Iterator[None]:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = {
         "columns": {"ROWS": 16, "BLOCK_ROWS": 4, "BLOCK_K": 64},
-        "rows": {"COLUMNS": 192, "BLOCK_K": 64},
+        "rows": {"COLUMNS": 192, "BLOCK_ROWS": 4, "BLOCK_K": 64},
     }
     monkeypatch.setattr(module, "launch_config", lambda num_rows, num_prototypes: blocks)
 
