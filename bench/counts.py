@@ -3,8 +3,8 @@
 ``python -m bench.counts`` records them in bench/results/counts.json; ``--check`` compares with the record, exits with 1
 when anything differs and writes nothing. tests/test_throughput.py runs the check.
 
-The cases "gpu ..." take the path of a GPU on CPU tensors: Triton launches are counted and not run, attention is torch's.
-Each is rank 0 of two in a group whose collectives do nothing, so their number is that of a real run.
+The cases "gpu ..." take the path of a GPU on CPU tensors: Triton launches are counted and not run, and attention is
+torch's. Each is rank 0 of two in a group whose collectives do nothing, so their number is that of a real run.
 """
 
 import argparse

@@ -5,6 +5,7 @@ foreach clipping and momentum update, autocast in bf16, no host sync in the step
 schedules of ours, so the losses must agree.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -35,10 +36,12 @@ class PeerNetwork(nn.Module):
             drop_path_rate=drop_path, dynamic_img_size=True,
         )  # fmt: skip
         head = config.head
-        self.head = DINOProjectionHead(
-            shape.width, head.hidden_dim, head.bottleneck_dim, head.num_prototypes,
-            norm_last_layer=head.freeze_prototype_norm,
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # it uses the old weight_norm
+            self.head = DINOProjectionHead(
+                shape.width, head.hidden_dim, head.bottleneck_dim, head.num_prototypes,
+                norm_last_layer=head.freeze_prototype_norm,
+            )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
         """(R, 3, h, w) -> (R, K) logits."""

@@ -12,7 +12,6 @@ import resource
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,8 +50,7 @@ def measure(ranks: Ranks) -> dict[str, float]:
     """
     config = nano_config(local_batch=LOCAL_BATCH)
     batch = random_batch(config, ranks.device, 0)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # lightly's head uses the old weight_norm
+    with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(config, ranks, Path(folder))
         weights = {name: p.detach().clone() for name, p in trainer.engine.student_network.named_parameters()}
         peer = Peer(config, weights, ranks.device, compiled=False)

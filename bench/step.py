@@ -9,7 +9,6 @@ import gc
 import statistics
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,7 +58,6 @@ def main() -> int:
     device = torch.device(options.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # lightly's head uses the old weight_norm
     ranks = distributed.init("cuda" if device.type == "cuda" else "cpu")
     try:
         rounds = options.rounds or ROUNDS[device.type]
@@ -200,8 +198,8 @@ def table(case: dict[str, Any]) -> str:
         peak = f"{f['peak_bytes'] / 1e6:8.1f} MB" if f["peak_bytes"] is not None else "          -"
         lines.append(
             f"  {name:30} {f['milliseconds']:9.2f} ms {f['images_per_second']:9.1f} images/s"
-            f"  MFU {100 * f['mfu']:5.1f} %  {peak}  syncs {f['host_syncs']}  launches {f['launches']}  x {ratio['median']:.3f}"
-            f" [{ratio['low']:.3f}, {ratio['high']:.3f}]"
+            f"  MFU {100 * f['mfu']:5.1f} %  {peak}  syncs {f['host_syncs']}  launches {f['launches']}"
+            f"  x {ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
         )
     return "\n".join(lines)
 

@@ -6,7 +6,6 @@ format. On a GPU these are the kernels; on a CPU the references, which is what a
 
 import argparse
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -37,7 +36,6 @@ def main() -> int:
     arguments += [f"--shapes={' '.join(options.shape)}", f"--device={device}"]
     arguments += ["--no-compile"] if options.no_compile else []
     arguments += [f"--benchmark-json={out}"] if out else []
-    warnings.filterwarnings("ignore", category=FutureWarning)  # lightly's head uses the old weight_norm
     return pytest.main(
         [str(Path(__file__).parent / "bench_kernels.py"), f"--rootdir={ROOT}", "-p", "no:cacheprovider", "-q",
          "-o", "python_functions=bench_*", "-o", "timeout=0", "--benchmark-group-by=group",

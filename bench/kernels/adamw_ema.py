@@ -26,7 +26,7 @@ class Inputs(NamedTuple):
     shadow: Tensor  # bf16
     step: Tensor
     scale: Tensor
-    count: int
+    pieces: int
 
 
 def cases(device: torch.device, shapes: list[str], compiled: bool) -> list[Case]:
@@ -68,7 +68,7 @@ def _judged(inputs: Inputs) -> list[Tensor]:
 
 def _torch_fused(inputs: Inputs) -> Bound:
     """What a careful user writes, on a list of tensors."""
-    params, grads, exp_avgs, exp_avg_sqs, emas, shadows = (x.chunk(inputs.count) for x in inputs[:6])
+    params, grads, exp_avgs, exp_avg_sqs, emas, shadows = (x.chunk(inputs.pieces) for x in inputs[:6])
     leaves = [torch.nn.Parameter(p) for p in params]
     optimizer = torch.optim.AdamW(leaves, lr=RATES.lr, weight_decay=RATES.weight_decay, fused=True)
     for leaf, grad, exp_avg, exp_avg_sq in zip(leaves, grads, exp_avgs, exp_avg_sqs, strict=True):
@@ -79,7 +79,7 @@ def _torch_fused(inputs: Inputs) -> Bound:
     def call() -> list[Tensor]:
         torch._foreach_mul_(grads, inputs.scale)
         optimizer.step()
-        torch._foreach_lerp_(emas, leaves, 1 - RATES.momentum)
+        torch._foreach_lerp_(emas, params, 1 - RATES.momentum)
         torch._foreach_copy_(shadows, emas)
         return _judged(inputs)
 
@@ -112,6 +112,6 @@ def _compiled(inputs: Inputs) -> Bound:
 
 
 def _exact(inputs: Inputs) -> list[Tensor]:
-    doubles = [x.double() for x in inputs[:5]]
-    adamw_ema_reference_(*doubles, inputs.step + 1, RATES)  # type: ignore[misc]
-    return [doubles[0], *doubles[2:]]
+    param, grad, exp_avg, exp_avg_sq, ema = (x.double() for x in inputs[:5])
+    adamw_ema_reference_(param, grad, exp_avg, exp_avg_sq, ema, inputs.step + 1, RATES)
+    return [param, exp_avg, exp_avg_sq, ema]

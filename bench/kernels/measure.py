@@ -47,9 +47,9 @@ def make_cases(only: str | None, shapes: list[str], device: torch.device, compil
 def measure(case: Case, device: torch.device, rounds: int) -> Measured:
     """Raises AssertionError, and times nothing, when a result is wrong."""
     errors = check(case)
-    inputs = [case.make(1 + i) for i in range(_num_inputs(case, device))]
+    inputs = [case.make(1 + i) for i in range(num_inputs(case, device))]
     order = itertools.count()
-    works = {name: _work(variant, inputs, order) for name, variant in case.variants.items()}
+    works = {name: make_work(variant, inputs, order) for name, variant in case.variants.items()}
     source = torch.randn(COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
     works[COPY] = Work(lambda index: target.copy_(source))
@@ -74,13 +74,13 @@ def measure(case: Case, device: torch.device, rounds: int) -> Measured:
     return Measured(seconds, figures)
 
 
-def _num_inputs(case: Case, device: torch.device) -> int:
+def num_inputs(case: Case, device: torch.device) -> int:
     """So many that between two uses of the same inputs three caches full of others are touched."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else CPU_CACHE
     return 1 + max(1, -(-3 * cache // case.bytes))
 
 
-def _work(variant: Variant, inputs: list[Any], order: Iterator[int]) -> Work:
+def make_work(variant: Variant, inputs: list[Any], order: Iterator[int]) -> Work:
     """Takes the next inputs at every call of any variant, since ``order`` is common to them."""
     calls: list[Bound] = [variant.bind(x) for x in inputs]
     last = 0

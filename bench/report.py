@@ -1,0 +1,147 @@
+"""Writes the tables of README.md and docs/ from the result files, between <!-- bench:NAME --> and <!-- /bench:NAME -->.
+
+``python -m bench.report`` writes them; ``--check`` writes nothing and exits with 1 when a table differs.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench.record import RESULTS, ROOT
+
+MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
+OPENING = re.compile(r"<!-- bench:(\w+) -->")
+Rows = list[list[str]]
+NOT_MEASURED = "On a GPU: not measured yet.\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when a table differs")
+    check = parser.parse_args().check
+    texts = {path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]}
+    changed = {path: new for path, text in texts.items() if (new := rewritten(text, RESULTS)) != text}
+    for path, new in changed.items():
+        print(path.relative_to(ROOT), "differs from bench/results: run python -m bench.report" if check else "written")
+        if not check:
+            path.write_text(new)
+    for name in TABLES:
+        if not any(f"<!-- bench:{name} -->" in text for text in texts.values()):
+            print(f"no file has a place for the table: <!-- bench:{name} --> and <!-- /bench:{name} -->")
+    return int(check and bool(changed))
+
+
+def rewritten(text: str, results: Path) -> str:
+    """``text`` with every table as the files in ``results`` have it.
+
+    Raises ValueError for a marker of no table, or one that is not closed.
+    """
+    for name in OPENING.findall(text):
+        if name not in TABLES:
+            raise ValueError(f"<!-- bench:{name} --> is no table: there are {', '.join(TABLES)}")
+    if len(OPENING.findall(text)) != len(MARKED.findall(text)):
+        raise ValueError("a marker <!-- bench:NAME --> has no closing <!-- /bench:NAME --> after it")
+    return MARKED.sub(lambda match: f"{match[1]}\n{TABLES[match[2]](results)}\n{match[3]}", text)
+
+
+def kernels_table(results: Path) -> str:
+    """One table for each device: milliseconds, share of the copy bandwidth, how many times as long the others take."""
+    return _by_device(results, "kernels", "machine_info", _kernel_rows)
+
+
+def step_table(results: Path) -> str:
+    """One table for each device: images per second, MFU, memory, syncs and launches of the contenders."""
+    return _by_device(results, "step", "provenance", _step_rows)
+
+
+def counts_table(results: Path) -> str:
+    """The counters that CI holds."""
+    document = json.loads((results / "counts.json").read_text())
+    rows = []
+    for case, c in document["cases"].items():
+        total = {key: sum(c[key].values()) for key in ("host_syncs", "collectives", "triton_launches", "aten_calls")}
+        rows.append([case, *map(str, total.values()), _megabytes(c["aten_bytes"]), _megabytes(c["saved_bytes"])])
+    header = ["one step", "host syncs", "collectives", "Triton launches", "aten calls", "aten MB", "saved MB"]
+    return _table(header, rows)
+
+
+TABLES: dict[str, Callable[[Path], str]] = {"kernels": kernels_table, "step": step_table, "counts": counts_table}
+
+
+def _by_device(results: Path, bench: str, provenance: str, rows_of: Callable[..., tuple[list[str], Rows]]) -> str:
+    """GPUs first; says so when there is none."""
+    files = sorted(results.glob(f"{bench}-*.json"))
+    parts = [] if any(file.stem != f"{bench}-cpu" for file in files) else [NOT_MEASURED]
+    for file in sorted(files, key=lambda file: file.stem == f"{bench}-cpu"):
+        document = json.loads(file.read_text())
+        on_gpu = file.stem != f"{bench}-cpu"
+        parts.append(f"{_caption(document[provenance], on_gpu)}\n\n{_table(*rows_of(document, on_gpu))}")
+    return "\n".join(parts)
+
+
+def _caption(where: dict[str, Any], on_gpu: bool) -> str:
+    versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "triton", "lightly", "timm"))
+    state = f"{where['commit'][:9]}{' with changes' if where['dirty'] else ''}"
+    meaning = f"driver {where['driver']}" if on_gpu else "processor time of one thread; kernels run as their references"
+    return f"{where['device']} ({meaning}). {versions}; commit {state}, {where['date'][:10]}."
+
+
+def _kernel_rows(document: dict[str, Any], on_gpu: bool) -> tuple[list[str], Rows]:
+    cases: dict[str, dict[str, Any]] = {}
+    for entry in document["benchmarks"]:
+        if info := entry["extra_info"]:
+            cases.setdefault(entry["group"], {})[info["variant"]] = info
+    rows = []
+    for variants in cases.values():
+        ours = variants["fastdino"]
+        compiled = [f for name, f in variants.items() if "torch.compile" in name]
+        own = [name for name in variants if name.startswith(("fastdino", "reference")) or "torch.compile" in name]
+        others = {name: f for name, f in variants.items() if name not in own}
+        name, best = min(others.items(), key=lambda item: item[1]["times_ours"]["median"])
+        memory = f"{_megabytes(ours['peak_bytes'])} / {_megabytes(best['peak_bytes'])}"
+        row = [f"`{ours['operation']}`", ours["shape"], f"{ours['milliseconds']:.3g}"]
+        row += [f"{100 * ours['copy_fraction']:.0f} %", _times(variants["reference"])] if on_gpu else []
+        rows.append([*row, _times(compiled[0]) if compiled else "-", f"{_times(best)}, {name}", memory])
+    device = ["of copy bandwidth", "reference takes"] if on_gpu else []
+    header = ["kernel", "sizes", "ms", *device, "torch.compile takes", "best other takes", "peak MB, ours / its"]
+    return header, rows
+
+
+def _step_rows(document: dict[str, Any], on_gpu: bool) -> tuple[list[str], Rows]:
+    rows = []
+    for case in document["cases"]:
+        what = f"{case['arch']}, {case['views']} px, batch {case['batch']}, {case['precision']}"
+        for name, f in case["contenders"].items():
+            memory = _megabytes(f["peak_bytes"]) if f["peak_bytes"] is not None else "-"
+            counted = [str(f[key]) if f[key] is not None else "-" for key in ("host_syncs", "launches")]
+            speed = [f"{f['milliseconds']:.1f}", f"{f['images_per_second']:.1f}", f"{100 * f['mfu']:.0f} %"]
+            rows.append([what, name, *speed, _times(f), memory, *counted])
+            what = ""
+    calls = "launches" if on_gpu else "aten calls"
+    header = ["step", "trainer", "ms", "images/s", "MFU", "takes", "peak MB", "host syncs", calls]
+    return header, rows
+
+
+def _times(figures: dict[str, Any]) -> str:
+    """How many times as long as ours, with half the width of its 95 % interval."""
+    ratio = figures["times_ours"]
+    if ratio["low"] == ratio["high"]:
+        return f"{ratio['median']:.2f}x"
+    return f"{ratio['median']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})"
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.3g}" if num_bytes < 1e9 else f"{num_bytes / 1e6:,.0f}"
+
+
+def _table(header: list[str], rows: Rows) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

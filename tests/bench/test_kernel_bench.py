@@ -1,0 +1,84 @@
+"""Every case of bench.kernels computes the right thing, and no figure comes from one that does not."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.kernels.case import OURS, PLAIN, Case, Variant, check
+from bench.kernels.measure import OPERATIONS, make_cases, measure, num_inputs
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+SMALL = {
+    "dino_loss": ["4,2,3,100", "3,1,2,64,bf16"],
+    "center_mean": ["2,3,100", "1,4,64,bf16"],
+    "ema_update_": ["5,400", "5,400,bf16", "1,320"],
+    "adamw_ema_": ["5,400"],
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_variants_agree(operation: str) -> None:
+    for case in make_cases(operation, SMALL[operation], CPU, compiled=False):
+        assert len(case.variants) >= 3
+        assert check(case)[OURS] < 1e-2
+
+
+def test_bytes_are_the_least_that_any_implementation_moves() -> None:
+    """Student read, gradient written, teacher and center read."""
+    (case,) = make_cases("dino_loss", ["4,2,3,100,bf16"], CPU, compiled=False)
+    assert case.bytes == 2 * (4 + 4 + 2) * 3 * 100 + 4 * 100
+    assert num_inputs(case, CPU) * case.bytes >= 3 * 2**25
+
+
+def spoiled(case: Case, name: str) -> Case:
+    """The case with a variant whose first result is 20 % too large."""
+
+    def bind(inputs: object) -> object:
+        call = case.variants[name].bind(inputs)
+        return lambda: [call()[0] * 1.2, *call()[1:]]
+
+    wrong = Variant(bind, case.variants[name].restore)  # type: ignore[arg-type]
+    return dataclasses.replace(case, variants={**case.variants, name: wrong})
+
+
+@pytest.mark.parametrize("name", [OURS, "lightly"])
+def test_no_figure_from_a_wrong_result(name: str) -> None:
+    (case,) = make_cases("center_mean", ["2,3,100"], CPU, compiled=False)
+    with pytest.raises(AssertionError, match=r"error|off by 0\.2"):
+        measure(spoiled(case, name), CPU, rounds=3)
+
+
+def test_measure() -> None:
+    (case,) = make_cases("dino_loss", ["4,2,3,512"], CPU, compiled=False)
+    found = measure(case, CPU, rounds=5)
+    assert set(found.figures) == set(case.variants)
+    assert all(len(seconds) == 5 for seconds in found.seconds.values())
+    ours, plain = found.figures[OURS], found.figures[PLAIN]
+    assert ours["times_ours"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    assert ours["peak_bytes"] < plain["peak_bytes"], "the gradient is written in place"
+    assert 0 < ours["copy_fraction"] < 2
+
+
+def test_command_writes_the_json_of_pytest_benchmark(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-m", "bench.kernels", "--only", "center_mean", "--shape", "2,3,100", "--rounds", "3"]
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = f"{ROOT}:{ROOT / 'kernels'}"
+    done = subprocess.run(
+        [*command, "--device", "cpu", "--no-compile", "--out", str(out)],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = json.loads(out.read_text())
+    assert {"commit", "dirty", "device", "versions", "command", "date"} <= document["machine_info"].keys()
+    entries = {e["extra_info"].get("variant"): e for e in document["benchmarks"]}
+    assert entries[OURS]["stats"]["rounds"] == 3
+    milliseconds = entries[OURS]["extra_info"]["milliseconds"]
+    assert entries[OURS]["stats"]["median"] == pytest.approx(1e-3 * milliseconds), "the rounds are those measured"

@@ -1,0 +1,112 @@
+"""The step's FLOPs, the peer that computes the same, the verdicts of compare, and the tables."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import report, step
+from bench.compare import verdict
+from bench.record import RESULTS
+from bench.timing import Ratio
+from bench.workload import nano_config, random_batch, step_flops
+from fastdino.train import distributed
+from fastdino.train.distributed import Ranks
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+FLAT = {"median": 1.0, "low": 1.0, "high": 1.0}
+
+
+@pytest.fixture
+def ranks() -> Iterator[Ranks]:
+    yield distributed.init("cpu")
+    distributed.shutdown()
+
+
+def test_peer_trains_like_ours_and_flops_are_counted(
+    ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = step.step_config("vit_nano", CPU, engine="torch")
+    contenders = step.build(config, ranks, tmp_path, compiled=False)
+    batches = [random_batch(config, CPU, seed) for seed in range(step.NUM_BATCHES)]
+    losses = step.check(contenders, batches, config)
+    assert len(set(losses[step.OURS])) == step.CHECKED_STEPS, "the steps differ, so equal losses mean equal updates"
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as flops:
+        contenders["lightly + timm"].step(batches[0])
+    pairs = 2 * 2 * config.views.num_views * config.run.local_batch * config.head.num_prototypes  # lightly's einsum
+    assert flops.get_total_flops() == pytest.approx(step_flops(config) + 2 * pairs, rel=0.01)
+
+
+def test_no_figure_when_losses_disagree() -> None:
+    losses = iter([1.0, 0.9, 0.8, 1.0, 0.9, 0.81])
+    contenders = {name: step.Contender(lambda batch: torch.tensor(next(losses)), []) for name in (step.OURS, "peer")}
+    with pytest.raises(AssertionError, match=r"no figure: step 2 of peer has loss 0\.81"):
+        step.check(contenders, [None] * step.NUM_BATCHES, step.step_config("vit_nano", CPU))  # type: ignore[list-item]
+
+
+def test_nano_step_is_the_products_default() -> None:
+    config = nano_config()
+    assert config.engine.name == "deepspeed"
+    assert config.optim.clip_mode == "tensor"
+
+
+@pytest.mark.parametrize(
+    ("first", "again", "word"),
+    [
+        ((1.10, 1.06, 1.14), (1.09, 1.06, 1.12), "SLOWER"),
+        ((1.10, 1.06, 1.14), (1.02, 0.99, 1.05), "AMBIGUOUS"),
+        ((1.10, 1.06, 1.14), None, "AMBIGUOUS"),
+        ((1.06, 1.02, 1.10), None, "AMBIGUOUS"),
+        ((1.01, 0.99, 1.03), None, "SAME"),
+        ((0.80, 0.78, 0.83), None, "FASTER"),
+    ],
+)
+def test_verdict(first: tuple[float, float, float], again: tuple[float, float, float] | None, word: str) -> None:
+    assert verdict(Ratio(*first), None if again is None else Ratio(*again)) == word
+
+
+def test_tables_of_the_repository_are_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["bench.report", "--check"])
+    assert report.main() == 0, "run python -m bench.report"
+
+
+def gpu_results(folder: Path) -> None:
+    """Result files of a GPU that nobody has."""
+    where = {"commit": "0" * 40, "dirty": True, "device": "Model 1", "driver": "1.2", "date": "2000-01-01T00:00:00"}
+    where["versions"] = dict.fromkeys(("torch", "triton", "lightly", "timm"), "0")  # type: ignore[assignment]
+    seen: dict[str, Any] = {"milliseconds": 0.05, "copy_fraction": 0.91, "peak_bytes": 2e6}
+    entries = []
+    for variant, median in (("fastdino", 1.0), ("reference", 9.0), ("lightly", 14.0), ("x, torch.compile", 6.6)):
+        ratio = {"median": median, "low": median - 0.1, "high": median + 0.1}
+        info = {"operation": "dino_loss", "shape": "2,2,2,2", "variant": variant, "times_ours": ratio, **seen}
+        entries.append({"group": "g", "extra_info": info})
+    entries.append({"group": "g", "extra_info": {}})  # the copy
+    (folder / "kernels-model-1.json").write_text(json.dumps({"machine_info": where, "benchmarks": entries}))
+
+
+def test_report_says_what_is_not_measured(tmp_path: Path) -> None:
+    text = "a\n<!-- bench:kernels -->\nold\n<!-- /bench:kernels -->\nb\n<!-- bench:step -->\n<!-- /bench:step -->\n"
+    empty = report.rewritten(text, tmp_path)
+    assert empty.count(report.NOT_MEASURED) == 2
+    assert "old" not in empty
+    assert empty.startswith("a\n")
+    assert "\nb\n" in empty
+    gpu_results(tmp_path)
+    full = report.rewritten(empty, tmp_path)
+    assert full.count(report.NOT_MEASURED) == 1, "the step alone"
+    row = next(line for line in full.splitlines() if line.startswith("| `dino_loss`"))
+    for figure in ("0.05", "91 %", "9.00x (8.90 to 9.10)", "6.60x", "14.00x (13.90 to 14.10), lightly"):
+        assert figure in row
+    assert "000000000 with changes" in full
+    assert report.rewritten(full, tmp_path) == full, "writing twice changes nothing"
+
+
+@pytest.mark.parametrize("text", ["<!-- bench:karnels -->\n<!-- /bench:karnels -->", "<!-- bench:step -->\n"])
+def test_report_refuses_a_marker_that_it_cannot_serve(text: str) -> None:
+    with pytest.raises(ValueError, match="bench:"):
+        report.rewritten(text, RESULTS)

@@ -1,0 +1,106 @@
+"""What the figures rest on: paired ratios, interleaving, counters."""
+
+import time
+
+import pytest
+import torch
+
+from bench.counters import LiveBytes, OpCounts, kernels_counted, launches, peak_bytes, saved_bytes
+from bench.timing import Clock, Work, interleave, paired_ratio
+from fastdino_kernels import center_mean
+
+CPU = torch.device("cpu")
+
+
+def test_paired_ratio_ignores_drift_and_outliers() -> None:
+    """Both series double half-way, as when a processor is throttled, and one round was disturbed."""
+    base = [1.0 + 0.001 * (i % 7) for i in range(50)] + [2.0 + 0.001 * (i % 5) for i in range(50)]
+    slower = [1.1 * x for x in base]
+    slower[17] *= 40
+    ratio = paired_ratio(slower, base)
+    assert ratio.median == pytest.approx(1.1)
+    assert ratio.low == pytest.approx(1.1)
+    assert ratio.high == pytest.approx(1.1)
+
+
+def test_interval_holds_what_is_uncertain() -> None:
+    noise = torch.randn(400, generator=torch.Generator().manual_seed(0)).mul(0.2).add(1).tolist()
+    few, many = paired_ratio(noise[:20], [1.0] * 20), paired_ratio(noise, [1.0] * 400)
+    assert few.low < 1 < few.high
+    assert many.high - many.low < (few.high - few.low) / 2
+
+
+def test_interleave_takes_turns_and_restores() -> None:
+    seen: list[str] = []
+    works = {
+        "a": Work(lambda index: seen.append("a"), lambda index: seen.append("restore a")),
+        "b": Work(lambda index: seen.append("b")),
+    }
+    seconds, _ = interleave(works, rounds=20, clock=Clock(CPU), warmup=1)
+    assert [len(x) for x in seconds.values()] == [20, 20]
+    for start in range(0, len(seen), 3):
+        assert sorted(seen[start : start + 3]) == ["a", "b", "restore a"], "a round runs each once"
+        assert "a,restore a" in ",".join(seen[start : start + 3])
+    assert {seen[start] for start in range(0, len(seen), 3)} == {"a", "b"}, "none always comes first"
+
+
+def test_clock_counts_work_and_not_sleep() -> None:
+    def busy() -> None:
+        until = time.process_time() + 0.02
+        while time.process_time() < until:
+            pass
+
+    clock = Clock(CPU)
+    assert clock(busy) >= 0.02
+    assert clock(lambda: time.sleep(0.05)) < 0.02
+
+
+def test_op_counts() -> None:
+    x = torch.randn(1000)
+    with OpCounts() as counts:
+        x.view(10, 100).t()
+        torch.empty(5)
+        x.add(1)  # reads 4000 bytes, writes 4000
+        x.add_(x)  # one tensor, read and written
+        torch._foreach_lerp_([x], [torch.ones(1).expand(1000)], 0.5)  # 4000 + 4 read, 4000 written; ones writes 4
+    assert dict(counts.calls) == {"aten::add": 1, "aten::add_": 1, "aten::_foreach_lerp_": 1, "aten::ones": 1}
+    assert counts.bytes == 8000 + 8000 + 8004 + 4
+    assert not counts.syncs
+    for sync in (lambda: x.sum().item(), lambda: x[x > 0], lambda: bool(x[0] > 0), lambda: x.nonzero()):
+        with OpCounts() as counts:
+            sync()
+        assert counts.syncs.total() == 1
+
+
+def test_peak_of_live_tensors() -> None:
+    def work() -> torch.Tensor:
+        a = torch.zeros(1000)
+        b = a + 1
+        del a
+        c = b.view(10, 100) * 2
+        del b
+        return c + 1
+
+    assert peak_bytes(work, CPU) == 2 * 4000
+    with LiveBytes() as live:
+        kept = work()
+    assert live.live == 4000
+    del kept
+    assert live.live == 0
+
+
+def test_saved_bytes_leave_parameters_out() -> None:
+    weight = torch.nn.Parameter(torch.randn(50, 20))
+    x = torch.randn(8, 20)
+    with saved_bytes() as saved:
+        y = x @ weight.t()  # keeps x, and the weight, which is there anyway
+        (y.sin() * y).sum()  # keeps y twice and sin(y)
+    assert saved() == x.nbytes + 2 * y.nbytes
+
+
+def test_triton_launches_are_counted_and_nothing_runs() -> None:
+    with kernels_counted() as kernels:
+        center_mean(torch.full((2, 3, 5), 7.0))
+    assert dict(kernels) == {"_center_mean_kernel": 1}
+    assert launches(lambda: torch.zeros(3).add(1), CPU) == 2
+    assert center_mean(torch.full((2, 3, 5), 7.0)).tolist() == [7.0] * 5, "the patch is gone"
