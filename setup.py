@@ -13,7 +13,7 @@ VERSION = next(
 setup(
     name="fastdino",
     version=VERSION,
-    description="The fastest open trainer for DINO: fused Triton kernels, ZeRO with a sharded teacher, throughput gates",
+    description="Trainer for DINO: fused Triton kernels, ZeRO with a sharded teacher, throughput gates",
     long_description=Path("README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
