@@ -15,5 +15,5 @@ def use_triton(x: Tensor) -> bool:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of a reference's arithmetic: at least fp32; fp64 stays fp64, so that the reference is the tests' truth."""
+    """The dtype of a reference's arithmetic: at least fp32; fp64 stays fp64, so a reference is the tests' truth."""
     return torch.promote_types(x.dtype, torch.float32)
