@@ -15,49 +15,45 @@ import torch
 import triton
 
 from fastdino_kernels.cases import CASES, NARROW, Case
-from fastdino_kernels.offline import TARGETS, Report, compile_reports
+from fastdino_kernels.offline import TARGETS, Report, compile_cases
 
 RESULTS = Path(__file__).parent / "results" / "static.json"
 # H200: copy bandwidth as measured (of 4.8 TB/s), SMs, clock, warp instructions and exps per clock and SM.
 COPY_BYTES_PER_S = 4.3e12
 SMS, CLOCK_HZ, WARPS_PER_CLOCK, EXPS_PER_CLOCK = 132, 1.98e9, 4, 16
 # Figures that may not rise, and those that may not fall.
-LOWER_IS_BETTER = ("registers", "spills", "local_accesses", "shared", "instructions_per_16_bytes")
+LOWER_IS_BETTER = ("registers", "spills", "local_accesses", "shared", "instructions_per_element")
 HIGHER_IS_BETTER = ("loads_128", "stores_128")
 
 
-def measure() -> dict[str, Any]:
-    """{case: {kernel: {target: figures}}}, and the roofline of each kernel on the H200."""
+def figures(reports: dict[str, list[Report]]) -> dict[str, Any]:
+    """{case: {kernel: {target: figures}}}, and under "h200" the roofline of each kernel there."""
     cases: dict[str, Any] = {}
-    for name, case in CASES.items():
-        for target in TARGETS:
-            for report in compile_reports(case.call, target):
-                if problems := report.problems(NARROW.get(report.kernel, frozenset())):
-                    raise SystemExit("\n".join(problems))
-                figures = {key: value for key, value in asdict(report).items() if key not in ("kernel", "target")}
-                figures["instructions_per_16_bytes"] = round(16 * report.hot_instructions / report.hot_bytes, 2)
-                kernel = cases.setdefault(name, {}).setdefault(report.kernel, {})
-                kernel[target] = figures
-                if target == "sm_90":
-                    kernel["h200"] = roofline(report, case)
+    for name, found in reports.items():
+        for report in found:
+            if problems := report.problems(NARROW.get(report.kernel, frozenset())):
+                raise SystemExit("\n".join(problems))
+            kernel = cases.setdefault(name, {}).setdefault(report.kernel, {})
+            kernel[report.target] = {key: x for key, x in asdict(report).items() if key not in ("kernel", "target")}
+            per_element = report.hot_instructions * passes(report, CASES[name]) / CASES[name].elements
+            kernel[report.target]["instructions_per_element"] = round(per_element, 3)
+            if report.target == "sm_90":
+                kernel["h200"] = roofline(report, CASES[name])
     return cases
 
 
-def roofline(report: Report, case: Case) -> dict[str, Any]:
-    """Least microseconds by memory, by instruction issue and by the exp unit; the largest is the kernel's bound.
+def passes(report: Report, case: Case) -> float:
+    """How often threads execute the hot part: each time it moves ``hot_bytes`` of what the kernel moves."""
+    return (case.bytes[report.kernel] + case.cached.get(report.kernel, 0)) / report.hot_bytes
 
-    A thread that executes the hot part once moves ``hot_bytes``, so bytes tell how often it is executed.
-    """
-    num_bytes = case.bytes[report.kernel]
-    passes = num_bytes / report.hot_bytes
-    issue = passes * report.hot_instructions / 32 / (SMS * CLOCK_HZ * WARPS_PER_CLOCK)
-    exp = passes * report.hot_exps / (SMS * CLOCK_HZ * EXPS_PER_CLOCK)
-    times = {"memory": num_bytes / COPY_BYTES_PER_S, "issue": issue, "exp": exp}
-    return {
-        "instructions_per_element": round(report.hot_instructions * passes / case.elements, 2),
-        **{f"{name}_us": round(1e6 * seconds, 1) for name, seconds in times.items()},
-        "bound": max(times, key=lambda name: times[name]),
-    }
+
+def roofline(report: Report, case: Case) -> dict[str, Any]:
+    """Least microseconds by memory, by instruction issue and by the exp unit; the largest is the kernel's bound."""
+    issue = passes(report, case) * report.hot_instructions / 32 / (SMS * CLOCK_HZ * WARPS_PER_CLOCK)
+    exp = passes(report, case) * report.hot_exps / (SMS * CLOCK_HZ * EXPS_PER_CLOCK)
+    times = {"memory": case.bytes[report.kernel] / COPY_BYTES_PER_S, "issue": issue, "exp": exp}
+    bound = max(times, key=lambda name: times[name])
+    return {**{f"{name}_us": round(1e6 * seconds, 1) for name, seconds in times.items()}, "bound": bound}
 
 
 def regressions(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -79,10 +75,16 @@ def regressions(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail on a figure worse than recorded; write nothing")
-    check = parser.parse_args().check
+    parser.add_argument("--reports", type=Path, help="what fastdino_kernels.offline printed; default: compile")
+    args = parser.parse_args()
     versions = {"torch": torch.__version__, "triton": triton.__version__}
-    cases = measure()
-    if check:
+    if args.reports:
+        printed = json.loads(args.reports.read_text())
+        reports = {name: [Report(**report) for report in found] for name, found in printed.items()}
+    else:
+        reports = compile_cases()
+    cases = figures(reports)
+    if args.check:
         recorded = json.loads(RESULTS.read_text())
         found = regressions(recorded["cases"], cases)
         print("\n".join(found) or f"{len(cases)} cases, no figure worse than recorded")

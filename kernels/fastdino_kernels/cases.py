@@ -1,6 +1,7 @@
 """The headline call of every kernel: what the compile gate compiles and the benchmarks time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -9,18 +10,22 @@ from torch import Tensor
 from fastdino_kernels.adamw_ema import Rates, adamw_ema_
 from fastdino_kernels.center import center_mean
 from fastdino_kernels.ema import ema_update_
+from fastdino_kernels.ibot import ibot_loss
 from fastdino_kernels.loss import dino_loss
 from fastdino_kernels.prototypes import prototype_weight
 from fastdino_kernels.segments import BLOCK, Segments, make_segments, segment_squares
+from fastdino_kernels.sinkhorn import sinkhorn
 
 # DINO v1's headline: 10 student and 2 teacher views of 64 images, 65536 prototypes of 256, ViT-B/16 with its head.
 S, T, B, K, D = 10, 2, 64, 65536, 256
+MASKED = 3763  # M, masked patches of 64 images at DINOv2's default rate
 PARAMETERS = 85_798_656 + K * D + 5_770_496  # backbone, prototypes, the head's MLP
 
 # Kernels that load or store no more than a few numbers per row or column there: no 128-bit access to expect.
 NARROW = {
     "_slice_kernel": frozenset({"store"}),
     "_merge_kernel": frozenset({"load", "store"}),
+    "_row_kernel": frozenset({"store"}),
     "_center_mean_kernel": frozenset({"store"}),
     "_partial_squares_kernel": frozenset({"store"}),
     "_segment_squares_kernel": frozenset({"load", "store"}),
@@ -33,6 +38,7 @@ class Case(NamedTuple):
     call: Callable[[], object]
     elements: int  # of the tensor that gives the case its size
     bytes: dict[str, int]  # by kernel: what it must read and write at least
+    cached: Mapping[str, int] = MappingProxyType({})  # by kernel: what its loop reads besides, from the cache
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -42,6 +48,12 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def _dino_loss() -> None:
     student, teacher = (_empty(views, B, K, dtype=torch.bfloat16) for views in (S, T))
     dino_loss(student.requires_grad_(), teacher, _empty(K), student_temp=0.1, teacher_temp=0.04).backward()
+
+
+def _ibot_loss() -> None:
+    student, teacher = (_empty(MASKED, K, dtype=torch.bfloat16) for _ in range(2))
+    loss = ibot_loss(student.requires_grad_(), teacher, _empty(K), _empty(MASKED), student_temp=0.1, teacher_temp=0.04)
+    loss.backward()
 
 
 def _prototype_weight() -> None:
@@ -91,6 +103,21 @@ CASES = {
             "_merge_kernel": 4 * B * (K // 512) * (S * (2 + T) + 2 * T),
             "_gradient_kernel": (2 * S + T) * B * K * 2,
         },
+    ),
+    "ibot_loss": Case(
+        _ibot_loss,
+        MASKED * K,
+        {
+            "_slice_kernel": 2 * MASKED * K * 2,
+            "_merge_kernel": 4 * MASKED * (K // 2048) * (3 + 2),
+            "_gradient_kernel": 3 * MASKED * K * 2,
+        },
+    ),
+    "sinkhorn": Case(
+        lambda: sinkhorn(_empty(MASKED, K, dtype=torch.bfloat16), temp=0.04, iterations=2),
+        MASKED * K,
+        {"_column_kernel": MASKED * K * 2, "_row_kernel": MASKED * K * 2},
+        cached={"_row_kernel": MASKED // 4 * K * 4},  # the column scaling, once for four rows
     ),
     "center_mean": Case(
         lambda: center_mean(_empty(T, B, K, dtype=torch.bfloat16)),

@@ -1,6 +1,6 @@
 """What the compiler makes of the kernels: compiled for a GPU, with no GPU at hand, and read back as machine code.
 
-``python -m fastdino_kernels.offline`` prints a report for every case of :mod:`fastdino_kernels.cases` and every target.
+``python -m fastdino_kernels.offline [CASE...]`` prints {case: [report, ...]} as JSON, for every target.
 """
 
 import json
@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -84,7 +84,7 @@ def compile_reports(call: Callable[[], object], target: str) -> list[Report]:
         call()
     if not compiled:
         raise RuntimeError(f"{call} launched no kernel")
-    return [_report(kernel, target) for kernel in compiled]
+    return [_report(kernel, target) for kernel in dict.fromkeys(compiled)]  # a kernel launched twice is one
 
 
 class _OfflineDriver:
@@ -209,17 +209,15 @@ def _hot(lines: list[str]) -> list[str]:
     return [line for line in best if not line.startswith(".L")]
 
 
-def main() -> None:
-    """Prints {case: [report, ...]} as JSON, for the cases named on the command line or for all."""
+def compile_cases(names: Sequence[str] = ()) -> dict[str, list[Report]]:
+    """The reports of these cases of :mod:`fastdino_kernels.cases`, or of all, for every target."""
     from fastdino_kernels.cases import CASES
 
-    names = sys.argv[1:] or list(CASES)
-    found = {
-        name: [asdict(report) for target in TARGETS for report in compile_reports(CASES[name].call, target)]
-        for name in names
+    return {
+        name: [report for target in TARGETS for report in compile_reports(CASES[name].call, target)]
+        for name in names or CASES
     }
-    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(compile_cases(sys.argv[1:]), default=asdict))
