@@ -24,6 +24,7 @@ from bench.timing import Clock, Work, interleave, matmul_flops, paired_ratio
 from bench.workload import build_trainer, flatten_positions, random_batch, step_config, step_flops
 from fastdino.config import Config
 from fastdino.data import Batch
+from fastdino.model import build_network
 from fastdino.train import distributed
 from fastdino.train.distributed import Ranks
 from fastdino.train.trainer import Trainer
@@ -121,13 +122,13 @@ def _figures(
 
 def build(config: Config, ranks: Ranks, folder: Path, compiled: bool) -> dict[str, Contender]:
     """Ours with its default engine and with the plain one, and the peer, all with the same weights."""
-    contenders, weights = {}, dict[str, Tensor]()
+    contenders, weights = {}, _start(config)
     for label, engine in ((OURS, "deepspeed"), ("fastdino, torch engine", "torch")):
         settings = step_config(config.model.arch, ranks.device, engine=engine)
 
         def make(settings: Config = settings, label: str = label) -> Contender:
             trainer = build_trainer(settings, ranks, folder / label)
-            _restart(trainer, weights)
+            _load(trainer, weights)
             trained = [trainer.engine.student, trainer.engine.teacher]
             return Contender(lambda batch: trainer.train_step([batch]), trained)
 
@@ -158,15 +159,15 @@ def _counted(make: Callable[[], Contender], device: torch.device) -> Contender:
     return contender
 
 
-def _restart(trainer: Trainer, weights: dict[str, Tensor]) -> None:
-    """The first trainer gives its weights, with one position embedding for all patches; later ones take them."""
-    if not weights:
-        weights.update(
-            {name: p.detach().float().clone() for name, p in trainer.engine.student_network.named_parameters()}
-        )
-        for fragment in trainer.engine.fragments():
-            weights[fragment.name].view(-1)[fragment.start : fragment.stop] = fragment.tensors["param"]
-        flatten_positions(weights)
+def _start(config: Config) -> dict[str, Tensor]:
+    """Weights that all contenders start from, with one position embedding for all patches."""
+    torch.manual_seed(config.run.seed)
+    weights = {name: p.detach() for name, p in build_network(config).named_parameters()}
+    flatten_positions(weights)
+    return weights
+
+
+def _load(trainer: Trainer, weights: dict[str, Tensor]) -> None:
     for fragment in trainer.engine.fragments():
         for key in ("param", "ema"):
             fragment.tensors[key].copy_(weights[fragment.name].view(-1)[fragment.start : fragment.stop])

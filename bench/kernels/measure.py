@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from bench.counters import launches, peak_bytes
-from bench.kernels import adamw_ema, center_mean, dino_loss, ema_update
+from bench.kernels import (
+    adamw_ema,
+    center_mean,
+    dino_loss,
+    ema_update,
+    ibot_loss,
+    prototype_weight,
+    segment_squares,
+    sinkhorn,
+)
 from bench.kernels.case import OURS, Bound, Case, Variant, check
 from bench.timing import Clock, Work, interleave, paired_ratio
 
@@ -19,6 +28,10 @@ OPERATIONS: dict[str, Any] = {
     "center_mean": center_mean,
     "ema_update_": ema_update,
     "adamw_ema_": adamw_ema,
+    "segment_squares": segment_squares,
+    "prototype_weight": prototype_weight,
+    "ibot_loss": ibot_loss,
+    "sinkhorn": sinkhorn,
 }
 COPY = "copy"  # the yardstick of bandwidth
 ROUNDS = {"cuda": 200, "cpu": 25}

@@ -20,6 +20,10 @@ SMALL = {
     "center_mean": ["2,3,100", "1,4,64,bf16"],
     "ema_update_": ["5,400", "5,400,bf16", "1,320"],
     "adamw_ema_": ["5,400"],
+    "segment_squares": ["5,400", "5,400,bf16"],
+    "prototype_weight": ["50,32", "50,32,bf16"],
+    "ibot_loss": ["8,100", "8,100,bf16"],
+    "sinkhorn": ["8,100", "8,100,bf16"],
 }
 
 

@@ -1,0 +1,88 @@
+"""ibot_loss, forward and backward: masked patches, gradient for the student's logits."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from lightly.loss import IBOTPatchLoss
+from torch import Tensor
+
+from bench.kernels.case import OURS, PLAIN, Bound, Case, Variant, generator, parse_shape
+from fastdino_kernels.ibot import ibot_loss, ibot_loss_reference
+
+TEMPS: dict[str, Any] = {"student_temp": 0.1, "teacher_temp": 0.04}
+IMAGES = 4  # M is a multiple of it
+SHAPES = {"cuda": ["3712,65536,bf16", "4096,131072,bf16"], "cpu": ["64,4096", "64,4096,bf16"]}  # M, K
+
+
+class Inputs(NamedTuple):
+    student: Tensor  # (M, K), a leaf
+    teacher: Tensor
+    center: Tensor
+    weight: Tensor  # (M,)
+
+
+def cases(device: torch.device, shapes: list[str], compiled: bool) -> list[Case]:
+    return [_case(device, shape, compiled) for shape in shapes]
+
+
+def _case(device: torch.device, shape: str, compiled: bool) -> Case:
+    (M, K), dtype = parse_shape(shape)
+
+    def make(seed: int) -> Inputs:
+        random: dict[str, Any] = {"generator": generator(device, seed), "device": device}
+        student, teacher = (torch.randn(M, K, **random).to(dtype) for _ in range(2))
+        weight = torch.full((M,), 1 / M, device=device)
+        return Inputs(student.requires_grad_(), teacher, 0.1 * torch.randn(K, **random), weight)
+
+    def refill(inputs: Inputs) -> None:
+        with torch.no_grad():
+            inputs.student.normal_()
+
+    variants = {
+        OURS: Variant(_bind(lambda *x: ibot_loss(*x, **TEMPS, inplace_grad=True)), refill),
+        PLAIN: Variant(_bind(_reference)),
+        "lightly": Variant(_lightly),
+    }
+    if compiled:
+        variants["reference, torch.compile"] = Variant(_bind(torch.compile(_reference, dynamic=False)))
+    return Case("ibot_loss", shape, make, _exact, variants, 3 * M * K * dtype.itemsize + 4 * (K + M))
+
+
+def _reference(*inputs: Tensor) -> Tensor:
+    return ibot_loss_reference(*inputs, **TEMPS)
+
+
+def _bind(implementation: Callable[..., Tensor]) -> Callable[[Inputs], Bound]:
+    def bind(inputs: Inputs) -> Bound:
+        def call() -> list[Tensor]:
+            student = inputs.student.view_as(inputs.student)  # no leaf, like the output of a layer
+            loss = implementation(student, *inputs[1:])
+            (grad,) = torch.autograd.grad(loss, student)
+            return [loss.detach(), grad]
+
+        return call
+
+    return bind
+
+
+def _lightly(inputs: Inputs) -> Bound:
+    """Under autocast where the logits are bf16; without its update of the center."""
+    student, teacher, center, _ = inputs
+    loss = IBOTPatchLoss(len(center), **TEMPS).to(center.device)
+    loss.center.center.copy_(center)
+    loss.center.update = lambda x: None
+    mask = torch.ones(IMAGES, 1, len(student) // IMAGES, dtype=torch.bool, device=center.device)
+
+    def implementation(student: Tensor, *_: Tensor) -> Tensor:
+        with torch.autocast(student.device.type, dtype=torch.bfloat16, enabled=student.dtype == torch.bfloat16):
+            return loss(teacher, student, mask)
+
+    return _bind(implementation)(inputs)
+
+
+def _exact(inputs: Inputs) -> list[Tensor]:
+    student = inputs.student.detach().double().requires_grad_()
+    loss = _reference(student, *(x.double() for x in inputs[1:]))
+    (grad,) = torch.autograd.grad(loss, student)
+    return [loss.detach(), grad]
