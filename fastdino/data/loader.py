@@ -3,11 +3,13 @@
 import logging
 import os
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -242,7 +244,7 @@ class _MadeAhead:
             dataset,
             num_workers=num_workers,
             collate_fn=_as_is,
-            worker_init_fn=_leave_signals_to_trainer,
+            worker_init_fn=_set_up_worker,
             # fork, so that workers share the source's memory; they never touch the GPU.
             multiprocessing_context="fork" if num_workers else None,
             **options,
@@ -290,7 +292,14 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _leave_signals_to_trainer(_: int) -> None:
+def _set_up_worker(_: int) -> None:
     """Ctrl-C and a cluster's notice reach the whole process group; the trainer finishes its step first, on our data."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.excepthook = _tell_unless_hung_up
+
+
+def _tell_unless_hung_up(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Silent when the trainer was interrupted while it took a batch: it tells, and a worker's thread need not."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)

@@ -86,7 +86,7 @@ def children() -> set[int]:
     return {int(pid) for pid in found if "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][:3]}
 
 
-def wait_for(condition, seconds: float = 20) -> None:
+def wait_for(condition, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"
@@ -310,7 +310,7 @@ def test_workers_end_with_the_trainer(number, kind):
     workers = [int(pid) for pid in script.stdout.readline().split()]
     assert workers
     os.killpg(script.pid, number) if number == signal.SIGINT else os.kill(script.pid, number)
-    _, errors = script.communicate(timeout=40)
+    _, errors = script.communicate(timeout=120)
     if number == signal.SIGINT:
         assert errors.count("Traceback") == 1, errors
         assert "KeyboardInterrupt" in errors

@@ -254,9 +254,9 @@ def test_many_files_are_indexed_fast_and_kept_small(tmp_path):
         (tmp_path / f"c{folder}").mkdir()
         for i in range(500):
             (tmp_path / f"c{folder}" / f"image_{i:05d}.jpg").touch()
-    started = time.perf_counter()
+    started = time.process_time()
     source = FolderSource(tmp_path)
-    assert time.perf_counter() - started < 5  # 0.05 s on an idle machine
+    assert time.process_time() - started < 1  # 0.02 s on an idle machine
     assert len(source) == 10000
     assert len(pickle.dumps(source)) < 10000 * 40, "bytes, not a list of strings"
     assert source.name(9999) == "c9/image_00499.jpg"
