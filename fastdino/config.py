@@ -157,7 +157,7 @@ class DataConfig:
     image_size: int = 256
     """Side in pixels at which shapes are rendered."""
     normalize: Literal["imagenet", "image"] = "imagenet"
-    """Subtract ImageNet's mean and divide by its deviation, or each view's own (short runs)."""
+    """Subtract ImageNet's mean and divide by its deviation, or those of each channel of each view (short runs)."""
     num_workers: int = 10
     """Processes per rank that decode and augment; 0 works in the training process."""
     max_bad: float = 0.01

@@ -1,4 +1,4 @@
-"""Set-up for every test: Triton's interpreter where there is no GPU, poisoned memory, one thread policy."""
+"""Set-up for every test: Triton's interpreter and no gpu-marked tests where there is no GPU."""
 
 import os
 
@@ -8,6 +8,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before anything imports fastdino_kernels
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from fastdino.config import HeadConfig
 from fastdino.model.vit import init_linears
+from fastdino_kernels import prototype_weight
 
 
 class Head(nn.Module):
@@ -50,12 +51,6 @@ class Prototypes(nn.Module):
         self.g = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=not freeze_norm)
         nn.init.kaiming_uniform_(self.v, a=5**0.5)  # nn.Linear's own, which v1 leaves as it is
 
-    def weight(self) -> Tensor:
-        """(K, D): g * v / |v|, computed in fp32 or wider, in v's dtype."""
-        dtype = torch.promote_types(self.v.dtype, torch.float32)
-        v = self.v.to(dtype)
-        return (v * (self.g.to(dtype) / v.norm(dim=1, keepdim=True))).to(self.v.dtype)
-
     def forward(self, x: Tensor) -> Tensor:
         """(.., D) -> (.., K)."""
-        return F.linear(x, self.weight())
+        return F.linear(x, prototype_weight(self.v, self.g))

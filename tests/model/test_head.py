@@ -12,6 +12,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from fastdino.config import HeadConfig
 from fastdino.model import Head
 from fastdino.model.head import Prototypes
+from fastdino_kernels import prototype_weight
 
 SMALL: dict[str, Any] = {"num_prototypes": 37, "hidden_dim": 24, "bottleneck_dim": 8}
 
@@ -66,7 +67,7 @@ def test_frozen_norm_makes_logits_cosines() -> None:
     assert [name for name, _ in net.named_parameters() if "last_layer" in name] == ["last_layer.v", "last_layer.g"]
     logits = net(1000 * torch.randn(6, 12))
     assert logits.abs().max() <= 1 + 1e-5
-    torch.testing.assert_close(net.last_layer.weight().norm(dim=1), torch.ones(37))
+    torch.testing.assert_close(prototype_weight(net.last_layer.v, net.last_layer.g).norm(dim=1), torch.ones(37))
     torch.testing.assert_close(net(torch.zeros(1, 12)), torch.zeros(1, 37))  # a zero bottleneck is not NaN
     assert head(freeze_prototype_norm=False).last_layer.g.requires_grad
 
@@ -75,7 +76,7 @@ def test_bf16_norms_are_computed_in_fp32() -> None:
     """Every prototype keeps length 1 within the rounding of its entries, not within that of a bf16 norm."""
     torch.manual_seed(0)
     net = Head(12, HeadConfig(num_prototypes=500, hidden_dim=24, bottleneck_dim=256)).bfloat16()
-    weight, v = net.last_layer.weight(), net.last_layer.v.double()
+    weight, v = prototype_weight(net.last_layer.v, net.last_layer.g), net.last_layer.v.double()
     assert weight.dtype == torch.bfloat16
     assert torch.equal(weight, (v / v.norm(dim=1, keepdim=True)).bfloat16())
     x = torch.randn(9, 12).bfloat16()
