@@ -1,9 +1,10 @@
 """Which rank this process is, and the few collectives that a trainer needs."""
 
+import itertools
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # torchrun and the deepspeed launcher
+_stores: dict[str, tuple[dist.Store, Iterator[int]]] = {}
+_destroy: Callable[[], None] = dist.destroy_process_group
 _host_group: dist.ProcessGroup | None = None  # gloo beside nccl: decisions on the host that never wait for the GPU
 
 
@@ -50,13 +53,21 @@ def init(device: Literal["auto", "cpu", "cuda"] = "auto") -> Ranks:
     if on_gpu:
         torch.cuda.set_device(here)
     if not dist.is_initialized():
-        backend = "nccl" if on_gpu else "gloo"
-        if init_method is None:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        else:
-            dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=world_size)
+        backend, store = "nccl" if on_gpu else "gloo", _store(init_method, rank, world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         _host_group = dist.new_group(backend="gloo") if on_gpu and world_size > 1 else None
     return Ranks(rank, world_size, local_rank, here)
+
+
+def _store(address: str | None, rank: int, world_size: int) -> dist.Store:
+    """Where ranks meet: the same server for every run within a process, but never the keys of the run before, which
+    would lead to connections that are closed."""
+    if address is None:
+        return dist.HashStore()
+    if address not in _stores:
+        _stores[address] = (next(dist.rendezvous(address, rank, world_size))[0], itertools.count())
+    store, runs = _stores[address]
+    return dist.PrefixStore(f"run {next(runs)}", store)
 
 
 def _place(env: Mapping[str, str]) -> tuple[int, int, int, str | None]:
@@ -97,12 +108,18 @@ def shutdown() -> None:
 
     Waits for the other ranks, unless an exception is on its way out: then they may never come.
     """
-    global _host_group
+    global _destroy, _host_group
     if dist.is_initialized():
         if sys.exc_info()[0] is None:
             barrier()
-        dist.destroy_process_group()
-    _host_group = None
+        _destroy()
+    _destroy, _host_group = dist.destroy_process_group, None
+
+
+def leave_with(destroy: Callable[[], None]) -> None:
+    """Makes :func:`shutdown` leave the group through ``destroy``, which forgets more than torch's own does."""
+    global _destroy
+    _destroy = destroy
 
 
 def all_reduce_mean_(tensor: Tensor, async_op: bool = False) -> dist.Work | None:

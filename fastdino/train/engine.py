@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastdino.config import Config
+from fastdino.train import distributed
 from fastdino.train.distributed import Ranks
 from fastdino.train.optim import Shard
 from fastdino.train.schedules import Now
@@ -94,7 +95,7 @@ def _import_deepspeed(device: torch.device) -> Any:
             f"set DS_ACCELERATOR={device.type}"
         )
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a g++ build of a minute that only inference needs
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # one warning: our optimizer is untested by them
+    distributed.leave_with(deepspeed.comm.destroy_process_group)  # it keeps groups of its own, stale in a second run
     return deepspeed
 
 
@@ -107,6 +108,8 @@ class DeepSpeedEngine(Engine):
         super().__init__(config, student, teacher, ranks)
         exact = [torch.cat([p.detach().flatten() for p in group.params.values()]) for group in self.groups]
         deepspeed = _import_deepspeed(ranks.device)
+        log = logging.getLogger("DeepSpeed")
+        log.setLevel(logging.ERROR)  # it would warn that our optimizer is not tested by them
         with mock.patch.dict(os.environ, LOCAL_RANK=str(ranks.local_rank)):  # it insists on a launcher's variable
             self._deepspeed, _, _, _ = deepspeed.initialize(
                 model=student,
@@ -114,13 +117,15 @@ class DeepSpeedEngine(Engine):
                 config=deepspeed_config(config, self.dtype == torch.bfloat16),
                 dist_init_required=False,
             )
+        log.setLevel(logging.WARNING)
         self.student, self._zero = self._deepspeed, self._deepspeed.optimizer
         masters = [master.detach() for master in self._zero.single_partition_of_fp32_groups]
         for master, values in zip(masters, exact, strict=True):  # DeepSpeed's are copies of rounded weights
             start = ranks.rank * master.numel()
             mine = values[start : start + master.numel()]
             master[: mine.numel()].copy_(mine)
-        self._adopt(self._zero.single_partition_of_fp32_groups, ranks.world_size, ranks.rank)
+        shadows: list[Tensor | None] = [None] * len(masters)  # DeepSpeed writes the student's weights itself
+        self._adopt(self._zero.single_partition_of_fp32_groups, shadows, ranks.world_size, ranks.rank)
         self._micro_batch = 0
         self.after_load()
 
@@ -134,7 +139,7 @@ class DeepSpeedEngine(Engine):
         assert self._micro_batch == self.accumulate, f"{self._micro_batch} backward passes before a step"
         self.wait_teacher()
         pieces: list[Tensor] = []
-        for index, group in enumerate(self._bound()):
+        for index, group in enumerate(self.optimizer.param_groups):
             shard: Shard = group["shard"]
             pieces += self._zero.averaged_gradients[index][: len(shard.pieces)]  # what is left is padding
         self.optimizer.prepare(now, pieces, finite)

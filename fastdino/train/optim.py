@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from fastdino.config import OptimConfig
 from fastdino.train.schedules import Now
-from fastdino_kernels.ema import ema_update_
+from fastdino_kernels import Rates, adamw_ema_, ema_update_, make_segments, segment_squares
 
-ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
 SGD_MOMENTUM = 0.9  # LARS too
 LARS_ETA = 0.001
 
@@ -72,13 +71,13 @@ def segments(group: Group, start: int, stop: int) -> list[Segment]:
 
 @dataclass(frozen=True)
 class Shard:
-    """This rank's slice of a group. ``ema`` is the teacher's; ``shadow`` its rounded copy that the teacher computes
-    with, None where that is ``ema`` itself."""
+    """This rank's slice of a group: 1-D tensors of one length, which may end in padding."""
 
-    param: Tensor  # 1-D fp32
-    ema: Tensor
-    shadow: Tensor | None
+    param: Tensor  # fp32
+    ema: Tensor  # fp32, the teacher
     pieces: list[Segment]
+    param_shadow: Tensor | None  # copies in the precision of the forward pass; None where there is none to write
+    ema_shadow: Tensor | None
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """One view of ``flat``, laid out like the shard, for each piece."""
@@ -95,7 +94,7 @@ class Optimizer(torch.optim.Optimizer):
     moments: tuple[str, ...]
 
     def __init__(self, groups: list[Group], config: OptimConfig) -> None:
-        defaults = {"lr": 0.0, "weight_decay": 0.0, "momentum": 1.0, "frozen": False}
+        defaults = {"lr": 0.0, "weight_decay": 0.0, "frozen": False}
         super().__init__([{"params": list(group.params.values()), "group": group} for group in groups], defaults)
         self.clip, self.clip_mode = config.clip, config.clip_mode
 
@@ -103,20 +102,25 @@ class Optimizer(torch.optim.Optimizer):
         """Makes the shards what the groups update, with moments of zero. ``reduce`` sums over the ranks that hold the
         other slices, in place; None when each rank holds everything."""
         names = [name for group in self.param_groups for name in group["group"].params]
-        device = shards[0].param.device
+        device, self.reduce, self.num_params = shards[0].param.device, reduce, len(names)
+        pieces = []
         for group, shard in zip(self.param_groups, shards, strict=True):
+            pieces += [names.index(p.name) for p in shard.pieces]
+            lengths = [p.stop - p.start for p in shard.pieces]
             group["params"], group["shard"] = [shard.param], shard
-            group["index"] = torch.tensor([names.index(p.name) for p in shard.pieces], dtype=torch.long, device=device)
+            group["segments"] = make_segments([*lengths, shard.param.numel() - sum(lengths)], device)
+            # Padding is a parameter of its own, the last, whose norm is 0.
+            group["index"] = torch.tensor([*(names.index(p.name) for p in shard.pieces), len(names)], device=device)
             state: dict[str, Tensor] = {key: torch.zeros_like(shard.param) for key in self.moments}
             state["ema"] = shard.ema
-            state["step"] = torch.zeros((), device=device)  # updates so far; fp32 because the fused kernels want it
+            state["step"] = torch.zeros((), device=device)  # updates so far
             self.state[shard.param] = state
-        self.index = torch.cat([group["index"] for group in self.param_groups])
-        self.reduce, self.num_params = reduce, len(names)
+        self.index = torch.tensor(pieces, dtype=torch.long, device=device)
         self.counters = {
             key: torch.zeros((), dtype=torch.long, device=device) for key in ("steps", "skipped", "skipped_in_row")
         }
         self.counters["last_skipped"] = torch.full((), -1, device=device)
+        self.grad_norm = torch.zeros((), device=device)  # of the newest step, over all parameters, before clipping
 
     @torch.no_grad()
     def prepare(self, now: Now, grads: list[Tensor], finite: Tensor) -> None:
@@ -127,31 +131,28 @@ class Optimizer(torch.optim.Optimizer):
             grads: the gradient of every piece of every group's shard, in order; any shape and dtype.
             finite: 0-d bool; False makes the step a no-op, on all ranks among which the shards are split.
         """
+        self.now = now
         for group in self.param_groups:
-            group["lr"], group["momentum"] = now.lr, now.momentum
+            group["lr"] = now.lr
             group["weight_decay"] = now.weight_decay if group["group"].regularized else 0.0
             group["frozen"] = now.freeze_last_layer and group["group"].last_layer
-        squares = self._sum_squares(grads, self.index, torch.where(finite, 0.0, torch.nan))
+        squares = torch.where(finite, self.grad_norm.new_zeros(self.num_params + 1), torch.nan)  # nan reaches all ranks
+        if grads:
+            norms = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32))
+            squares.index_add_(0, self.index, norms.square())
+        self._sum_over_ranks(squares)
         self.grad_norm = squares.sum().sqrt()
         self.ok = torch.isfinite(self.grad_norm)
         self.found_inf = (~self.ok).float()  # the fused kernels' word for: leave everything as it is
-        norms = squares.sqrt() if self.clip_mode == "tensor" else self.grad_norm.expand(self.num_params)
+        # In fp64 1 - momentum keeps its digits; 1, for a skipped step, leaves the teacher bit for bit.
+        self.momentum = 1 - self.ok.double() * (1 - now.momentum)
+        norms = squares.sqrt() if self.clip_mode == "tensor" else self.grad_norm.expand_as(squares)
         self.scale = (self.clip / (norms + 1e-6)).clamp(max=1)
         self._count()
 
-    def _sum_squares(self, tensors: list[Tensor], index: Tensor, offset: float | Tensor = 0.0) -> Tensor:
-        """(num_params,) squared L2 norms of whole parameters, from the pieces of those in ``index``.
-
-        A not finite ``offset`` of one rank reaches all of them through the sum.
-        """
-        squares = torch.zeros(self.num_params, device=index.device)
-        if tensors:
-            norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32))
-            squares.index_copy_(0, index, norms.square())  # a rank holds at most one piece of a parameter
-        squares.add_(offset)
+    def _sum_over_ranks(self, squares: Tensor) -> None:
         if self.reduce is not None:
             self.reduce(squares)
-        return squares
 
     def _count(self) -> None:
         skipped = (~self.ok).long()
@@ -166,32 +167,43 @@ class Optimizer(torch.optim.Optimizer):
         """Updates the groups' parameters and moments unless frozen, then their teacher."""
         for group in self.param_groups:
             shard: Shard = group["shard"]
-            state = self.state[shard.param]
-            if not group["frozen"]:  # DINO v1 sets these gradients to None: no moment, no decay, no count either
+            param, state = shard.param.detach(), self.state[shard.param]
+            if group["frozen"]:  # DINO v1 sets these gradients to None: no moment, no decay, no count either
+                ema_update_(shard.ema, param, self.momentum, shard.ema_shadow)
+            else:
                 assert shard.param.grad is not None
                 state["step"].add_(self.ok)
-                if self.clip and shard.pieces:
-                    torch._foreach_mul_(shard.views(shard.param.grad), list(self.scale[group["index"]].unbind()))
-                self.update(group, shard.param, shard.param.grad, state)
-            # In fp64 1 - momentum keeps its digits; momentum 1, for a skipped step, leaves the teacher bit for bit.
-            momentum = 1 - self.ok.double() * (1 - group["momentum"])
-            ema_update_(shard.ema, shard.param.detach(), momentum, shard.shadow)
+                self.update(group, param, shard.param.grad, state)
 
     def update(self, group: dict[str, Any], param: Tensor, grad: Tensor, state: dict[str, Tensor]) -> None:
-        """One group's update from clipped gradients; nothing changes where ``self.ok`` is False."""
+        """One group's clipped update, and its teacher's; nothing changes where ``self.ok`` is False."""
         raise NotImplementedError
+
+    def _clip_(self, group: dict[str, Any], grad: Tensor) -> None:
+        if self.clip:
+            torch._foreach_mul_(group["segments"].split(grad), list(self.scale[group["index"]].unbind()))
+
+    def _follow(self, shard: Shard, param: Tensor) -> None:
+        ema_update_(shard.ema, param, self.momentum, shard.ema_shadow)
+        if shard.param_shadow is not None:
+            shard.param_shadow.copy_(param)
 
 
 class AdamW(Optimizer):
-    """AdamW with betas 0.9, 0.999 and eps 1e-8. Source: Loshchilov and Hutter 2019, algorithm 2."""
+    """AdamW with betas 0.9, 0.999 and eps 1e-8, clipping and teacher in one pass.
+
+    Source: Loshchilov and Hutter 2019, algorithm 2.
+    """
 
     moments = ("exp_avg", "exp_avg_sq")
 
     def update(self, group: dict[str, Any], param: Tensor, grad: Tensor, state: dict[str, Tensor]) -> None:
-        torch._fused_adamw_(
-            [param], [grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
-            lr=group["lr"], beta1=ADAM_BETAS[0], beta2=ADAM_BETAS[1], weight_decay=group["weight_decay"], eps=ADAM_EPS,
-            amsgrad=False, maximize=False, found_inf=self.found_inf,
+        shard: Shard = group["shard"]
+        clip = {"grad_scale": self.scale[group["index"]], "segments": group["segments"]} if self.clip else {}
+        adamw_ema_(
+            param, grad, state["exp_avg"], state["exp_avg_sq"], shard.ema, state["step"],
+            Rates(group["lr"], group["weight_decay"], self.now.momentum),
+            found_inf=self.found_inf, param_shadow=shard.param_shadow, ema_shadow=shard.ema_shadow, **clip,
         )  # fmt: skip
 
 
@@ -201,11 +213,13 @@ class SGD(Optimizer):
     moments = ("momentum_buffer",)
 
     def update(self, group: dict[str, Any], param: Tensor, grad: Tensor, state: dict[str, Tensor]) -> None:
+        self._clip_(group, grad)
         torch._fused_sgd_(
             [param], [grad], [state["momentum_buffer"]],
             lr=group["lr"], momentum=SGD_MOMENTUM, weight_decay=group["weight_decay"], dampening=0.0, nesterov=False,
             maximize=False, is_first_step=False, found_inf=self.found_inf,
         )  # fmt: skip
+        self._follow(group["shard"], param)
 
 
 class LARS(Optimizer):
@@ -217,18 +231,23 @@ class LARS(Optimizer):
     moments = ("momentum_buffer",)
 
     def update(self, group: dict[str, Any], param: Tensor, grad: Tensor, state: dict[str, Tensor]) -> None:
-        shard: Shard = group["shard"]
+        self._clip_(group, grad)
         if group["group"].regularized:
             grad.add_(param, alpha=group["weight_decay"])
-            weights, updates = (
-                self._sum_squares(shard.views(flat), group["index"]).sqrt() for flat in (param.detach(), grad)
-            )
+            weights, updates = (self._norms(group, flat) for flat in (param, grad))
             ratio = torch.where((weights > 0) & (updates > 0), LARS_ETA * weights / updates, 1.0)
-            if shard.pieces:
-                torch._foreach_mul_(shard.views(grad), list(ratio[group["index"]].unbind()))
+            torch._foreach_mul_(group["segments"].split(grad), list(ratio.unbind()))
         velocity = state["momentum_buffer"]
         velocity.copy_(torch.where(self.ok, velocity * SGD_MOMENTUM + grad, velocity))
         param.copy_(torch.where(self.ok, param - group["lr"] * velocity, param))
+        self._follow(group["shard"], param)
+
+    def _norms(self, group: dict[str, Any], flat: Tensor) -> Tensor:
+        """(num_segments,) L2 norms of the whole parameters that the segments are pieces of."""
+        squares = flat.new_zeros(self.num_params + 1)
+        squares.index_add_(0, group["index"], segment_squares(flat, group["segments"]))
+        self._sum_over_ranks(squares)
+        return squares.sqrt()[group["index"]]
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "sgd": SGD, "lars": LARS}

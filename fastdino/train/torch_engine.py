@@ -5,7 +5,6 @@ It is the definition that the sharded engine is tested against, and what runs at
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -103,8 +102,11 @@ class Engine:
         ``steps`` taken or skipped, ``skipped`` in all, ``skipped_in_row`` up to now, ``last_skipped`` (``steps`` before
         it; -1: none), and ``updates/GROUP``, the updates that AdamW's bias correction counts.
         """
-        updates = {f"updates/{g['group'].name}": self.optimizer.state[g["shard"].param]["step"] for g in self._bound()}
-        return {**self.optimizer.counters, **updates}
+        optimizer = self.optimizer
+        updates = {
+            f"updates/{g['group'].name}": optimizer.state[g["shard"].param]["step"] for g in optimizer.param_groups
+        }
+        return {**optimizer.counters, **updates}
 
     def load_counters(self, counters: dict[str, Tensor]) -> None:
         """Copies what :meth:`counters` gave. Raises KeyError when one is missing."""
@@ -121,9 +123,9 @@ class Engine:
                 dist.broadcast(values, 0)
             for param in (teacher[name], student[name]):
                 param.copy_(values.view_as(param))
-        for group in self._bound():
-            if group["shard"].shadow is not None:
-                group["shard"].shadow.copy_(group["shard"].ema)
+        for group in self.optimizer.param_groups:
+            if group["shard"].ema_shadow is not None:
+                group["shard"].ema_shadow.copy_(group["shard"].ema)
         self._gather_teacher()
         self.wait_teacher()
 
@@ -137,15 +139,15 @@ class Engine:
         """Writes the student's weights from the masters."""
         raise NotImplementedError
 
-    def _bound(self) -> list[dict[str, Any]]:
-        return self.optimizer.param_groups
-
     @torch.no_grad()
-    def _adopt(self, masters: list[Tensor], parts: int, part: int) -> None:
-        """Takes this rank's masters, slice ``part`` of ``parts`` of each group, and lays the teacher out like them."""
+    def _adopt(self, masters: list[Tensor], shadows: list[Tensor | None], parts: int, part: int) -> None:
+        """Takes this rank's masters, slice ``part`` of ``parts`` of each group, and lays the teacher out like them.
+
+        ``shadows`` are the student's weights that our optimizer has to write beside the masters.
+        """
         teacher, shards = dict(self.teacher.named_parameters()), []
         self._teacher_flats: list[tuple[Tensor, Tensor]] = []  # all of a group, this rank's slice
-        for group, master in zip(self.groups, masters, strict=True):
+        for group, master, shadow in zip(self.groups, masters, shadows, strict=True):
             size = master.numel()
             flat = torch.zeros(size * parts, dtype=self.dtype, device=master.device)
             point_into(flat, [teacher[name] for name in group.params])
@@ -153,7 +155,7 @@ class Engine:
             ema = mine if self.dtype == torch.float32 else torch.empty_like(master)
             ema.copy_(master)
             pieces = segments(group, part * size, (part + 1) * size)
-            shards.append(Shard(master, ema, None if ema is mine else mine, pieces))
+            shards.append(Shard(master, ema, pieces, shadow, None if ema is mine else mine))
             self._teacher_flats.append((flat, mine))
         for name in self._untrained:
             teacher[name].data = teacher[name].data.to(self.dtype)
@@ -181,15 +183,15 @@ class TorchEngine(Engine):
         for name in self._untrained:
             param = student.get_parameter(name)
             param.data = param.data.to(self.dtype)
-        self._weights = [master.to(self.dtype) for master in masters]  # the master itself in fp32
-        self._micro_grads = [torch.zeros_like(flat) for flat in self._weights]  # what autograd adds to
+        weights = [master.to(self.dtype) for master in masters]  # the master itself in fp32
+        self._micro_grads = [torch.zeros_like(flat) for flat in weights]  # what autograd adds to
         self._grads = self._micro_grads  # fp32 sums over micro batches
         if self.dtype != torch.float32:
             self._grads = [torch.zeros_like(master) for master in masters]
-        for group, weights, grads in zip(self.groups, self._weights, self._micro_grads, strict=True):
-            point_into(weights, list(group.params.values()))
+        for group, flat, grads in zip(self.groups, weights, self._micro_grads, strict=True):
+            point_into(flat, list(group.params.values()))
             point_into(grads, list(group.params.values()), grad=True)
-        self._adopt(masters, parts=1, part=0)
+        self._adopt(masters, [None if f is m else f for f, m in zip(weights, masters, strict=True)], parts=1, part=0)
         self.after_load()
 
     def backward(self, loss: Tensor) -> None:
@@ -207,7 +209,7 @@ class TorchEngine(Engine):
                 dist.all_reduce(grad)
                 grad.div_(self.ranks.world_size)
         pieces = []
-        for group, grad in zip(self._bound(), self._grads, strict=True):
+        for group, grad in zip(self.optimizer.param_groups, self._grads, strict=True):
             shard: Shard = group["shard"]
             shard.param.grad = grad
             pieces += shard.views(grad)
@@ -215,12 +217,11 @@ class TorchEngine(Engine):
         self.optimizer.step()
         for grad in self._grads:
             grad.zero_()
-        self._publish_student()
 
     def _publish_student(self) -> None:
-        if self.dtype != torch.float32:
-            for weights, group in zip(self._weights, self._bound(), strict=True):
-                weights.copy_(group["shard"].param)
+        for group in self.optimizer.param_groups:
+            if group["shard"].param_shadow is not None:
+                group["shard"].param_shadow.copy_(group["shard"].param)
 
 
 def uses_bf16(config: Config, ranks: Ranks) -> bool:
