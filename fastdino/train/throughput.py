@@ -1,6 +1,5 @@
 """How fast a recipe trains on this machine, and whether the input pipeline or the step holds it back."""
 
-import atexit
 import dataclasses
 import math
 import tempfile
@@ -63,20 +62,22 @@ def measure(config: Config) -> Throughput:
     Every rank calls it, under any launcher. Raises what :func:`fastdino.train.trainer.train` raises.
     """
     ranks = distributed.init(config.engine.device)
-    with tempfile.TemporaryDirectory() as folder:
-        run = dataclasses.replace(config.run, dir=Path(folder) / "run")  # no checkpoint is written
-        trainer = Trainer(dataclasses.replace(config, run=run), ranks)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            run = dataclasses.replace(config.run, dir=Path(folder) / "run")  # no checkpoint is written
+            trainer = Trainer(dataclasses.replace(config, run=run), ranks)
 
-        def fetch() -> list[Batch]:
-            return [next(trainer.batches) for _ in range(config.engine.accumulate)]
+            def fetch() -> list[Batch]:
+                return [next(trainer.batches) for _ in range(config.engine.accumulate)]
 
-        training = _rate(lambda: trainer.train_step(fetch()), trainer)
-        views = fetch()
-        step = _rate(lambda: trainer.train_step(views), trainer)
-        pipeline = _rate(fetch, trainer)
-    memory = torch.cuda.max_memory_allocated() / 1e9 if ranks.device.type == "cuda" else 0.0
-    atexit.register(distributed.shutdown)
-    return Throughput(training, step, pipeline, config.data.num_workers, memory)
+            training = _rate(lambda: trainer.train_step(fetch()), trainer)
+            views = fetch()
+            step = _rate(lambda: trainer.train_step(views), trainer)
+            pipeline = _rate(fetch, trainer)
+        memory = torch.cuda.max_memory_allocated() / 1e9 if ranks.device.type == "cuda" else 0.0
+        return Throughput(training, step, pipeline, config.data.num_workers, memory)
+    finally:
+        distributed.shutdown()
 
 
 def _rate(work: Callable[[], object], trainer: Trainer) -> float:

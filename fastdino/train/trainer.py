@@ -1,6 +1,5 @@
 """The loop: images in, a better teacher out. One step is :meth:`Trainer.train_step`; read that first."""
 
-import atexit
 import logging
 import signal
 import time
@@ -60,11 +59,10 @@ def train(config: Config) -> Result:
     BadData when too many images are unreadable, TrainingDiverged, and Preempted after SIGTERM or SIGUSR1.
     """
     ranks = distributed.init(config.engine.device)
-    result = Trainer(config, ranks).run()
-    # At exit, because DeepSpeed cannot change groups within a process and the next call may come; and not after an
-    # error, because leaving a group waits for ranks that may be waiting for this one.
-    atexit.register(distributed.shutdown)
-    return result
+    try:
+        return Trainer(config, ranks).run()
+    finally:
+        distributed.shutdown()
 
 
 class Trainer:
