@@ -29,7 +29,7 @@ CLASSES = (
     ("dotted", "flower"),
     ("checked", "drop"),
 )
-_RADIUS = (0.65, 0.92)  # of an object, in halves of the image's side
+_RADIUS = (0.55, 0.9)  # of an object, in halves of the image's side
 _OVERHANG = 0.2  # how far an object may reach over the image's edge, in halves of the side
 _TILT = math.radians(30)  # largest rotation either way
 _MAX_CLUTTER = 4  # items behind the object, at least 1
