@@ -41,22 +41,25 @@ def test_bytes_are_the_least_that_any_implementation_moves() -> None:
     assert num_inputs(case, CPU) * case.bytes >= 3 * 2**25
 
 
-def spoiled(case: Case, name: str) -> Case:
-    """The case with a variant whose first result is 20 % too large."""
+def spoiled(case: Case, name: str, factor: float) -> Case:
+    """The case with a variant whose first result is too large."""
 
     def bind(inputs: object) -> object:
         call = case.variants[name].bind(inputs)
-        return lambda: [call()[0] * 1.2, *call()[1:]]
+        return lambda: [call()[0] * factor, *call()[1:]]
 
     wrong = Variant(bind, case.variants[name].restore)  # type: ignore[arg-type]
     return dataclasses.replace(case, variants={**case.variants, name: wrong})
 
 
-@pytest.mark.parametrize("name", [OURS, "lightly"])
-def test_no_figure_from_a_wrong_result(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "factor", "message"), [(OURS, 1.001, "error 0.0.* of the kernel"), ("lightly", 1.2, r"off by 0\.2")]
+)
+def test_no_figure_from_a_wrong_result(name: str, factor: float, message: str) -> None:
+    """Ours is held to plain torch's own error, a peer to computing the same thing."""
     (case,) = make_cases("center_mean", ["2,3,100"], CPU, compiled=False)
-    with pytest.raises(AssertionError, match=r"error|off by 0\.2"):
-        measure(spoiled(case, name), CPU, rounds=3)
+    with pytest.raises(AssertionError, match=message):
+        measure(spoiled(case, name, factor), CPU, rounds=3)
 
 
 def test_measure() -> None:

@@ -91,9 +91,9 @@ def test_peak_of_live_tensors() -> None:
 
 def test_saved_bytes_leave_parameters_out() -> None:
     weight = torch.nn.Parameter(torch.randn(50, 20))
-    x = torch.randn(8, 20)
+    x = torch.randn(8, 20, requires_grad=True)  # so that the product keeps the weight too
     with saved_bytes() as saved:
-        y = x @ weight.t()  # keeps x, and the weight, which is there anyway
+        y = x @ weight.t()  # keeps x and the weight, which is there anyway
         (y.sin() * y).sum()  # keeps y twice and sin(y)
     assert saved() == x.nbytes + 2 * y.nbytes
 
