@@ -85,7 +85,9 @@ def _pixel_knn(bank: Source, test: Source, standardise: bool) -> float:
 
 
 def _attention_iou(backbone: nn.Module, source: Source, config: Config, sheet: Path | None = None) -> float:
-    found = evaluate_attention(backbone, source, _protocol(config), num_images=len(source), sheet=sheet)  # type: ignore[arg-type]
+    # The whole image at its own size, above that of the views: more patches, so finer maps.
+    protocol = dataclasses.replace(_protocol(config), size=config.data.image_size)
+    found = evaluate_attention(backbone, source, protocol, num_images=len(source), sheet=sheet)  # type: ignore[arg-type]
     return found["attention_iou"]
 
 
