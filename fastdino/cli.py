@@ -33,7 +33,8 @@ Path_ = Annotated[Path, tyro.conf.Positional]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command ``fastdino``. What a user can mend is one message on stderr and exit code 2."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    # The deepspeed launcher adds --local_rank=N to every command; the environment says the same.
+    arguments = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank=")]
     command = arguments.pop(0) if arguments else "--help"
     if command in ("-h", "--help"):
         print(__doc__.strip())

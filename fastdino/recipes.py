@@ -147,7 +147,7 @@ def demo() -> Config:
             freeze_last_layer=0,
         ),
         engine=EngineConfig(precision="fp32", device="cpu"),
-        run=RunConfig(dir=Path("runs/demo"), epochs=6, local_batch=32, knn_every=1, log_every=10),
+        run=RunConfig(dir=Path("runs/demo"), epochs=4, local_batch=32, knn_every=1, log_every=10),
     )
 
 
