@@ -1,5 +1,6 @@
 """sinkhorn: the kernels and the reference against the published algorithm in float64, on one rank and on several."""
 
+import importlib
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdino_kernels import sinkhorn as module
 from fastdino_kernels.sinkhorn import sinkhorn, sinkhorn_reference
 from fastdino_kernels.testing import assert_no_worse
 
 # Triton's interpreter works with NumPy, which warns of the infinities that these tests are about.
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:triton.runtime.interpreter")
 
+module = importlib.import_module("fastdino_kernels.sinkhorn")  # the package's own attribute is the function
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # (R, K), in groups of 16 rows and tiles of 4 x 64, and slices of 192 columns
 # in tiles of 4 x 64.
@@ -109,7 +110,7 @@ def test_strides() -> None:
 def test_ranks(rows: list[int], implementation: Callable[..., tuple[Tensor, Tensor]]) -> None:
     """Ranks, each a thread, find what one rank with all their rows finds; one may have no rows."""
     logits = random_logits((23, 150))
-    arrived, turn = threading.Barrier(len(rows)), threading.Lock()
+    arrived, turn = threading.Barrier(len(rows), timeout=30), threading.Lock()
     posted: dict[int, Tensor] = {}
     calls = [0] * len(rows)
     results: dict[int, Any] = {}
@@ -128,7 +129,7 @@ def test_ranks(rows: list[int], implementation: Callable[..., tuple[Tensor, Tens
         with turn:
             results[rank] = implementation(torch.split(logits, rows)[rank], temp=0.07, all_reduce=all_reduce)
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(rows))]
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(len(rows))]
     for thread in threads:
         thread.start()
     for thread in threads:
