@@ -69,7 +69,26 @@ def counts_table(results: Path) -> str:
     return _table(header, rows)
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"kernels": kernels_table, "step": step_table, "counts": counts_table}
+def static_table(results: Path) -> str:
+    """What the compiler reports of each kernel for sm_90, and the bound that follows on an H200."""
+    document = json.loads((results / "static.json").read_text())
+    rows = []
+    for case, kernels in document["cases"].items():
+        for kernel, reports in kernels.items():
+            here, bound = reports["sm_90"], reports["h200"]
+            times = [f"{bound[key]:.1f}" for key in ("memory_us", "issue_us", "exp_us")]
+            figures = [f"{here['registers']}", f"{here['spills']}", f"{here['instructions_per_element']:.1f}"]
+            rows.append([f"`{case}`", f"`{kernel}`", *figures, *times, bound["bound"]])
+    header = ["case", "kernel", "registers", "spills", "instructions per element"]
+    return _table([*header, "memory us", "issue us", "exp us", "bound by"], rows)
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "kernels": kernels_table,
+    "step": step_table,
+    "counts": counts_table,
+    "static": static_table,
+}
 
 
 def _by_device(results: Path, bench: str, provenance: str, rows_of: Callable[..., tuple[list[str], Rows]]) -> str:
