@@ -23,7 +23,7 @@ from fastdino.train.trainer import train
 
 NUM_INITIALISATIONS = 5  # random backbones that the trained one is compared with
 NUM_NEIGHBORS = 20
-MASK_SEED = 2**31 + 3  # of shapes that are rendered for the attention maps alone
+MASK_SEED = 2**31 + 103  # of shapes that are rendered for the attention maps alone
 NUM_MASKS = 200
 
 

@@ -9,7 +9,7 @@ from fastdino.config import ConfigError
 from fastdino.data.shapes import ShapesSource
 from fastdino.data.sources import FolderSource, Source
 
-BANK_SEED, TEST_SEED = 2**31 + 1, 2**31 + 2  # of shapes that are rendered for nothing else
+BANK_SEED, TEST_SEED = 2**31 + 101, 2**31 + 102  # of shapes that are rendered for nothing else
 NUM_SHAPES = 1000  # in each of the two sets
 TEST_STRIDE = 5  # of a folder without a split, every fifth image is judged
 

@@ -38,52 +38,67 @@ def keep_mass(maps: Tensor, mass: float = 0.6) -> Tensor:
     return kept.unflatten(-1, maps.shape[-2:])
 
 
-def best_head_iou(maps: Tensor, masks: Tensor, mass: float = 0.6) -> float:
-    """Mean intersection over union of one head's attention, keeping ``mass`` of it, with the object masks.
+def head_ious(maps: Tensor, masks: Tensor, mass: float = 0.6) -> Tensor:
+    """(H,) mean intersection over union of each head's attention, keeping ``mass`` of it, with the object masks.
 
     Args:
         maps: (n, H, rows, columns) attention.
         masks: (n, h, w) bool, true on the object; maps are enlarged to them by nearest neighbour, as in DINO v1.
 
-    The head is the one with the highest mean over all n images: one head for the whole set. To pick the best head
-    image by image, as is also done, lets the masks choose each answer: the more heads, the higher it scores, even
-    with random attention. An image without an object in it counts as 0.
+    An image without an object in it counts as 0.
     """
     kept = F.interpolate(keep_mass(maps, mass).float(), size=masks.shape[-2:], mode="nearest").bool()
     objects = masks.to(kept.device).unsqueeze(1)  # (n, 1, h, w)
     intersection = (kept & objects).sum(dim=(-2, -1))
     union = (kept | objects).sum(dim=(-2, -1)).clamp(min=1)
-    return (intersection / union).mean(dim=0).max().item()
+    return (intersection / union).mean(dim=0)
 
 
-def draw_sheet(path: Path, images: Sequence[Image.Image], maps: Tensor, mass: float = 0.6) -> None:
-    """Writes a PNG with a row per image: the image, each head's attention, the best-covered patches of their mean.
+def best_head_iou(maps: Tensor, masks: Tensor, mass: float = 0.6) -> float:
+    """:func:`head_ious` of the head with the highest mean over all n images: one head for the whole set.
+
+    To pick the best head image by image, as is also done, lets the masks choose each answer: the more heads, the
+    higher it scores, even with random attention.
+    """
+    return head_ious(maps, masks, mass).max().item()
+
+
+def draw_sheet(
+    path: Path, images: Sequence[Image.Image], maps: Tensor, mass: float = 0.6, masks: Tensor | None = None
+) -> None:
+    """Writes a PNG with a row per image: the image, each head's attention, and the patches that hold ``mass`` of it.
 
     Args:
         path: where to.
         images: n pictures.
         maps: (n, H, rows, columns) attention.
-        mass: share of the heads' mean attention that the last column keeps.
+        mass: share of the attention that the last column keeps: that of the heads' mean, or with masks that of the
+            head with the highest mean overlap over these n images.
+        masks: (n, h, w) bool, true on the object, whose outline is drawn on every picture.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    num_heads = maps.shape[1]
-    figure = Figure(figsize=(1.6 * (num_heads + 2), 1.7 * len(images)), layout="constrained")
-    axes = figure.subplots(len(images), num_heads + 2, squeeze=False)
-    kept = keep_mass(maps.mean(dim=1), mass)
-    for image, row, heads, patches in zip(images, axes, maps.cpu().numpy(), kept.cpu(), strict=True):
+    titles = ["image", *(f"head {i}" for i in range(maps.shape[1])), f"{mass:.0%} of the mean"]
+    shown = maps.mean(dim=1)
+    if masks is not None:
+        best = int(head_ious(maps, masks, mass).argmax())
+        shown, titles[-1] = maps[:, best], f"{mass:.0%} of head {best}"
+    figure = Figure(figsize=(1.3 * len(titles), 1.3 * len(images) + 0.3), dpi=110, layout="constrained")
+    axes = figure.subplots(len(images), len(titles), squeeze=False)
+    for i, (image, row, kept) in enumerate(zip(images, axes, keep_mass(shown, mass).cpu(), strict=True)):
         pixels = np.asarray(image)
-        row[0].imshow(pixels)
-        for ax, head in zip(row[1:-1], heads, strict=True):
-            ax.imshow(head, cmap="inferno")
-        mask = F.interpolate(patches[None, None].float(), size=pixels.shape[:2], mode="nearest")[0, 0].bool().numpy()
-        row[-1].imshow(np.where(mask[..., None], pixels, pixels // 4))
-    titles = ["image", *(f"head {i}" for i in range(num_heads)), f"{mass:.0%} of the mean"]
+        extent = (0, image.width, image.height, 0)
+        patches = F.interpolate(kept[None, None].float(), size=pixels.shape[:2], mode="nearest")[0, 0].bool().numpy()
+        pictures = [pixels, *maps[i].cpu().numpy(), np.where(patches[..., None], pixels, pixels // 4)]
+        for ax, picture in zip(row, pictures, strict=True):
+            ax.imshow(picture, cmap="inferno", extent=extent)
+            if masks is not None:
+                outline = masks[i].cpu().numpy()
+                ax.contour(outline, levels=[0.5], colors="cyan", linewidths=0.8, extent=extent, origin="upper")
+            ax.set_axis_off()
     for ax, title in zip(axes[0], titles, strict=True):
-        ax.set_title(title, fontsize=8)
-    for ax in axes.flat:
-        ax.set_axis_off()
+        ax.set_title(title, fontsize=9)
     FigureCanvasAgg(figure).print_png(path)
 
 
@@ -112,13 +127,11 @@ def evaluate_attention(
     except BadImage as error:
         raise EvaluationError(f"{error}: mend or delete it") from error
     maps = torch.cat([head_maps(backbone, batch) for batch in _batches(images, protocol)])
-    if sheet is not None:
-        draw_sheet(sheet, images[:SHEET_ROWS], maps[:SHEET_ROWS], mass)
     mask_of: Any = getattr(source, "mask", None)
-    if mask_of is None:
-        return {}
-    masks = torch.stack([torch.as_tensor(np.asarray(mask_of(i))) for i in range(len(images))])
-    return {"attention_iou": best_head_iou(maps, masks, mass)}
+    masks = torch.stack([torch.as_tensor(np.asarray(mask_of(i))) for i in range(len(images))]) if mask_of else None
+    if sheet is not None:
+        draw_sheet(sheet, images[:SHEET_ROWS], maps[:SHEET_ROWS], mass, None if masks is None else masks[:SHEET_ROWS])
+    return {} if masks is None else {"attention_iou": best_head_iou(maps, masks, mass)}
 
 
 def _resized(image: Image.Image, size: int) -> Image.Image:
