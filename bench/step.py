@@ -34,8 +34,7 @@ ARCHS = {"cuda": ["vit_small", "vit_base"], "cpu": ["vit_tiny"]}
 ROUNDS = {"cuda": 60, "cpu": 15}
 NUM_BATCHES = 4
 CHECKED_STEPS = 3
-TOLERANCE = {"fp32": 2e-3, "bf16": 2e-2}  # of the loss, relative; the first step in fp32: FIRST
-FIRST = 1e-5
+TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}  # of the loss, relative
 
 
 @dataclass
@@ -184,8 +183,7 @@ def check(contenders: dict[str, Contender], batches: list[Batch], config: Config
         for network in contender.networks:
             network.train()
         for step, (got, want) in enumerate(zip(losses[name], losses[OURS], strict=True)):
-            allowed = FIRST if step == 0 and config.engine.precision == "fp32" else TOLERANCE[config.engine.precision]
-            assert abs(got - want) <= allowed * abs(want), (
+            assert abs(got - want) <= TOLERANCE[config.engine.precision] * abs(want), (
                 f"no figure: step {step} of {name} has loss {got}, ours {want}"
             )
     return losses

@@ -26,10 +26,12 @@ from fastdino.train.trainer import Trainer
 def step_config(arch: str, device: torch.device, *, engine: str = "deepspeed", precision: str = "auto") -> Config:
     """DINO v1's settings at full size for a GPU; on a CPU 2 + 4 views of 96 and 48 pixels and 4096 prototypes.
 
-    Two things are set so that a peer can do the same arithmetic: clipping by the common norm, prototypes that move
-    from the first step on.
+    Set so that a peer can do the same arithmetic: clipping by the common norm, prototypes that move from the first step
+    on. Set so that a peer that does not would show in a few steps: learning rate 5e-4 at once, a teacher that follows
+    with momentum 0.9.
     """
     full = device.type == "cuda"
+    batch = 64 if full else 4
     if precision == "auto":
         precision = "bf16" if full else "fp32"
     return Config(
@@ -37,9 +39,11 @@ def step_config(arch: str, device: torch.device, *, engine: str = "deepspeed", p
         head=HeadConfig() if full else HeadConfig(num_prototypes=4096, hidden_dim=512),
         views=ViewsConfig() if full else ViewsConfig(global_size=96, local_size=48, num_local=4),
         data=DataConfig(root="shapes", num_images=4096, num_workers=0),
-        optim=OptimConfig(warmup_epochs=0, clip_mode="global", freeze_last_layer=0),
+        optim=OptimConfig(
+            lr=5e-4 * 256 / batch, warmup_epochs=0, clip_mode="global", freeze_last_layer=0, teacher_momentum=0.9
+        ),
         engine=EngineConfig(name=engine, precision=precision, device=device.type),  # type: ignore[arg-type]
-        run=RunConfig(local_batch=64 if full else 4),
+        run=RunConfig(local_batch=batch),
     )
 
 
