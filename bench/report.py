@@ -83,11 +83,28 @@ def static_table(results: Path) -> str:
     return _table([*header, "memory us", "issue us", "exp us", "bound by"], rows)
 
 
+def demo_table(results: Path) -> str:
+    """What the demo found, a row for each seed."""
+    document = json.loads((results / "demo.json").read_text())
+    where, rows = document["provenance"], []
+    for seed, found in document["seeds"].items():
+        knn = [
+            f"{found[f'knn_{of}']:.1f}" for of in ("teacher", "random_init", "raw_pixels", "raw_pixels_standardised")
+        ]
+        iou = [f"{found[f'attention_iou_{of}']:.2f}" for of in ("teacher", "random_init")]
+        rows.append([seed, *knn, *iou, f"{found['seconds']:.0f}"])
+    header = ["seed", "k-NN teacher, %", "random init", "pixels", "pixels, standardised"]
+    table = _table([*header, "attention IoU teacher", "random init", "seconds"], rows)
+    state = f"{where['commit'][:9]}{' with changes' if where['dirty'] else ''}"
+    return f"`{where['command']}` on {where['device']}, 2 cores; commit {state}, {where['date'][:10]}.\n\n{table}"
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "kernels": kernels_table,
     "step": step_table,
     "counts": counts_table,
     "static": static_table,
+    "demo": demo_table,
 }
 
 
