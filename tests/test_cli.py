@@ -75,7 +75,7 @@ def test_help_teaches():
     assert "k-NN 69.3" in page, "the recipe's docstring is the page's head"
     assert "are bank and test" in knn
     assert "vit_base_16" in fastdino("recipes").stdout
-    assert '"num_prototypes": 512' in fastdino("recipes", "demo").stdout
+    assert '"arch": "vit_nano"' in fastdino("recipes", "demo").stdout
 
 
 def test_eval_and_export(run, tmp_path):
