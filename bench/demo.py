@@ -16,6 +16,7 @@ def main() -> None:
     arguments = parser.parse_args()
     runs = {seed: run_demo(arguments.dir / f"demo-{seed}", seed) for seed in arguments.seeds}
     where = provenance(torch.device("cpu"), "bench.demo")
+    where["command"] = f"python -m bench.demo --seeds {' '.join(map(str, runs))}"  # the folder does not matter
     write(RESULTS / "demo.json", {"provenance": where, "seeds": {str(seed): found for seed, found in runs.items()}})
 
 
