@@ -1,7 +1,5 @@
 """center_mean: the kernel against float64, and what it refuses."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,19 +9,14 @@ from fastdino_kernels.center import center_mean, center_mean_reference
 from fastdino_kernels.testing import assert_no_worse
 
 # Triton's interpreter works with NumPy, which warns of its own conversions.
-pytestmark = pytest.mark.filterwarnings("ignore::Warning:triton.runtime.interpreter")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("ignore::Warning:triton.runtime.interpreter"),
+]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # (T, B, K), in tiles of 16 rows and 64 columns: whole tiles, ragged both ways, one row, one element.
 SHAPES = [(2, 16, 128), (2, 25, 200), (1, 49, 65), (1, 1, 300), (1, 1, 1)]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """Every torch.empty is full of NaN, and an operation that is not deterministic raises."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """ibot_loss: the kernels against float64 and the published formula, and what it refuses."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,20 +13,15 @@ from fastdino_kernels.sinkhorn import sinkhorn
 from fastdino_kernels.testing import assert_no_worse
 
 # Triton's interpreter works with NumPy, which warns of the infinities that these tests are about.
-pytestmark = pytest.mark.filterwarnings("ignore::Warning:triton.runtime.interpreter")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("ignore::Warning:triton.runtime.interpreter"),
+]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TEMPS: dict[str, Any] = {"student_temp": 0.1, "teacher_temp": 0.07}
 UPSTREAM = -3.0  # what the loss is multiplied by before backward; neither 1 nor positive
 SHAPES = [(5, 192), (9, 257), (4, 7), (1, 200)]  # (M, K), in blocks of 64
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """Every torch.empty is full of NaN, and an operation that is not deterministic raises."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """dino_loss: the kernels and the reference against float64 and the published formula, and what they refuse."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +12,10 @@ from fastdino_kernels.loss import dino_loss, dino_loss_reference
 from fastdino_kernels.testing import assert_no_worse
 
 # Triton's interpreter works with NumPy, which warns of the infinities that these tests are about.
-pytestmark = pytest.mark.filterwarnings("ignore::Warning:triton.runtime.interpreter")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("ignore::Warning:triton.runtime.interpreter"),
+]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TEMPS: dict[str, Any] = {"student_temp": 0.1, "teacher_temp": 0.04}
@@ -29,14 +32,6 @@ SHAPES = [
     (12, 2, 1, 129),
     (5, 1, 1, 256),
 ]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """Every torch.empty is full of NaN, and an operation that is not deterministic raises."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import importlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,21 +13,16 @@ from fastdino_kernels.sinkhorn import sinkhorn, sinkhorn_reference
 from fastdino_kernels.testing import assert_no_worse
 
 # Triton's interpreter works with NumPy, which warns of the infinities that these tests are about.
-pytestmark = pytest.mark.filterwarnings("ignore::Warning:triton.runtime.interpreter")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("ignore::Warning:triton.runtime.interpreter"),
+]
 
 module = importlib.import_module("fastdino_kernels.sinkhorn")  # the package's own attribute is the function
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # (R, K), in groups of 16 rows and tiles of 4 x 64, and slices of 192 columns
 # in tiles of 4 x 64.
 SHAPES = [(8, 16), (16, 384), (23, 301), (1, 65), (17, 1)]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """Every torch.empty is full of NaN, and an operation that is not deterministic raises."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
