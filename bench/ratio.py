@@ -3,18 +3,19 @@
 Against a loop of matrix products the ratio would follow the processor, because a small step is half dispatch and half
 arithmetic. The peer is made of the same parts in the same proportions, so the ratio stays where it is from machine to
 machine. Seconds are the processor's, which other programs do not stretch; the least of many rounds is kept. What they
-miss is a step that sleeps or waits: that shows as a voluntary context switch, of which a step has none.
+miss is a step that sleeps or waits: that shows as a voluntary context switch, of which a step on the torch engine has
+none. DeepSpeed hands its collectives to another thread, even in a group of one, and may wait for it.
 
 ``python -m bench.ratio`` records it in bench/results/cpu_ratio.json.
 """
 
+import math
 import resource
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -48,25 +49,28 @@ def measure(ranks: Ranks) -> dict[str, float]:
 
     The caller sets torch to one thread.
     """
-    config = nano_config(local_batch=LOCAL_BATCH)
+    config, plain = (nano_config(engine=engine, local_batch=LOCAL_BATCH) for engine in ("deepspeed", "torch"))
     batch = random_batch(config, ranks.device, 0)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(config, ranks, Path(folder))
+        trainer = build_trainer(config, ranks, Path(folder) / "deepspeed")
         weights = {name: p.detach().clone() for name, p in trainer.engine.student_network.named_parameters()}
         peer = Peer(config, weights, ranks.device, compiled=False)
-        least: dict[str, dict[str, float]] = {"fastdino": {}, "peer": {}}
-        steps: dict[str, Callable[[], Any]] = {
-            "fastdino": lambda: trainer.train_step([batch]), "peer": lambda: peer.train_step(batch)
-        }  # fmt: skip
-        for index in range(-3, ROUNDS):
-            for name, step in steps.items():
-                waits, started = _waits(), time.process_time()
-                step()
-                took = {"ms": 1e3 * (time.process_time() - started), "waits": _waits() - waits}
-                if index >= 0:
-                    least[name] = {key: min(least[name].get(key, took[key]), took[key]) for key in took}
-    ours, theirs = least["fastdino"], least["peer"]
-    return {"ratio": ours["ms"] / theirs["ms"], "waits": ours["waits"], "ms": ours["ms"], "peer_ms": theirs["ms"]}
+        alone = build_trainer(plain, ranks, Path(folder) / "torch")
+        ours, theirs = _least(time.process_time, lambda: trainer.train_step([batch]), lambda: peer.train_step(batch))
+        (waits,) = _least(_waits, lambda: alone.train_step([batch]))
+    return {"ratio": ours / theirs, "waits": waits, "ms": 1e3 * ours, "peer_ms": 1e3 * theirs}
+
+
+def _least(counter: Callable[[], float], *steps: Callable[[], object]) -> list[float]:
+    """By how much each step moves the counter, the least of many rounds in turns."""
+    least = [math.inf] * len(steps)
+    for index in range(-3, ROUNDS):
+        for i, step in enumerate(steps):
+            before = counter()
+            step()
+            if index >= 0:
+                least[i] = min(least[i], counter() - before)
+    return least
 
 
 def problems(found: dict[str, float], recorded: float) -> list[str]:
