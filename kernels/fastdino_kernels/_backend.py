@@ -1,6 +1,8 @@
 """Which implementation runs: the Triton kernel or the plain-torch reference."""
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,3 +19,16 @@ def use_triton(x: Tensor) -> bool:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of a reference's arithmetic: at least fp32; fp64 stays fp64, so a reference is the tests' truth."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def operator(*mutated: str) -> Callable[[Callable[..., Any]], Any]:
+    """Registers a launcher as ``torch.ops.fastdino.NAME``, which writes into the arguments ``mutated`` alone.
+
+    torch.compile then takes it whole, knows what it writes, and asks its ``register_fake`` for the shapes. All else
+    (checks, the choice of the reference, autograd) is plain Python, which it traces.
+    """
+
+    def register(launcher: Callable[..., Any]) -> Any:
+        return torch.library.custom_op(f"fastdino::{launcher.__name__}", launcher, mutates_args=mutated)
+
+    return register

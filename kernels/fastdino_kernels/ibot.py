@@ -40,8 +40,8 @@ def ibot_loss(
         return ibot_loss_reference(
             student, teacher, center, weight, student_temp=student_temp, teacher_temp=teacher_temp
         )
-    terms = Terms(student_temp, teacher_temp, scale=1.0, other_views=False, inplace_grad=inplace_grad)
-    return soft_cross_entropy(student[None], teacher[None], center, weight, terms)
+    terms = Terms(student_temp, teacher_temp, scale=1.0, other_views=False)
+    return soft_cross_entropy(student[None], teacher[None], center, weight, terms, inplace_grad)
 
 
 def ibot_loss_reference(

@@ -47,8 +47,8 @@ def dino_loss(
     if not use_triton(student) or torch.float64 in (student.dtype, teacher.dtype):
         return _DinoLossReference.apply(student, teacher, center, (student_temp, teacher_temp), inplace_grad)
     scale = 1 / _num_terms(student, teacher)
-    terms = Terms(student_temp, teacher_temp, scale, other_views=True, inplace_grad=inplace_grad)
-    return soft_cross_entropy(student, teacher, center, None, terms)
+    terms = Terms(student_temp, teacher_temp, scale, other_views=True)
+    return soft_cross_entropy(student, teacher, center, None, terms, inplace_grad)
 
 
 def dino_loss_reference(

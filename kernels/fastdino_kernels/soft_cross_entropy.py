@@ -9,6 +9,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastdino_kernels._backend import operator
+
 _LOG2_E = math.log2(math.e)
 
 
@@ -19,10 +21,11 @@ class Terms(NamedTuple):
     teacher_temp: float
     scale: float  # of the sum
     other_views: bool  # only the pairs of different views, s != t
-    inplace_grad: bool
 
 
-def soft_cross_entropy(student: Tensor, teacher: Tensor, center: Tensor, weight: Tensor | None, terms: Terms) -> Tensor:
+def soft_cross_entropy(
+    student: Tensor, teacher: Tensor, center: Tensor, weight: Tensor | None, terms: Terms, inplace_grad: bool
+) -> Tensor:
     """Scaled sum of weight * H(softmax((teacher - center) / teacher_temp), softmax(student / student_temp)).
 
     Args:
@@ -30,11 +33,12 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, center: Tensor, weight:
         teacher: (T, B, K) logits, T = 1 or 2; takes no gradient.
         center: (K,) fp32.
         weight: (B,) fp32, or None for 1.
+        inplace_grad: write the gradient over the student's logits.
 
     Returns the fp32 scalar, summed over pairs of views and over B, with a gradient for ``student``. The caller has
     checked the shapes.
     """
-    return _SoftCrossEntropy.apply(student, teacher, center, weight, terms)
+    return _SoftCrossEntropy.apply(student, teacher, center, weight, terms, inplace_grad)
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
@@ -42,21 +46,28 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, center: Tensor, weight: Tensor | None, terms: Terms
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        center: Tensor,
+        weight: Tensor | None,
+        terms: Terms,
+        inplace_grad: bool,
     ) -> Tensor:
         student, teacher, center = dense_rows(student), dense_rows(teacher), center.contiguous()
         weight = None if weight is None else weight.contiguous()
-        loss, *statistics = _launch_loss(student, teacher, center, weight, terms)
+        loss, *statistics = soft_cross_entropy_forward(student, teacher, center, weight, *terms)
         ctx.save_for_backward(student, teacher, center, weight, *statistics)
-        ctx.terms, ctx.inplace_grad, ctx.consumed = terms, terms.inplace_grad, False
+        ctx.terms, ctx.inplace_grad, ctx.consumed = terms, inplace_grad, False
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         student, grad, saved = unpack(ctx)
-        _launch_gradient(grad, grad_loss, student, *saved, terms=ctx.terms)
-        return grad, None, None, None, None
+        logits = None if ctx.inplace_grad else student
+        soft_cross_entropy_gradient_(grad, logits, grad_loss, *saved, *ctx.terms)
+        return grad, None, None, None, None, None
 
 
 def dense_rows(x: Tensor) -> Tensor:
@@ -95,8 +106,16 @@ def launch_config(num_prototypes: int, num_views: int) -> dict[str, dict[str, in
     }
 
 
-def _launch_loss(
-    student: Tensor, teacher: Tensor, center: Tensor, weight: Tensor | None, terms: Terms
+@operator()
+def soft_cross_entropy_forward(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    weight: Tensor | None,
+    student_temp: float,
+    teacher_temp: float,
+    scale: float,
+    other_views: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, and the (S, 2, B) and (T, 2, B) row statistics: the maximum in units of log2, and the sum over it."""
     (S, B, K), T = student.shape, len(teacher)
@@ -108,26 +127,46 @@ def _launch_loss(
     )
     parts, stats = (student_parts, teacher_parts), (student_stats, teacher_stats)
     strides = (student.stride()[:2], teacher.stride()[:2])
-    scales = (_LOG2_E / terms.student_temp, _LOG2_E / terms.teacher_temp)
-    pairs = {"T": T, "OTHER_VIEWS": terms.other_views}
+    scales = (_LOG2_E / student_temp, _LOG2_E / teacher_temp)
+    pairs = {"T": T, "OTHER_VIEWS": other_views}
     slices = {"NUM_SLICES": num_slices, "BLOCK_N": triton.next_power_of_2(num_slices), "num_warps": 1}
     with torch.cuda.device_of(student):
         _slice_kernel[(B * num_slices,)](*parts, student, teacher, center, S, B, *strides, *scales, T=T, K=K, **config)
-        _merge_kernel[(S * B,)](row_loss, weight, *stats, *parts, B, terms.scale / _LOG2_E, **pairs, **slices)
+        _merge_kernel[(S * B,)](row_loss, weight, *stats, *parts, B, scale / _LOG2_E, **pairs, **slices)
     return row_loss.sum(), student_stats, teacher_stats
 
 
-def _launch_gradient(
-    grad: Tensor, grad_loss: Tensor, student: Tensor, teacher: Tensor, *saved: Tensor | None, terms: Terms
+@soft_cross_entropy_forward.register_fake
+def _(student: Tensor, teacher: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    (S, B, _K), T = student.shape, len(teacher)
+    shapes = ((), (S, 2, B), (T, 2, B))
+    return tuple(student.new_empty(shape, dtype=torch.float32) for shape in shapes)  # type: ignore[return-value]
+
+
+@operator("grad")
+def soft_cross_entropy_gradient_(
+    grad: Tensor,
+    student: Tensor | None,
+    grad_loss: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    weight: Tensor | None,
+    student_stats: Tensor,
+    teacher_stats: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+    scale: float,
+    other_views: bool,
 ) -> None:
-    """Writes the gradient into ``grad``, which may be ``student``; ``saved`` are center, weight and row statistics."""
+    """Writes the gradient for the student's logits into ``grad``, which holds those logits if ``student`` is None."""
+    student = grad if student is None else student
     (S, B, K), T = student.shape, len(teacher)
     config = launch_config(K, S)["gradient"]
     grid = (B * triton.cdiv(K, config["BLOCK_K"]),)
-    tensors = (grad, grad_loss, student, teacher, *saved)
+    tensors = (grad, grad_loss, student, teacher, center, weight, student_stats, teacher_stats)
     strides = (grad.stride()[:2], student.stride()[:2], teacher.stride()[:2])
-    scales = (_LOG2_E / terms.student_temp, _LOG2_E / terms.teacher_temp, terms.scale / terms.student_temp)
-    pairs = {"T": T, "OTHER_VIEWS": terms.other_views}
+    scales = (_LOG2_E / student_temp, _LOG2_E / teacher_temp, scale / student_temp)
+    pairs = {"T": T, "OTHER_VIEWS": other_views}
     with torch.cuda.device_of(student):
         _gradient_kernel[grid](*tensors, S, B, *strides, *scales, **pairs, K=K, **config)
 
