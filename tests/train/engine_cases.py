@@ -73,7 +73,7 @@ class SyncCount(TorchDispatchMode):
 
 def now(step: int) -> Now:
     """Everything changes every step; the last layer is frozen in the first two."""
-    return Now(lr=2e-4 * (step + 1), weight_decay=0.1 + 0.05 * step, momentum=0.9 + 0.01 * step, teacher_temp=0.07,
+    return Now(lr=1e-3 * (step + 1), weight_decay=0.1 + 0.05 * step, momentum=0.9 + 0.01 * step, teacher_temp=0.07,
                freeze_last_layer=step < 2)  # fmt: skip
 
 
