@@ -56,6 +56,14 @@ def _ibot_loss() -> None:
     loss.backward()
 
 
+def _ibot_loss_rows() -> None:
+    """In place, and with so many rows that each is one program's."""
+    student, teacher = (_empty(MASKED, K, dtype=torch.bfloat16) for _ in range(2))
+    rows = student.requires_grad_().view_as(student)
+    temps: dict[str, float] = {"student_temp": 0.1, "teacher_temp": 0.04}
+    ibot_loss(rows, teacher, _empty(K), _empty(MASKED), **temps, inplace_grad=True).backward()
+
+
 def _prototype_weight() -> None:
     weight = prototype_weight(_empty(K, D).requires_grad_(), _empty(K, 1), torch.bfloat16)
     weight.backward(_empty(K, D, dtype=torch.bfloat16))
@@ -112,6 +120,13 @@ CASES = {
             "_merge_kernel": 4 * MASKED * (K // 2048) * (3 + 2),
             "_gradient_kernel": 3 * MASKED * K * 2,
         },
+    ),
+    "ibot_loss in place": Case(
+        _ibot_loss_rows,
+        MASKED * K,
+        {"_row_cross_entropy_kernel": 3 * MASKED * K * 2, "_scale_kernel": 2 * MASKED * K * 2},
+        # The second reading, and the center for both.
+        cached={"_row_cross_entropy_kernel": 2 * MASKED * K * 2 + 2 * MASKED * K * 4},
     ),
     "sinkhorn": Case(
         lambda: sinkhorn(_empty(MASKED, K, dtype=torch.bfloat16), temp=0.04, iterations=2),

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from fastdino_kernels import row_cross_entropy
 from fastdino_kernels._backend import compute_dtype, use_triton
-from fastdino_kernels.soft_cross_entropy import Terms, soft_cross_entropy
+from fastdino_kernels.soft_cross_entropy import Terms, dense_rows, soft_cross_entropy
 
 
 def ibot_loss(
@@ -27,7 +28,8 @@ def ibot_loss(
         weight: (M,) fp32 weight of each patch. iBOT's is 1 / (images * masked patches of the patch's image).
         student_temp: temperature of the student, > 0.
         teacher_temp: temperature of the teacher, > 0.
-        inplace_grad: on a GPU, write the gradient over the student's logits, as in :func:`dino_loss`.
+        inplace_grad: on a GPU, write the gradient over the student's logits, as in :func:`dino_loss`, but possibly in
+            the forward pass already.
 
     Returns the fp32 (fp64 for fp64 logits) scalar, with a gradient for ``student``.
     Raises ValueError when shapes, dtypes, devices or temperatures do not fit.
@@ -40,6 +42,10 @@ def ibot_loss(
         return ibot_loss_reference(
             student, teacher, center, weight, student_temp=student_temp, teacher_temp=teacher_temp
         )
+    gives_up_logits = inplace_grad or not student.requires_grad
+    if gives_up_logits and row_cross_entropy.pays(len(student), student.device):
+        rows = (dense_rows(student), dense_rows(teacher), center.contiguous(), weight.contiguous())
+        return row_cross_entropy.row_cross_entropy(*rows, student_temp, teacher_temp)
     terms = Terms(student_temp, teacher_temp, scale=1.0, other_views=False)
     return soft_cross_entropy(student[None], teacher[None], center, weight, terms, inplace_grad)
 

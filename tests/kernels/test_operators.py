@@ -1,12 +1,14 @@
 """Every operator fits its schema, and what is built of operators holds under torch.compile and in a CUDA graph."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from fastdino_kernels import (
     Rates,
@@ -91,31 +93,28 @@ cases = pytest.mark.parametrize("case", CALLS)
 WITH_TABLES = {"adamw_ema_ with segments"}  # they copy a table to the device once, which nothing can capture
 
 
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """The arguments of every operator that is called, by its name."""
-    calls: dict[str, Any] = {}
+class Seen(TorchDispatchMode):
+    """Notes the arguments of every operator of ours that is called, by its name."""
 
-    class Seen(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            namespace, name = func._schema.name.split("::")
-            if namespace == "fastdino":
-                copies = torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, args)
-                calls[name] = (func, copies)
-            return func(*args, **(kwargs or {}))
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, tuple[Any, Any]] = {}
 
-    with Seen():
-        yield calls
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, name = func._schema.name.split("::")
+        if namespace == "fastdino":
+            self.calls[name] = (func, tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, args))
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.filterwarnings("ignore:.*deterministic")
-def test_every_operator_fits_its_schema(seen: dict[str, Any]) -> None:
+def test_every_operator_fits_its_schema() -> None:
     """Writes what it says and nothing else, has no hidden alias, and knows its shapes without data."""
-    for call, args in CALLS.values():
-        run(call, args)
-    found = dict(seen)
-    assert set(found) == set(_backend.LAUNCHERS)
-    for func, args in found.values():
+    with Seen() as seen:
+        for call, args in CALLS.values():
+            run(call, args)
+    assert set(seen.calls) == set(_backend.LAUNCHERS)
+    for func, args in seen.calls.values():
         torch.library.opcheck(func, args)
 
 
@@ -143,6 +142,6 @@ def test_runs_in_a_cuda_graph(case: str) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         got = run(call, args)
-    torch.utils._pytree.tree_map(lambda x: x.zero_(), got)
+    tree_map(lambda x: x.zero_(), got)
     graph.replay()
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
