@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench import plots
 from bench.record import RESULTS, ROOT
 
 MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
@@ -99,12 +100,29 @@ def demo_table(results: Path) -> str:
     return f"`{where['command']}` on {where['device']}, 2 cores; commit {state}, {where['date'][:10]}.\n\n{table}"
 
 
+def ceilings_table(results: Path) -> str:
+    """One table for each device: what it can do at best."""
+    return _by_device(results, "ceilings", "provenance", _ceiling_rows)
+
+
+def plots_table(results: Path) -> str:
+    """The pictures that bench.plots drew from a GPU's sweep."""
+    files = [file for file in sorted(results.glob("sweep-*.json")) if file.stem != "sweep-cpu"]
+    operations = (
+        [e["extra_info"].get("operation") for e in json.loads(files[0].read_text())["benchmarks"]] if files else []
+    )
+    names = dict.fromkeys(operation for operation in operations if operation)
+    return "\n".join(f"![{name} over sizes]({plots.name(name)})\n" for name in names) or NOT_MEASURED
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "kernels": kernels_table,
     "step": step_table,
     "counts": counts_table,
     "static": static_table,
     "demo": demo_table,
+    "ceilings": ceilings_table,
+    "plots": plots_table,
 }
 
 
@@ -160,6 +178,14 @@ def _step_rows(document: dict[str, Any], on_gpu: bool) -> tuple[list[str], Rows]
     calls = "launches" if on_gpu else "aten calls"
     header = ["step", "trainer", "ms", "images/s", "MFU", "takes", "peak MB", "host syncs", calls]
     return header, rows
+
+
+def _ceiling_rows(document: dict[str, Any], on_gpu: bool) -> tuple[list[str], Rows]:
+    rows = [
+        [name, f"{f['median']:.4g}", f"{f['low']:.4g} to {f['high']:.4g}", f["unit"]]
+        for name, f in document["ceilings"].items()
+    ]
+    return ["at best", "median", "95 % interval", "unit"], rows
 
 
 def _times(figures: dict[str, Any]) -> str:

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from bench.kernels import ibot_loss, peers_triton
 from bench.kernels.case import Case, check
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KL = nn.KLDivLoss(reduction="batchmean", log_target=True)
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.04
 
 
 def with_peer(shape: str, loss: peers_triton.RowLoss) -> Case:
-    (case,) = ibot_loss.cases(CPU, [shape], False)
+    (case,) = ibot_loss.cases(DEVICE, [shape], False)
     return dataclasses.replace(case, variants=case.variants | {"peer": ibot_loss.divergence(loss)})
 
 
@@ -48,8 +48,9 @@ def test_linear_losses_compute_the_same_divergence() -> None:
     if not losses:
         pytest.skip("neither fla-core nor liger-kernel is installed")
     torch.manual_seed(0)
-    x, teacher_x = torch.randn(8, 16, requires_grad=True), torch.randn(8, 16)
-    weight, teacher_weight = torch.randn(100, 16, requires_grad=True), torch.randn(100, 16)
+    x, teacher_x = (torch.randn(8, 16, device=DEVICE) for _ in range(2))
+    weight, teacher_weight = (torch.randn(100, 16, device=DEVICE) for _ in range(2))
+    x, weight = x.requires_grad_(), weight.requires_grad_()
     given = (x / STUDENT_TEMP, weight, teacher_x / TEACHER_TEMP, teacher_weight)
     student, teacher = (a.double() @ b.double().T for a, b in (given[:2], given[2:]))
     want = KL(student.log_softmax(-1), teacher.log_softmax(-1))
@@ -59,7 +60,7 @@ def test_linear_losses_compute_the_same_divergence() -> None:
             continue
         got = loss(*given)
         for a, b in zip([got, *torch.autograd.grad(got, (x, weight), retain_graph=True)], exact, strict=True):
-            assert torch.allclose(a, b.to(a.dtype), rtol=1e-4, atol=1e-4), name
+            assert torch.allclose(a, b.to(a.dtype), rtol=1e-3, atol=1e-3), name
 
 
 def test_entropy_is_what_a_divergence_lacks() -> None:
