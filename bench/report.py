@@ -105,6 +105,11 @@ def ceilings_table(results: Path) -> str:
     return _by_device(results, "ceilings", "provenance", _ceiling_rows)
 
 
+def attention_table(results: Path) -> str:
+    """One table for each device: every way to attend, forward and backward."""
+    return _by_device(results, "attention", "provenance", _attention_rows)
+
+
 def plots_table(results: Path) -> str:
     """The pictures that bench.plots drew from a GPU's sweep."""
     files = [file for file in sorted(results.glob("sweep-*.json")) if file.stem != "sweep-cpu"]
@@ -122,6 +127,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "static": static_table,
     "demo": demo_table,
     "ceilings": ceilings_table,
+    "attention": attention_table,
     "plots": plots_table,
 }
 
@@ -186,6 +192,18 @@ def _ceiling_rows(document: dict[str, Any], on_gpu: bool) -> tuple[list[str], Ro
         for name, f in document["ceilings"].items()
     ]
     return ["at best", "median", "95 % interval", "unit"], rows
+
+
+def _attention_rows(document: dict[str, Any], on_gpu: bool) -> tuple[list[str], Rows]:
+    rows = []
+    for case in document["cases"]:
+        what = case["shape"].replace("+", " + ")
+        for name, f in case["variants"].items():
+            share = f"{100 * f['flops_per_s'] / document['matmul_flops_per_s']:.0f} %"
+            speed = [f"{f['milliseconds']:.3g}", f"{1e-12 * f['flops_per_s']:.3g}", share, _times(f)]
+            rows.append([what, name, *speed, _megabytes(f["peak_bytes"])])
+            what = ""
+    return ["sequences x tokens", "attention", "ms", "TFLOP/s", "of a matrix product", "takes", "peak MB"], rows
 
 
 def _times(figures: dict[str, Any]) -> str:
