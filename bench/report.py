@@ -96,8 +96,7 @@ def demo_table(results: Path) -> str:
         rows.append([seed, *knn, *iou, f"{found['seconds']:.0f}"])
     header = ["seed", "k-NN teacher, %", "random init", "pixels", "pixels, standardised"]
     table = _table([*header, "attention IoU teacher", "random init", "seconds"], rows)
-    state = f"{where['commit'][:9]}{' with changes' if where['dirty'] else ''}"
-    return f"`{where['command']}` on {where['device']}, 2 cores; commit {state}, {where['date'][:10]}.\n\n{table}"
+    return f"`{where['command']}` on {where['device']}, 2 cores; {_state(where)}.\n\n{table}"
 
 
 def ceilings_table(results: Path) -> str:
@@ -108,6 +107,26 @@ def ceilings_table(results: Path) -> str:
 def attention_table(results: Path) -> str:
     """One table for each device: every way to attend, forward and backward."""
     return _by_device(results, "attention", "provenance", _attention_rows)
+
+
+def data_table(results: Path) -> str:
+    """Images per second of each stage, one process or several workers."""
+    file = results / "data-cpu.json"
+    if not file.exists():
+        return "Not measured yet.\n"
+    document = json.loads(file.read_text())
+    rows = []
+    for stage, contenders in document["stages"].items():
+        for name, f in contenders.items():
+            rows.append([stage, name, f"{f['images_per_second']:.3g}", f"{f['per_core']:.3g}", _times(f)])
+            stage = ""
+    files, where = document["files"], document["provenance"]
+    versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "torchvision", "pillow"))
+    what = f"{files['width']} x {files['height']} pixels in {1e-3 * files['mean_bytes']:.0f} kB"
+    caption = (
+        f"{where['device']}; {versions}; {_state(where)}. JPEG files of {what}; views of {document['views']} pixels."
+    )
+    return f"{caption}\n\n{_table(['stage', 'by', 'images/s', 'per core', 'takes'], rows)}"
 
 
 def plots_table(results: Path) -> str:
@@ -128,6 +147,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "demo": demo_table,
     "ceilings": ceilings_table,
     "attention": attention_table,
+    "data": data_table,
     "plots": plots_table,
 }
 
@@ -145,9 +165,13 @@ def _by_device(results: Path, bench: str, provenance: str, rows_of: Callable[...
 
 def _caption(where: dict[str, Any], on_gpu: bool) -> str:
     versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "triton", "lightly", "timm"))
-    state = f"{where['commit'][:9]}{' with changes' if where['dirty'] else ''}"
     meaning = f"driver {where['driver']}" if on_gpu else "processor time of one thread; kernels run as their references"
-    return f"{where['device']} ({meaning}). {versions}; commit {state}, {where['date'][:10]}."
+    return f"{where['device']} ({meaning}). {versions}; {_state(where)}."
+
+
+def _state(where: dict[str, Any]) -> str:
+    """Commit and day."""
+    return f"commit {where['commit'][:9]}{' with changes' if where['dirty'] else ''}, {where['date'][:10]}"
 
 
 def _kernel_rows(document: dict[str, Any], on_gpu: bool) -> tuple[list[str], Rows]:
