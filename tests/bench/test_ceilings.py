@@ -28,6 +28,15 @@ def test_exp2_chain() -> None:
         assert torch.allclose(ceilings.exp2_chain_(x, chain).double(), want, rtol=1e-5)
 
 
+def test_exponentials_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr(ceilings, "EXP_PROGRAMS", 2)
+    monkeypatch.setattr(ceilings, "EXP_CHAIN", 3)
+    ceiling = ceilings._exp2(device)
+    assert ceiling.amount == pytest.approx(1e-12 * 3 * 2 * ceilings.EXP_BLOCK)
+    assert ceilings.measure({"exp2": ceiling}, device, rounds=3)["exp2"]["median"] > 0
+
+
 def test_rates() -> None:
     found = ceilings.ceilings(CPU)
     assert [c.amount for c in found.values()] == [2e-9 * 2**16, 2e-12 * 64**3, 2e-12 * 8 * 16 * 96]

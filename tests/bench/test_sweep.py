@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import plots
+from bench import plots, report
 from bench.kernels.measure import OPERATIONS, NoRoom, make_cases, measure
 from bench.kernels.sweep import SWEEPS
 
@@ -94,3 +94,11 @@ def test_the_fastest_alternatives_are_drawn() -> None:
     document["benchmarks"] += [entry(variant, 512, slowness) for variant, slowness in peers.items()]
     assert list(plots.read(document)["sinkhorn"]) == ["fastdino", "d", "b", "e", "a"]
     assert plots.name("ema_update_") == "sweep-ema_update.png"
+
+
+def test_the_page_shows_the_plots_of_a_gpu(tmp_path: Path) -> None:
+    entries = [entry("fastdino", 512, 1.0), entry("lightly", 512, 2.0), {"extra_info": {}}]
+    (tmp_path / "sweep-cpu.json").write_text(json.dumps({"benchmarks": entries}))
+    assert report.plots_table(tmp_path) == report.NOT_MEASURED
+    (tmp_path / "sweep-model-1.json").write_text(json.dumps({"benchmarks": entries}))
+    assert report.plots_table(tmp_path) == "![sinkhorn over sizes](sweep-sinkhorn.png)\n"
