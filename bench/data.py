@@ -86,14 +86,15 @@ def make_files(folder: Path, sizes: Sizes) -> list[Path]:
     rng = np.random.default_rng(0)
     paths = []
     for index in range(sizes.images):
-        layers = [
-            Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).resize(
-                (sizes.width, sizes.height), kind
+        smooth, edges, noise = (
+            Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).resize((sizes.width, sizes.height), kind)
+            for shape, kind in (
+                ((6, 8, 3), Image.Resampling.BICUBIC),
+                ((40, 53, 3), Image.Resampling.NEAREST),
+                ((sizes.height, sizes.width, 3), Image.Resampling.NEAREST),
             )
-            for height, width, kind in ((6, 8, Image.Resampling.BICUBIC), (40, 53, Image.Resampling.NEAREST))
-        ]
-        noise = Image.fromarray(rng.integers(0, 256, (sizes.height, sizes.width, 3), dtype=np.uint8))
-        image = Image.blend(Image.blend(*layers, 0.2), noise, 0.25)
+        )
+        image = Image.blend(Image.blend(smooth, edges, 0.2), noise, 0.25)
         paths.append(folder / f"{index:04d}.jpg")
         image.save(paths[-1], quality=QUALITY)
     return paths
