@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import plots
+from bench import plots, targets
 from bench.record import RESULTS, ROOT
+from bench.targets import Target
 
 MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- bench:(\w+) -->")
@@ -139,6 +140,27 @@ def plots_table(results: Path) -> str:
     return "\n".join(f"![{name} over sizes]({plots.name(name)})\n" for name in names) or NOT_MEASURED
 
 
+def targets_table(results: Path) -> str:
+    """Every target beside its measured value, reached or not."""
+    rows = []
+    for device, label in (("cuda", "H200"), ("cpu", "CPU")):
+        files = [f for f in sorted(results.glob("kernels-*.json")) if (f.stem == "kernels-cpu") == (device == "cpu")]
+        cases = targets.read(json.loads(files[0].read_text())) if files else {}
+        for target in targets.TARGETS:
+            if target.device == device:
+                rows.append([label, target.text, *_reached(target, cases)])
+    return _table(["on", "target", "asked", "measured", "reached"], rows)
+
+
+def _reached(target: Target, cases: targets.Cases) -> list[str]:
+    asked = f"at {'most' if target.at_most else 'least'} {target.bound:g} {target.unit}"
+    try:
+        value = target.read(cases)
+    except KeyError:
+        return [asked, "not measured", "-"]
+    return [asked, f"{value:.3g} {target.unit}", "yes" if target.reached(value) else "no"]
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "kernels": kernels_table,
     "step": step_table,
@@ -149,6 +171,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "attention": attention_table,
     "data": data_table,
     "plots": plots_table,
+    "targets": targets_table,
 }
 
 
