@@ -4,6 +4,7 @@ from fastdino_kernels.adamw_ema import Rates, adamw_ema_
 from fastdino_kernels.center import center_mean
 from fastdino_kernels.ema import ema_update_
 from fastdino_kernels.ibot import ibot_loss
+from fastdino_kernels.koleo import koleo_loss
 from fastdino_kernels.loss import dino_loss
 from fastdino_kernels.prototypes import prototype_weight
 from fastdino_kernels.segments import Segments, make_segments, segment_squares
@@ -17,6 +18,7 @@ __all__ = [
     "dino_loss",
     "ema_update_",
     "ibot_loss",
+    "koleo_loss",
     "make_segments",
     "prototype_weight",
     "segment_squares",

@@ -11,6 +11,7 @@ from fastdino_kernels.adamw_ema import Rates, adamw_ema_
 from fastdino_kernels.center import center_mean
 from fastdino_kernels.ema import ema_update_
 from fastdino_kernels.ibot import ibot_loss
+from fastdino_kernels.koleo import koleo_loss
 from fastdino_kernels.loss import dino_loss
 from fastdino_kernels.prototypes import prototype_weight
 from fastdino_kernels.segments import BLOCK, Segments, make_segments, segment_squares
@@ -19,6 +20,7 @@ from fastdino_kernels.sinkhorn import sinkhorn
 # DINO v1's headline: 10 student and 2 teacher views of 64 images, 65536 prototypes of 256, ViT-B/16 with its head.
 S, T, B, K, D = 10, 2, 64, 65536, 256
 MASKED = 3763  # M, masked patches of 64 images at DINOv2's default rate
+VIEWS, WIDTH = 2, 768  # global views, and ViT-B's features: (VIEWS, B, WIDTH)
 PARAMETERS = 85_798_656 + K * D + 5_770_496  # backbone, prototypes, the head's MLP
 
 # Kernels that load or store no more than a few numbers per row or column there: no 128-bit access to expect.
@@ -27,6 +29,8 @@ NARROW = {
     "_merge_kernel": frozenset({"load", "store"}),
     "_row_kernel": frozenset({"store"}),
     "_center_mean_kernel": frozenset({"store"}),
+    "_product_kernel": frozenset({"store"}),
+    "_distance_kernel": frozenset({"store"}),
     "_partial_squares_kernel": frozenset({"store"}),
     "_segment_squares_kernel": frozenset({"load", "store"}),
 }
@@ -59,6 +63,22 @@ def _ibot_loss() -> None:
 def _prototype_weight() -> None:
     weight = prototype_weight(_empty(K, D).requires_grad_(), _empty(K, 1), torch.bfloat16)
     weight.backward(_empty(K, D, dtype=torch.bfloat16))
+
+
+def _koleo_loss(num_rows: int) -> Case:
+    """The product reads all rows once per block of rows, on either side; a pair's gradient reads both, for both."""
+    features = VIEWS * num_rows * WIDTH
+    num_blocks = num_rows // (16 if num_rows <= 256 else 64)
+    return Case(
+        lambda: koleo_loss(_empty(VIEWS, num_rows, WIDTH, dtype=torch.bfloat16).requires_grad_()).backward(),
+        features,
+        {
+            "_product_kernel": features * 2,
+            "_distance_kernel": 2 * features * 2,
+            "_gradient_koleo_kernel": 4 * features * 2,
+        },
+        cached={"_product_kernel": (2 * num_blocks - 1) * features * 2},
+    )
 
 
 def _ema_list() -> None:
@@ -129,6 +149,8 @@ CASES = {
         K * D,
         {"_weight_kernel": K * D * (4 + 2) + K * 4, "_gradient_weight_kernel": K * D * (4 + 2 + 4) + K * 4},
     ),
+    "koleo_loss": _koleo_loss(B),
+    "koleo_loss of 1024": _koleo_loss(1024),
     "ema_update_ flat": Case(
         lambda: ema_update_(
             _empty(PARAMETERS), _empty(PARAMETERS), torch.tensor(0.996), _empty(PARAMETERS, dtype=torch.bfloat16)
