@@ -26,9 +26,9 @@ def koleo_loss(features: Tensor, *, eps: float = 1e-8) -> Tensor:
     Returns the fp32 (fp64 for fp64 features) scalar mean over all G * B rows. Its gradient treats n(i) as constant, and
     flows to x_i, to x_n(i) and through the normalisation; a pair at distance 0 has no direction, so it adds none.
     Raises ValueError when shape, dtype or eps does not fit, or B is 1: a single row has no neighbour.
-    Source: Sablayrolles et al. 2019, section 3.1; eps and the normalisation as in DINOv2 (Oquab et al. 2024), which sums
-    over the global views (G times this mean). DINOv2 also adds eps to each component of the difference: lost in fp32
-    rounding, except between equal rows, whose gradient it makes about 1 / eps in an arbitrary direction.
+    Source: Sablayrolles et al. 2019, section 3.1; eps and the normalisation as in DINOv2 (Oquab et al. 2024), which
+    sums over the global views (G times this mean). DINOv2 also adds eps to each component of the difference: lost in
+    fp32 rounding, except between equal rows, whose gradient it makes about 1 / eps in an arbitrary direction.
     """
     if features.dim() not in (2, 3) or not features.numel() or not features.is_floating_point():
         raise ValueError(
@@ -161,7 +161,7 @@ def _product_kernel(
     similarity = tl.where((i[:, None] != j[None, :]) & (j < B)[None, :], similarity, float("-inf"))
     best = tl.max(similarity, 1)
     best_at = tl.min(tl.where(similarity == best[:, None], j[None, :], B), 1)
-    found = best > float("-inf")  # not where all is NaN: the row itself will do, its loss is NaN with any
+    found = best > float("-inf")  # not where all is NaN: the row itself will do, as the loss is NaN with any
     offset = (group * B + i) * tl.num_programs(1) + tl.program_id(1)
     tl.store(best_ptr + offset, tl.where(found, best, float("-inf")), mask=i < B)
     tl.store(best_at_ptr + offset, tl.where(found, best_at, i), mask=i < B)

@@ -69,8 +69,8 @@ def scatter_add_scaled_reference(
     inplace: bool = False,
 ) -> Tensor:
     """:func:`scatter_add_scaled` in plain torch: the definition that the kernel is tested against, and the CPU path."""
-    added = branch.to(compute_dtype(x)) * scale
-    added = (added if layer_scale is None else added * layer_scale).to(x.dtype)
+    factor = scale if layer_scale is None else layer_scale.to(compute_dtype(x)) * scale
+    added = (branch.to(compute_dtype(x)) * factor).to(x.dtype)
     return x.index_add_(0, rows, added) if inplace else x.index_add(0, rows, added)
 
 
