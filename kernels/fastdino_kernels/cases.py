@@ -32,8 +32,8 @@ NARROW = {
     "_merge_kernel": frozenset({"load", "store"}),
     "_row_kernel": frozenset({"store"}),
     "_center_mean_kernel": frozenset({"store"}),
-    "_product_kernel": frozenset({"store"}),
-    "_distance_kernel": frozenset({"store"}),
+    "_koleo_product_kernel": frozenset({"store"}),
+    "_koleo_distance_kernel": frozenset({"store"}),
     "_partial_squares_kernel": frozenset({"store"}),
     "_segment_squares_kernel": frozenset({"load", "store"}),
 }
@@ -76,11 +76,11 @@ def _koleo_loss(num_rows: int) -> Case:
         lambda: koleo_loss(_empty(VIEWS, num_rows, WIDTH, dtype=torch.bfloat16).requires_grad_()).backward(),
         features,
         {
-            "_product_kernel": features * 2,
-            "_distance_kernel": 2 * features * 2,
-            "_gradient_koleo_kernel": 4 * features * 2,
+            "_koleo_product_kernel": features * 2,
+            "_koleo_distance_kernel": 2 * features * 2,
+            "_koleo_gradient_kernel": 4 * features * 2,
         },
-        cached={"_product_kernel": (2 * num_blocks - 1) * features * 2},
+        cached={"_koleo_product_kernel": (2 * num_blocks - 1) * features * 2},
     )
 
 

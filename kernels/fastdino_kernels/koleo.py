@@ -95,14 +95,14 @@ def koleo_forward(features: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor,
     config = launch_config(B, D)
     num_blocks = triton.cdiv(B, int(config["product"]["BLOCK"]))
     strides = features.stride()[:2]
-    best = torch.empty((G, B, num_blocks), dtype=torch.float32, device=features.device)
-    best_at, neighbour = (torch.empty_like(x, dtype=torch.int32) for x in (best, best[..., 0]))
-    row_loss, norm, pull = (torch.empty((G, B), dtype=torch.float32, device=features.device) for _ in range(3))
+    row_loss, norm, pull = (features.new_empty((G, B), dtype=torch.float32) for _ in range(3))
+    best = features.new_empty((G, B, num_blocks), dtype=torch.float32)
+    best_at, neighbour = (torch.empty_like(x, dtype=torch.int32) for x in (best, norm))
     saved, parts = (neighbour, norm, pull), (best, best_at)
     blocks = {"NUM_BLOCKS": num_blocks, "BLOCK_N": triton.next_power_of_2(num_blocks)}
     with torch.cuda.device_of(features):
-        _product_kernel[(num_blocks, num_blocks, G)](*parts, features, B, strides, eps, D=D, **config["product"])
-        _distance_kernel[(G * B,)](
+        _koleo_product_kernel[(num_blocks, num_blocks, G)](*parts, features, B, strides, eps, D=D, **config["product"])
+        _koleo_distance_kernel[(G * B,)](
             row_loss, *saved, features, *parts, B, strides, eps, 1 / (G * B), D=D, **blocks, **config["row"]
         )
     return row_loss.sum(), *saved
@@ -126,7 +126,7 @@ def koleo_gradient(
     blocks = {**config["search"], **config["row"]}
     tensors = (grad, grad_loss, features, neighbour, norm, pull)
     with torch.cuda.device_of(features):
-        _gradient_koleo_kernel[(G * B,)](*tensors, B, features.stride()[:2], eps, 1 / (G * B), D=D, **blocks)
+        _koleo_gradient_kernel[(G * B,)](*tensors, B, features.stride()[:2], eps, 1 / (G * B), D=D, **blocks)
     return grad
 
 
@@ -136,7 +136,7 @@ def _(grad_loss: Tensor, features: Tensor, *_: Any) -> Tensor:
 
 
 @triton.jit(do_not_specialize=["B"])
-def _product_kernel(
+def _koleo_product_kernel(
     best_ptr, best_at_ptr, x_ptr, B, strides, eps, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     # One program: a tile of the similarities <x_i, x_j> / |x_j| of one group; for each i its largest, and the first j
@@ -174,7 +174,7 @@ def _unit(x_ptr, norm, eps, d, D: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["B"])
-def _distance_kernel(
+def _koleo_distance_kernel(
     row_loss_ptr,
     neighbour_ptr,
     norm_ptr,
@@ -212,7 +212,7 @@ def _distance_kernel(
 
 
 @triton.jit(do_not_specialize=["B"])
-def _gradient_koleo_kernel(
+def _koleo_gradient_kernel(
     grad_ptr,
     grad_loss_ptr,
     x_ptr,
