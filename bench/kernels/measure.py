@@ -15,8 +15,11 @@ from bench.kernels import (
     center_mean,
     dino_loss,
     ema_update,
+    gather_layer_norm,
     ibot_loss,
+    koleo_loss,
     prototype_weight,
+    scatter_add_scaled,
     segment_squares,
     sinkhorn,
 )
@@ -33,6 +36,9 @@ OPERATIONS: dict[str, Any] = {
     "prototype_weight": prototype_weight,
     "ibot_loss": ibot_loss,
     "sinkhorn": sinkhorn,
+    "koleo_loss": koleo_loss,
+    "gather_layer_norm": gather_layer_norm,
+    "scatter_add_scaled": scatter_add_scaled,
 }
 COPY = "copy"  # the yardstick of bandwidth
 ROUNDS = {"cuda": 200, "cpu": 25}
