@@ -146,9 +146,8 @@ def targets_table(results: Path) -> str:
     for device, label in (("cuda", "H200"), ("cpu", "CPU")):
         files = [f for f in sorted(results.glob("kernels-*.json")) if (f.stem == "kernels-cpu") == (device == "cpu")]
         cases = targets.read(json.loads(files[0].read_text())) if files else {}
-        for target in targets.TARGETS:
-            if target.device == device:
-                rows.append([label, target.text, *_reached(target, cases)])
+        here = [target for target in targets.TARGETS if target.device == device]
+        rows += [[label, target.text, *_reached(target, cases)] for target in here]
     return _table(["on", "target", "asked", "measured", "reached"], rows)
 
 

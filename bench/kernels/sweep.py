@@ -35,7 +35,7 @@ def _parameters(cuda: str, cpu: str) -> Sweep:
 SWEEPS = {
     "dino_loss": _prototypes("10,2,64,{},bf16", "10,2,2,{}"),
     "center_mean": _prototypes("2,64,{},bf16", "2,8,{}"),
-    "sinkhorn": _prototypes("3712,{},bf16", "16,{}"),
+    "sinkhorn": _prototypes("3764,{},bf16", "16,{}"),
     "prototype_weight": _prototypes("{},256,bf16", "{},256"),
     "ibot_loss": Sweep(
         "masked patches",

@@ -17,9 +17,12 @@ from fastdino_kernels import (
     center_mean,
     dino_loss,
     ema_update_,
+    gather_layer_norm,
     ibot_loss,
+    koleo_loss,
     make_segments,
     prototype_weight,
+    scatter_add_scaled,
     segment_squares,
     sinkhorn,
 )
@@ -34,12 +37,13 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def run(function: Callable[..., Any], args: tuple[Any, ...]) -> list[Tensor]:
-    """The results, and the gradient for the first argument if it takes one."""
+    """The results, and the gradients for the arguments that take one."""
     results = function(*args)
     results = [results] if isinstance(results, Tensor) else list(results)
-    if not args[0].requires_grad:
+    leaves = [x for x in args if x.requires_grad]
+    if not leaves:
         return results
-    return [results[0].detach(), *torch.autograd.grad(results[0].sum(), args[0])]
+    return [results[0].detach().clone(), *torch.autograd.grad(results[0].sin().sum(), leaves)]
 
 
 def dino(student: Tensor, *args: Tensor, inplace_grad: bool = False) -> Tensor:
@@ -48,6 +52,10 @@ def dino(student: Tensor, *args: Tensor, inplace_grad: bool = False) -> Tensor:
 
 def ibot(student: Tensor, *args: Tensor, inplace_grad: bool = False) -> Tensor:
     return ibot_loss(student * 2, *args, **TEMPS, inplace_grad=inplace_grad)
+
+
+def residual(x: Tensor, *args: Tensor, inplace: bool = False) -> Tensor:
+    return scatter_add_scaled(x * 2, *args, 1.5, inplace=inplace)
 
 
 def ema(teacher: Tensor, student: Tensor) -> list[Tensor]:
@@ -77,6 +85,8 @@ def clipped(param: Tensor, grad: Tensor) -> list[Tensor]:
 
 LOGITS = random(4, 3, 100).requires_grad_(), random(2, 3, 100), random(100)
 PATCHES = random(5, 100).requires_grad_(), random(5, 100), random(100), random(5).exp()
+BRANCH = random(4, 5, 8).requires_grad_(), torch.tensor([2, 0], device=DEVICE)  # tokens, images that are kept
+SUM = (*BRANCH, random(2, 5, 8).requires_grad_(), random(8).requires_grad_())
 CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "dino_loss": (dino, LOGITS),
     "dino_loss in place": (partial(dino, inplace_grad=True), LOGITS),
@@ -85,6 +95,10 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "center_mean": (center_mean, (random(2, 3, 100),)),
     "sinkhorn": (partial(sinkhorn, temp=0.1), (random(5, 100),)),
     "prototype_weight": (prototype_weight, (random(9, 32).requires_grad_(), random(9, 1))),
+    "koleo_loss": (koleo_loss, (random(2, 5, 8).requires_grad_(),)),
+    "gather_layer_norm": (gather_layer_norm, (*BRANCH, random(8).requires_grad_(), random(8).requires_grad_())),
+    "scatter_add_scaled": (residual, SUM),
+    "scatter_add_scaled in place": (partial(residual, inplace=True), SUM),
     "ema_update_": (ema, (random(N), random(N, dtype=torch.bfloat16))),
     "adamw_ema_": (adamw, (random(N), random(N))),
     "adamw_ema_ with segments": (clipped, (random(N), random(N))),

@@ -261,37 +261,6 @@ def test_gradients_of_the_references() -> None:
     assert torch.autograd.gradcheck(lambda x, *rest: scatter_add_scaled(x, inputs.rows, *rest, 1.5), leaves)
 
 
-@pytest.mark.usefixtures("small_blocks")
-def test_operators() -> None:
-    i = Inputs((3, 2, 5, 8), torch.float32).to(DEVICE)
-    y, grad_x, grad_branch = torch.empty_like(i.branch), torch.empty_like(i.x), torch.empty_like(i.branch)
-    parts = [sample_drop.partial_sums(i.branch, num_sums) for num_sums in (1, 2)]
-    check = torch.library.opcheck
-    check(gather_norm.gather_layer_norm_, (y, i.x, i.rows, i.weight, i.bias, 1e-6))
-    check(gather_norm.gather_layer_norm_gradient_, (grad_x, parts[1], i.grad_y, i.x, i.rows, i.weight, 1e-6))
-    check(scatter_add.scatter_add_scaled_, (grad_x, i.x, i.rows, i.branch, i.layer_scale, 2.0))
-    check(scatter_add.scatter_add_scaled_, (grad_x, None, i.rows, i.branch, None, 2.0))
-    gradient = scatter_add.scatter_add_scaled_gradient_
-    check(gradient, (grad_branch, parts[0], i.grad, i.rows, i.branch, i.layer_scale, 2.0))
-    check(gradient, (grad_branch, None, i.grad, i.rows, None, None, 2.0))
-
-
-@pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("interpreted", [True, False], ids=["kernel", "reference"])
-def test_compiled_whole(interpreted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastdino_kernels._backend.INTERPRETED", interpreted)
-    inputs = Inputs((3, 2, 5, 8), torch.float32).to(DEVICE)
-    for results, function, kwargs in (
-        (gathered, gather_layer_norm, {}),
-        (scattered, scatter_add_scaled, {}),
-        (scattered, scatter_add_scaled, {"inplace": True}),
-    ):
-        torch.compiler.reset()
-        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-        for got, want in zip(results(compiled, inputs, **kwargs), results(function, inputs, **kwargs), strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
-
-
 X, ROWS, BRANCH, VECTOR = torch.zeros(4, 3, 8), torch.tensor([2, 0]), torch.zeros(2, 3, 8), torch.zeros(8)
 REFUSED: dict[str, tuple[Callable[..., Tensor], tuple[Any, ...], str]] = {
     "tokens": (gather_layer_norm, (X[0], ROWS, VECTOR, VECTOR), r"x \(B, N, D\), not empty; got \(3, 8\)"),
