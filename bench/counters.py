@@ -26,8 +26,8 @@ ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_s
 class OpCounts(TorchDispatchMode):
     """Host syncs, collectives, aten calls and the bytes that they move, while active.
 
-    Views and bare allocations are no calls. Bytes: every distinct tensor that a call reads, once, and every one that
-    it writes, once; broadcast dimensions count once.
+    Views and bare allocations are no calls, and of our own operators the calls inside count. Bytes: every distinct
+    tensor that a call reads, once, and every one that it writes, once; broadcast dimensions count once.
     """
 
     def __init__(self) -> None:
@@ -38,8 +38,10 @@ class OpCounts(TorchDispatchMode):
         self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
         namespace, name = func._schema.name.split("::")
+        if namespace == "fastdino":
+            return _inside(self, name, args, kwargs)
+        result = func(*args, **(kwargs or {}))
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if name in SYNCS or (name in ("index", "index_put", "index_put_") and _has_mask(args)):
             self.syncs[name] += 1
@@ -51,6 +53,12 @@ class OpCounts(TorchDispatchMode):
             written = made or _mutated(func, args, kwargs or {})
             self.bytes += _distinct_bytes(tensors) + _distinct_bytes(written)
         return result
+
+
+def _inside(mode: TorchDispatchMode, operator: str, args: Any, kwargs: Any) -> Any:
+    """Calls what is behind one of our operators under ``mode`` again, so that it sees the calls that it makes."""
+    with mode:
+        return _backend.LAUNCHERS[operator](*args, **(kwargs or {}))
 
 
 def _has_mask(args: Any) -> bool:
@@ -88,6 +96,9 @@ class LiveBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, name = func._schema.name.split("::")
+        if namespace == "fastdino":
+            return _inside(self, name, args, kwargs)
         before = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         result = func(*args, **(kwargs or {}))
         for x in tree_leaves(result):

@@ -242,7 +242,7 @@ class EngineConfig:
     name: Literal["deepspeed", "torch"] = "deepspeed"
     """torch is the reference: nothing is sharded."""
     zero_stage: Literal[0, 1, 2] = 1
-    """DeepSpeed ZeRO: 1 shards the optimizer and the teacher, 2 the gradients too; 0 is the torch engine."""
+    """DeepSpeed ZeRO: 0 shards nothing, 1 the optimizer and the teacher, 2 the gradients too."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU. Master weights, moments, teacher, center and loss are fp32 always."""
     accumulate: int = 1

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,7 @@ def run(tmp_path_factory) -> Path:
 def test_a_mistake_is_one_message_and_exit_code_2(arguments, says, tmp_path):
     extra = ["--run.dir", tmp_path / "run"] if arguments[0] == "train" and len(arguments) > 2 else []
     assert says in fastdino(*arguments, *extra, code=2).stderr
+    assert not any(tmp_path.iterdir()), "a run folder with this config would refuse the corrected one"
 
 
 def test_help_teaches():
@@ -108,9 +110,39 @@ def test_exported_weights_load_in_timm(run, tmp_path):
     torch.testing.assert_close(model.eval()(x), backbone(x), atol=1e-5, rtol=1e-5)
 
 
-def test_damaged_checkpoints(run, tmp_path):
-    import shutil
+def snapshot(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
+
+@pytest.mark.parametrize("command", ["train", "export"])
+@pytest.mark.parametrize("case", ["truncated", "another model", "newer format"])
+def test_a_checkpoint_that_cannot_be_loaded(run, tmp_path, case, command):
+    """One message, exit code 2, and no file of the run changes."""
+    copy, newest = tmp_path / "run", "checkpoints/step-00000010"
+    shutil.copytree(run, copy)
+    for older in set((copy / "checkpoints").iterdir()) - {copy / newest}:
+        shutil.rmtree(older)
+    if case == "truncated":
+        victim = copy / newest / "rank-00000.safetensors"
+        victim.write_bytes(victim.read_bytes()[:-100])
+        says = "damaged"
+    elif case == "another model":
+        other = tmp_path / "other"
+        fastdino("train", "vit_small_16", "--run.dir", other, *TINY, "--model.arch", "vit_tiny", "--run.epochs", 1)
+        shutil.rmtree(copy / newest)
+        shutil.copytree(next((other / "checkpoints").iterdir()), copy / newest)
+        says = "another model"
+    else:
+        manifest = copy / newest / "manifest.json"
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 99}))
+        says = "format 99, this fastdino reads up to"
+    before = snapshot(copy)
+    arguments = ["train", "vit_small_16", "--run.dir", copy, *TINY] if command == "train" else ["export", copy]
+    assert says in fastdino(*arguments, code=2).stderr
+    assert snapshot(copy) == before
+
+
+def test_a_damaged_checkpoint_among_others(run, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     fastdino("export", copy, "--step", 3, code=2)

@@ -35,6 +35,7 @@ class Dino:
         self._newest: tuple[Tensor, Tensor] | None = None  # features (T, B, D), logits (T, B, K) of the teacher
         self._mean = torch.zeros_like(center)  # of teacher logits over the calls of this step
         self._calls = 0
+        self._prototypes: Tensor | None = None  # the teacher's, normalised once for all calls of this step
         self._reduction: dist.Work | None = None
 
     def loss(self, groups: list[Tensor], teacher_temp: float) -> Tensor:
@@ -46,7 +47,9 @@ class Dino:
         """
         with torch.no_grad():
             features = self.teacher.features(groups[:1])
-            logits = self.teacher.head(features)
+            if self._calls == 0:
+                self._prototypes = self.teacher.head.prototypes()
+            logits = self.teacher.head(features, self._prototypes)
             self._newest = features, logits
             self._observe(logits)
         return dino_loss(
@@ -78,7 +81,7 @@ class Dino:
         moved = torch.lerp(self._mean, self.center, self.config.center_momentum)
         self.center.copy_(torch.where(finite, moved, self.center))
         self._mean.zero_()
-        self._calls, self._reduction = 0, None
+        self._calls, self._reduction, self._prototypes = 0, None, None
 
     @torch.no_grad()
     def statistics(self, teacher_temp: float) -> dict[str, Tensor]:

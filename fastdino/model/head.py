@@ -35,11 +35,20 @@ class Head(nn.Module):
         init_linears(self.mlp, init)
         self.last_layer = Prototypes(config.bottleneck_dim, config.num_prototypes, config.freeze_prototype_norm)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(.., D) features -> (.., K) logits in the dtype of the weights."""
+    def prototypes(self) -> Tensor:
+        """(K, bottleneck) normalised prototypes, in the dtype of the weights."""
+        return prototype_weight(self.last_layer.v, self.last_layer.g)
+
+    def forward(self, x: Tensor, prototypes: Tensor | None = None) -> Tensor:
+        """(.., D) features -> (.., K) logits in the dtype of the weights.
+
+        Args:
+            prototypes: what :meth:`prototypes` gives, for who calls several times between two updates.
+        """
         z = self.mlp(x.flatten(0, -2))
         z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1)  # a bf16 norm is off by up to 0.4 %
-        return self.last_layer(z.to(x.dtype)).unflatten(0, x.shape[:-1])
+        prototypes = self.prototypes() if prototypes is None else prototypes
+        return F.linear(z.to(x.dtype), prototypes).unflatten(0, x.shape[:-1])
 
 
 class Prototypes(nn.Module):
@@ -50,7 +59,3 @@ class Prototypes(nn.Module):
         self.v = nn.Parameter(torch.empty(num_prototypes, width))
         self.g = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=not freeze_norm)
         nn.init.kaiming_uniform_(self.v, a=5**0.5)  # nn.Linear's own, which v1 leaves as it is
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(.., D) -> (.., K)."""
-        return F.linear(x, prototype_weight(self.v, self.g))

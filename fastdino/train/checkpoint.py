@@ -307,8 +307,11 @@ def _copy(piece: Piece, kind: str, view: Tensor, written: list[tuple[int, int, s
         raise CheckpointError(f"the checkpoint holds {filled} of {piece.stop - piece.start} values of {piece.name}")
 
 
-def read_weights(path: Path, kind: str = "ema") -> dict[str, Tensor]:
-    """The network's weights by name, fp32 on the CPU: the teacher's (``ema``) or the student's (``param``)."""
+def read_weights(path: Path, shapes: dict[str, list[int]], kind: str = "ema") -> dict[str, Tensor]:
+    """A network's weights by name, fp32 on the CPU: the teacher's (``ema``) or the student's (``param``).
+
+    Raises CheckpointError when the checkpoint is of a network of other ``shapes``.
+    """
 
     @dataclass
     class Whole:
@@ -317,9 +320,9 @@ def read_weights(path: Path, kind: str = "ema") -> dict[str, Tensor]:
         stop: int
         tensors: dict[str, Tensor]
 
-    manifest = read_manifest(path)
-    weights = {name: torch.empty(shape) for name, shape in manifest.shapes.items()}
-    load(path, manifest, [Whole(n, 0, w.numel(), {kind: w.view(-1)}) for n, w in weights.items()], manifest.shapes)
+    weights = {name: torch.empty(shape) for name, shape in shapes.items()}
+    pieces = [Whole(name, 0, whole.numel(), {kind: whole.view(-1)}) for name, whole in weights.items()]
+    load(path, read_manifest(path), pieces, shapes)
     return weights
 
 

@@ -3,7 +3,6 @@
 import logging
 import os
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -26,8 +25,6 @@ def build_engine(config: Config, student: nn.Module, teacher: nn.Module, ranks: 
         student, teacher: fp32 networks of equal names and shapes. Both are moved to the device, cast, and start as rank
             0's student, buffers included. Their parameters become views of flat buffers: make no optimizer of them.
 
-    ZeRO stage 0 shards nothing, so it is the torch engine: DeepSpeed's stage 0 in bf16 starts from rounded masters and
-    asks the device after every step whether it overflowed.
     Raises RuntimeError for batch normalisation over several processes without GPUs.
     """
     student, teacher = (_prepare(network, ranks) for network in (student, teacher))
@@ -35,9 +32,10 @@ def build_engine(config: Config, student: nn.Module, teacher: nn.Module, ranks: 
         _broadcast(student)
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
-    if config.engine.name == "torch" or config.engine.zero_stage == 0:
+    if config.engine.name == "torch":
         return TorchEngine(config, student, teacher, ranks)
-    return DeepSpeedEngine(config, student, teacher, ranks)
+    engine = ShardedEngine if config.engine.zero_stage else ReplicatedEngine
+    return engine(config, student, teacher, ranks)
 
 
 def _prepare(network: nn.Module, ranks: Ranks) -> nn.Module:
@@ -60,8 +58,11 @@ def _broadcast(network: nn.Module) -> None:
 
 def deepspeed_config(config: Config, bf16: bool) -> dict[str, Any]:
     """DeepSpeed's config of a run. Nothing in it makes a step wait for the device; clipping is our optimizer's."""
-    dtype = "bf16" if bf16 else "fp32"
     stage = config.engine.zero_stage
+    # At stage 0 its bf16 starts from rounded masters and asks after every step whether one overflowed: there it gets an
+    # fp32 student and fp32 gradients to reduce, and the bf16 weights are ours.
+    bf16 = bf16 and stage > 0
+    dtype = "bf16" if bf16 else "fp32"
     return {
         "train_micro_batch_size_per_gpu": config.run.local_batch,
         "gradient_accumulation_steps": config.engine.accumulate,
@@ -69,7 +70,7 @@ def deepspeed_config(config: Config, bf16: bool) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,  # the optimizer is ours
         "zero_optimization": {
             "stage": stage,
-            "compute_grad_norm": False,
+            "compute_grad_norm": stage == 0,  # stage 0 computes none, and refuses False
             "overlap_comm": False,  # true waits for the device at the end of every backward pass
             "reduce_scatter": False,  # true sends as much, since it is an all-reduce by slices
             "reduce_bucket_size": 2**25,
@@ -99,7 +100,66 @@ def _import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-class DeepSpeedEngine(Engine):
+def _initialize(engine: Engine, config: Config, student: nn.Module) -> Any:
+    """DeepSpeed's own engine around the student and our optimizer."""
+    deepspeed = _import_deepspeed(engine.ranks.device)
+    log, before = logging.getLogger("DeepSpeed"), os.environ.get("LOCAL_RANK")
+    log.setLevel(logging.ERROR)  # it would warn that our optimizer is not tested by them
+    os.environ["LOCAL_RANK"] = str(engine.ranks.local_rank)  # it insists on a launcher's variable
+    try:
+        wrapped, _, _, _ = deepspeed.initialize(
+            model=student,
+            optimizer=engine.optimizer,
+            config=deepspeed_config(config, engine.dtype == torch.bfloat16),
+            dist_init_required=False,
+        )
+    finally:
+        log.setLevel(logging.WARNING)
+        if before is None:
+            del os.environ["LOCAL_RANK"]
+        else:
+            os.environ["LOCAL_RANK"] = before
+    return wrapped
+
+
+class ReplicatedEngine(TorchEngine):
+    """ZeRO 0: every rank holds everything, flat as in the torch engine, and DeepSpeed reduces and steps."""
+
+    def _wrap(self, config: Config, student: nn.Module) -> nn.Module:
+        self._deepspeed: Any = _initialize(self, config, student)
+        self._micro_batch = 0
+        # By this hook DeepSpeed's own bf16 optimizer hands over its flat gradients.
+        self.optimizer.get_grads_for_reduction = self._flat_gradients  # type: ignore[attr-defined]
+        return self._deepspeed
+
+    def backward(self, loss: Tensor) -> None:
+        self._micro_batch += 1
+        last = self._micro_batch == self.accumulate
+        self._deepspeed.set_gradient_accumulation_boundary(last)
+        self._deepspeed.backward(loss)
+        if not last:
+            self._add_micro_batch()
+
+    def _flat_gradients(self) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """What DeepSpeed reduces at the end of the last backward pass; no experts."""
+        self._add_micro_batch()
+        return self._grads, {}
+
+    def _reduce(self, finite: Tensor) -> Tensor:
+        assert self._micro_batch == self.accumulate, f"{self._micro_batch} backward passes before a step"
+        if self.ranks.world_size == 1:
+            return finite
+        told = finite.float()
+        dist.all_reduce(told, dist.ReduceOp.MIN)
+        return told > 0
+
+    def _update(self) -> None:
+        self._deepspeed.step()
+        self._micro_batch = 0
+        self._point_gradients()  # it has set them to None
+
+
+class ShardedEngine(Engine):
     """ZeRO 1 or 2: masters, moments and teacher in equal slices over the ranks, at stage 2 the gradients too."""
 
     sharded = True
@@ -107,17 +167,7 @@ class DeepSpeedEngine(Engine):
     def __init__(self, config: Config, student: nn.Module, teacher: nn.Module, ranks: Ranks) -> None:
         super().__init__(config, student, teacher, ranks)
         exact = [torch.cat([p.detach().flatten() for p in group.params.values()]) for group in self.groups]
-        deepspeed = _import_deepspeed(ranks.device)
-        log = logging.getLogger("DeepSpeed")
-        log.setLevel(logging.ERROR)  # it would warn that our optimizer is not tested by them
-        with mock.patch.dict(os.environ, LOCAL_RANK=str(ranks.local_rank)):  # it insists on a launcher's variable
-            self._deepspeed, _, _, _ = deepspeed.initialize(
-                model=student,
-                optimizer=self.optimizer,
-                config=deepspeed_config(config, self.dtype == torch.bfloat16),
-                dist_init_required=False,
-            )
-        log.setLevel(logging.WARNING)
+        self._deepspeed = _initialize(self, config, student)
         self.student, self._zero = self._deepspeed, self._deepspeed.optimizer
         masters = [master.detach() for master in self._zero.single_partition_of_fp32_groups]
         for master, values in zip(masters, exact, strict=True):  # DeepSpeed's are copies of rounded weights

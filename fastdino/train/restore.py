@@ -23,7 +23,7 @@ def run_backbone(run: Path, step: int | None = None, role: Role = "teacher") -> 
         run: the run folder.
         step: which checkpoint; the newest by default.
 
-    Raises ConfigError when it is no run folder, CheckpointError when it has no such checkpoint.
+    Raises ConfigError when it is no run folder, CheckpointError when it has no such checkpoint or one of another model.
     """
     config = read_config(run)
     folder = run / "checkpoints"
@@ -40,7 +40,8 @@ def run_backbone(run: Path, step: int | None = None, role: Role = "teacher") -> 
             raise CheckpointError(f"{run} has no checkpoint of step {step}; there are: {there}")
     bare = dataclasses.replace(config, model=dataclasses.replace(config.model, weights=None, attention="auto"))
     network = build_network(bare, teacher=True)
-    state = checkpoint.read_weights(path, "ema" if role == "teacher" else "param")
+    shapes = {name: list(p.shape) for name, p in network.named_parameters()}
+    state = checkpoint.read_weights(path, shapes, "ema" if role == "teacher" else "param")
     prefix = f"{role}."
     state |= {k.removeprefix(prefix): v for k, v in checkpoint.read_shared(path).items() if k.startswith(prefix)}
     network.load_state_dict(state, strict=True)

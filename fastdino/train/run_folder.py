@@ -29,16 +29,12 @@ def read_config(folder: Path) -> Config:
     return Config.from_json(path.read_text())
 
 
-def open_run(config: Config) -> None:
-    """Makes the run folder and writes config.json, or checks that the folder holds this very run; rank 0 only.
-
-    Raises ConfigError when it holds another config or files that are no run's; nothing is overwritten.
-    """
+def check_run(config: Config) -> None:
+    """Raises ConfigError when the run folder holds another config, or files that are no run's."""
     folder = config.run.dir
-    path = folder / "config.json"
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"run.dir={str(folder)!r} is a file: choose a folder")
-    if path.exists():
+    if (folder / "config.json").exists():
         theirs, ours = flatten(read_config(folder)), flatten(config)
         differ = [name for name in ours if name not in MAY_CHANGE and ours[name] != theirs[name]]
         if differ:
@@ -49,7 +45,15 @@ def open_run(config: Config) -> None:
             )
     elif folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"run.dir={str(folder)!r} has files but no config.json: choose an empty or a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
+
+
+def write_config(config: Config) -> None:
+    """Makes the run folder, if there is none, and writes config.json. Raises ConfigError when the disk refuses."""
+    folder = config.run.dir
     temporary = folder / ".config.json"
-    temporary.write_text(config.to_json() + "\n")
-    os.replace(temporary, path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(config.to_json() + "\n")
+        os.replace(temporary, folder / "config.json")
+    except OSError as error:
+        raise ConfigError(f"run.dir={str(folder)!r} cannot be written: {error.strerror}") from error

@@ -1,6 +1,6 @@
 """The engine's interface, and the engine in plain torch: nothing is sharded, gradients are all-reduced.
 
-It is the definition that the sharded engine is tested against, and what runs at ZeRO stage 0.
+It is the definition that DeepSpeed's engines are tested against.
 """
 
 from collections.abc import Iterator
@@ -178,7 +178,7 @@ class TorchEngine(Engine):
 
     def __init__(self, config: Config, student: nn.Module, teacher: nn.Module, ranks: Ranks) -> None:
         super().__init__(config, student, teacher, ranks)
-        self.student = student
+        self.student = self._wrap(config, student)
         masters = [torch.cat([p.detach().flatten() for p in group.params.values()]) for group in self.groups]
         for name in self._untrained:
             param = student.get_parameter(name)
@@ -188,35 +188,54 @@ class TorchEngine(Engine):
         self._grads = self._micro_grads  # fp32 sums over micro batches
         if self.dtype != torch.float32:
             self._grads = [torch.zeros_like(master) for master in masters]
-        for group, flat, grads in zip(self.groups, weights, self._micro_grads, strict=True):
+        for group, flat in zip(self.groups, weights, strict=True):
             point_into(flat, list(group.params.values()))
-            point_into(grads, list(group.params.values()), grad=True)
+        self._point_gradients()
         self._adopt(masters, [None if f is m else f for f, m in zip(weights, masters, strict=True)], parts=1, part=0)
         self.after_load()
 
     def backward(self, loss: Tensor) -> None:
         (loss / self.accumulate).backward()
-        if self._grads is not self._micro_grads:
-            for total, grad in zip(self._grads, self._micro_grads, strict=True):
-                total.add_(grad)
-                grad.zero_()
+        self._add_micro_batch()
 
     @torch.no_grad()
     def step(self, now: Now, finite: Tensor) -> None:
-        if self.ranks.world_size > 1:
-            self._grads[0][:1].add_(torch.where(finite, 0.0, torch.nan))  # tells the others within the same all-reduce
-            for grad in self._grads:
-                dist.all_reduce(grad)
-                grad.div_(self.ranks.world_size)
+        finite = self._reduce(finite)
         pieces = []
         for group, grad in zip(self.optimizer.param_groups, self._grads, strict=True):
             shard: Shard = group["shard"]
             shard.param.grad = grad
             pieces += shard.views(grad)
         self.optimizer.prepare(now, pieces, finite)
-        self.optimizer.step()
+        self._update()
         for grad in self._grads:
             grad.zero_()
+
+    def _wrap(self, config: Config, student: nn.Module) -> nn.Module:
+        """What is called in the student's place, made while its weights are still fp32 and its own."""
+        return student
+
+    def _reduce(self, finite: Tensor) -> Tensor:
+        """Makes the gradients their mean over the ranks; whether the step is finite, as far as that does not say it."""
+        if self.ranks.world_size > 1:
+            self._grads[0][:1].add_(torch.where(finite, 0.0, torch.nan))  # tells the others within the same all-reduce
+            for grad in self._grads:
+                dist.all_reduce(grad)
+                grad.div_(self.ranks.world_size)
+        return finite
+
+    def _update(self) -> None:
+        self.optimizer.step()
+
+    def _add_micro_batch(self) -> None:
+        if self._grads is not self._micro_grads:
+            for total, grad in zip(self._grads, self._micro_grads, strict=True):
+                total.add_(grad)
+                grad.zero_()
+
+    def _point_gradients(self) -> None:
+        for group, grads in zip(self.groups, self._micro_grads, strict=True):
+            point_into(grads, list(group.params.values()), grad=True)
 
     def _publish_student(self) -> None:
         for group in self.optimizer.param_groups:

@@ -3,7 +3,7 @@
 import logging
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from fastdino.train.distributed import Ranks
 from fastdino.train.engine import build_engine
 from fastdino.train.health import Health
 from fastdino.train.metrics import Metrics
-from fastdino.train.run_folder import open_run
+from fastdino.train.run_folder import check_run, write_config
 from fastdino.train.schedules import Schedules
 from fastdino_kernels._backend import use_triton
 
@@ -74,7 +74,7 @@ class Trainer:
         self.knn_root = config.run.knn_root or ("shapes" if config.data.root == "shapes" else "")
         if config.run.knn_every and self.knn_root:
             bank_and_test(self.knn_root, config.data.image_size)  # what is wrong with it is said now, not in hours
-        self._open_folder()
+        self._on_main(check_run)
         torch.manual_seed(config.run.seed)
         student, teacher = build_network(config), build_network(config, teacher=True)
         self.shapes = {name: list(p.shape) for name, p in student.named_parameters()}
@@ -91,6 +91,7 @@ class Trainer:
         self.schedules = Schedules(config, self.steps_per_epoch, self.global_batch)
         self.num_bad = 0
         self._notice = False  # a signal asked this rank to stop
+        self._on_main(write_config)  # not before everything else has been found in order
 
     # ------------------------------------------------------------------------------------------------ one step
 
@@ -231,12 +232,12 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ its folder
 
-    def _open_folder(self) -> None:
-        """Rank 0 looks at the run folder; what it finds wrong is raised on every rank."""
+    def _on_main(self, work: Callable[[Config], None]) -> None:
+        """Rank 0 looks after the run folder; what it finds wrong is raised on every rank."""
         problem: ConfigError | None = None
         if self.ranks.is_main:
             try:
-                open_run(self.config)
+                work(self.config)
             except ConfigError as error:
                 problem = error
         if distributed.any_rank(problem is not None):

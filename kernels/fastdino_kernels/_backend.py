@@ -10,6 +10,8 @@ from torch import Tensor
 # Triton reads the variable when a kernel is decorated, so it must be set before this package is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+LAUNCHERS: dict[str, Callable[..., Any]] = {}  # what is behind each operator
+
 
 def use_triton(x: Tensor) -> bool:
     """True on a GPU, and on the CPU under Triton's interpreter (tests only)."""
@@ -24,11 +26,12 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def operator(*mutated: str) -> Callable[[Callable[..., Any]], Any]:
     """Registers a launcher as ``torch.ops.fastdino.NAME``, which writes into the arguments ``mutated`` alone.
 
-    torch.compile then takes it whole, knows what it writes, and asks its ``register_fake`` for the shapes. All else
-    (checks, the choice of the reference, autograd) is plain Python, which it traces.
+    torch.compile takes it whole, knows what it writes, and asks its ``register_fake`` for the shapes of its results.
+    All else (most checks, the choice of the reference, autograd) is plain Python, which is traced.
     """
 
     def register(launcher: Callable[..., Any]) -> Any:
+        LAUNCHERS[launcher.__name__] = launcher
         return torch.library.custom_op(f"fastdino::{launcher.__name__}", launcher, mutates_args=mutated)
 
     return register

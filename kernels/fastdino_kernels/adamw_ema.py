@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdino_kernels._backend import use_triton
+from fastdino_kernels._backend import operator, use_triton
 from fastdino_kernels.ema import ema_update_reference_, moved
 from fastdino_kernels.segments import BLOCK, Segments, check_divides, load_chunk
 
@@ -66,6 +66,44 @@ def adamw_ema_(
     _check_rates(rates)
     _check_flat(flat | {name: x for name, x in optional.items() if x is not None})
     _check_scalars(param, step, found_inf, grad_scale, segments)
+    parts = (None, None, None) if segments is None else segments
+    with torch.no_grad():
+        adamw_ema_flat_(
+            param, grad, exp_avg, exp_avg_sq, ema, step, rates.lr, rates.weight_decay, rates.momentum, rates.betas,
+            rates.eps, grad_scale, *parts, found_inf, param_shadow, ema_shadow,
+        )  # fmt: skip
+
+
+@operator("param", "exp_avg", "exp_avg_sq", "ema", "param_shadow", "ema_shadow")
+def adamw_ema_flat_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    ema: Tensor,
+    step: Tensor,
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    betas: Sequence[float],
+    eps: float,
+    grad_scale: Tensor | None,
+    lengths: Sequence[int] | None,
+    chunks: Tensor | None,
+    first_chunk: Tensor | None,
+    found_inf: Tensor | None,
+    param_shadow: Tensor | None,
+    ema_shadow: Tensor | None,
+) -> None:
+    """:func:`adamw_ema_` in the types of an operator. Here the addresses are known."""
+    rates = Rates(lr, weight_decay, momentum, (betas[0], betas[1]), eps)
+    segments = None
+    if lengths is not None and chunks is not None and first_chunk is not None:
+        segments = Segments(tuple(lengths), chunks, first_chunk)
+    _check_apart(
+        param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, ema=ema, param_shadow=param_shadow,
+        ema_shadow=ema_shadow,
+    )  # fmt: skip
     update = _launch if use_triton(param) and param.dtype == torch.float32 else adamw_ema_reference_
     update(
         param, grad, exp_avg, exp_avg_sq, ema, step, rates,
@@ -123,7 +161,7 @@ def _check_rates(rates: Rates) -> None:
 
 
 def _check_flat(tensors: dict[str, Tensor]) -> None:
-    param, spans = tensors["param"], []
+    param = tensors["param"]
     for name, x in tensors.items():
         if x.ndim != 1 or x.shape != param.shape or x.device != param.device or not x.is_contiguous():
             raise ValueError(
@@ -133,10 +171,12 @@ def _check_flat(tensors: dict[str, Tensor]) -> None:
         narrow = (torch.bfloat16, torch.float16, torch.float32)
         if x.dtype != param.dtype and not (x.dtype in narrow and name in ("grad", "param_shadow", "ema_shadow")):
             raise ValueError(f"{name} is {x.dtype}, but param is {param.dtype}")
-        spans.append((x.data_ptr(), x.data_ptr() + x.nbytes, name))
     if param.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"param is {param.dtype}: AdamW and the teacher's average need fp32 or fp64")
-    spans.sort()
+
+
+def _check_apart(**tensors: Tensor | None) -> None:
+    spans = sorted((x.data_ptr(), x.data_ptr() + x.nbytes, name) for name, x in tensors.items() if x is not None)
     for (_, stop, first), (start, _, second) in itertools.pairwise(spans):
         if start < stop:
             raise ValueError(f"{first} and {second} share memory: clone one")

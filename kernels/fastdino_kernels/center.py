@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdino_kernels._backend import compute_dtype, use_triton
+from fastdino_kernels._backend import compute_dtype, operator, use_triton
 
 
 def center_mean(teacher: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def center_mean(teacher: Tensor) -> Tensor:
     if teacher.dim() != 3 or teacher.numel() == 0 or not teacher.is_floating_point():
         raise ValueError(f"expected floating-point logits (T, B, K), at least one row; got {_describe(teacher)}")
     if use_triton(teacher) and teacher.dtype != torch.float64:
-        return _launch(teacher.detach())
+        return center_mean_forward(teacher.detach())
     return center_mean_reference(teacher)
 
 
@@ -41,7 +41,9 @@ def launch_config(num_prototypes: int) -> dict[str, int]:
     return {"BLOCK_ROWS": 4096 // block_k, "BLOCK_K": block_k, "num_warps": 4}
 
 
-def _launch(teacher: Tensor) -> Tensor:
+@operator()
+def center_mean_forward(teacher: Tensor) -> Tensor:
+    """The launch behind :func:`center_mean`."""
     teacher = teacher if teacher.stride(-1) == 1 else teacher.contiguous()
     T, B, K = teacher.shape
     mean = torch.empty(K, dtype=torch.float32, device=teacher.device)
@@ -51,6 +53,11 @@ def _launch(teacher: Tensor) -> Tensor:
             mean, teacher, T * B, B, teacher.stride()[:2], K=K, **config
         )
     return mean
+
+
+@center_mean_forward.register_fake
+def _(teacher: Tensor) -> Tensor:
+    return teacher.new_empty(teacher.shape[2], dtype=torch.float32)
 
 
 @triton.jit(do_not_specialize=["num_rows", "B"])

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdino_kernels._backend import use_triton
+from fastdino_kernels._backend import operator, use_triton
 
 Tensors = Tensor | Sequence[Tensor]
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -31,14 +31,11 @@ def ema_update_(teacher: Tensors, student: Tensors, momentum: float | Tensor, sh
     Source: Caron et al. 2021, algorithm 1; Tarvainen and Valpola 2017, eq. 2.
     """
     teachers, students, shadows = _as_list(teacher), _as_list(student), _as_list(shadow)
-    groups = _plan(_facts(teachers), _facts(students), None if shadow is None else _facts(shadows))
+    _check_lists(teachers, students, None if shadow is None else shadows)
     _check_momentum(momentum, teachers)
-    for group in groups:
-        columns = [[tensors[i] for i in group.members] for tensors in (teachers, students, shadows) if tensors]
-        if group.fused and use_triton(columns[0][0]):
-            _launch(group, momentum, *columns)
-        else:
-            ema_update_reference_(columns[0], columns[1], momentum, *columns[2:])
+    on_device = isinstance(momentum, Tensor)
+    with torch.no_grad():
+        ema_update_lists_(teachers, students, shadows, None if on_device else momentum, momentum if on_device else None)
 
 
 @torch.no_grad()
@@ -84,6 +81,15 @@ def _facts(tensors: list[Tensor]) -> Facts:
     return tuple((t.data_ptr(), t.numel(), t.dtype, t.device, t.shape, t.is_contiguous()) for t in tensors)
 
 
+def _check_lists(teachers: list[Tensor], students: list[Tensor], shadows: list[Tensor] | None) -> None:
+    for name, others in (("student", students), ("shadow", teachers if shadows is None else shadows)):
+        if len(others) != len(teachers):
+            raise ValueError(f"{len(teachers)} teacher tensors, but {len(others)} of the {name}: pass as many")
+        for i, tensor in enumerate(others):
+            if tensor.device != teachers[0].device:
+                raise ValueError(f"{name} {i} is on {tensor.device}, teacher 0 on {teachers[0].device}: use one device")
+
+
 def _check_momentum(momentum: float | Tensor, teachers: list[Tensor]) -> None:
     if not isinstance(momentum, Tensor):
         if not 0 <= momentum <= 1:
@@ -96,7 +102,7 @@ def _check_momentum(momentum: float | Tensor, teachers: list[Tensor]) -> None:
 
 
 @lru_cache(maxsize=32)
-def _plan(teachers: Facts, students: Facts, shadows: Facts | None) -> list[_Group]:
+def _plan(teachers: Facts, students: Facts, shadows: Facts) -> list[_Group]:
     """Checks the tensors and sorts them into launches. Cached: in training they stay where they are."""
     _check(teachers, students, shadows)
     groups: dict[tuple[Any, ...], list[int]] = {}
@@ -113,24 +119,20 @@ def _plan(teachers: Facts, students: Facts, shadows: Facts | None) -> list[_Grou
     return plan
 
 
-def _check(teachers: Facts, students: Facts, shadows: Facts | None) -> None:
+def _check(teachers: Facts, students: Facts, shadows: Facts) -> None:
     """Raises ValueError for what :func:`ema_update_` cannot update."""
-    named = {"student": students} if shadows is None else {"student": students, "shadow": shadows}
+    named = {"student": students, "shadow": shadows}
     for name, others in named.items():
-        if len(others) != len(teachers):
-            raise ValueError(f"{len(teachers)} teacher tensors, but {len(others)} of the {name}: pass as many")
-        for i, (t, o) in enumerate(zip(teachers, others, strict=True)):
-            if o[3:5] != t[3:5]:
-                raise ValueError(f"{name} {i} is {tuple(o[4])} on {o[3]}, its teacher {tuple(t[4])} on {t[3]}")
+        for i, (t, o) in enumerate(zip(teachers, others, strict=False)):  # there may be no shadows
+            if o[4] != t[4]:
+                raise ValueError(f"{name} {i} is {tuple(o[4])}, its teacher {tuple(t[4])}")
     for name, tensors in {"teacher": teachers, **named}.items():
-        for i, (_, _, dtype, device, _, contiguous) in enumerate(tensors):
+        for i, (_, _, dtype, _, _, contiguous) in enumerate(tensors):
             if not contiguous:
                 raise ValueError(f"{name} {i} is not contiguous: lay it out anew with .contiguous()")
             if not dtype.is_floating_point or (name == "teacher" and dtype.itemsize < 4):
                 raise ValueError(f"{name} {i} is {dtype}: the teacher must be fp32 or fp64, the others floating-point")
-            if device != teachers[0][3]:
-                raise ValueError(f"{name} {i} is on {device}, {name} 0 on {teachers[0][3]}: one device per call")
-    _check_overlap(teachers + (shadows or ()), students)
+    _check_overlap(teachers + shadows, students)
 
 
 def _check_overlap(written: Facts, read: Facts) -> None:
@@ -157,6 +159,26 @@ def _chunk_table(columns: list[list[tuple[Any, ...]]], block: int) -> Tensor:
         table[:, column] = torch.tensor([fact[0] for fact in facts])[tensor] + done * facts[0][2].itemsize
     table[:, 3] = counts[tensor] - done
     return table.to(columns[0][0][3])
+
+
+@operator("teacher", "shadow")
+def ema_update_lists_(
+    teacher: list[Tensor],
+    student: list[Tensor],
+    shadow: list[Tensor],
+    momentum: float | None,
+    momentum_on_device: Tensor | None,
+) -> None:
+    """:func:`ema_update_` in the types of an operator. The whole of it, because its plan depends on addresses."""
+    groups = _plan(_facts(teacher), _facts(student), _facts(shadow))
+    old = momentum if momentum_on_device is None else momentum_on_device
+    assert old is not None
+    for group in groups:
+        columns = [[tensors[i] for i in group.members] for tensors in (teacher, student, shadow) if tensors]
+        if group.fused and use_triton(columns[0][0]):
+            _launch(group, old, *columns)
+        else:
+            ema_update_reference_(columns[0], columns[1], old, *columns[2:])
 
 
 def _launch(

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastdino_kernels._backend import compute_dtype, use_triton
+from fastdino_kernels._backend import compute_dtype, operator, use_triton
 
 MAX_WIDTH = 4096  # a row must fit in the registers of one program; wider ones go to plain torch
 
@@ -51,24 +51,46 @@ class _PrototypeWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, v: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(v, g)
-        w = torch.empty_like(v, dtype=dtype)
-        _launch(_weight_kernel, v, g, w)
-        return w
+        return prototype_weight_forward(v, g, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_w: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        v, g = ctx.saved_tensors
-        grad_v = torch.empty_like(v)
-        grad_g = torch.empty_like(g) if ctx.needs_input_grad[1] else None
-        _launch(_gradient_weight_kernel, v, g, grad_w.contiguous(), grad_v, grad_g)
-        return grad_v, grad_g, None
+        trains_norms = ctx.needs_input_grad[1]
+        grad_v, grad_g = prototype_weight_gradient(*ctx.saved_tensors, grad_w, trains_norms)
+        return grad_v, grad_g if trains_norms else None, None
 
 
 def launch_config(width: int) -> dict[str, int]:
     """Rows and columns of a tile, and warps: 1024 elements for each, so that a row's sum stays within one warp."""
     block_d = max(32, triton.next_power_of_2(width))
     return {"BLOCK_ROWS": max(1, 1024 // block_d), "BLOCK_D": block_d, "num_warps": max(1, block_d // 1024)}
+
+
+@operator()
+def prototype_weight_forward(v: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    """The launch behind :func:`prototype_weight`."""
+    w = torch.empty_like(v, dtype=dtype)
+    _launch(_weight_kernel, v, g, w)
+    return w
+
+
+@prototype_weight_forward.register_fake
+def _(v: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(v, dtype=dtype)
+
+
+@operator()
+def prototype_weight_gradient(v: Tensor, g: Tensor, grad_w: Tensor, trains_norms: bool) -> tuple[Tensor, Tensor]:
+    """The gradients for ``v`` and ``g``; the latter is empty where the norms are frozen."""
+    grad_v, grad_g = torch.empty_like(v), g.new_empty(g.shape if trains_norms else 0)
+    _launch(_gradient_weight_kernel, v, g, grad_w.contiguous(), grad_v, grad_g if trains_norms else None)
+    return grad_v, grad_g
+
+
+@prototype_weight_gradient.register_fake
+def _(v: Tensor, g: Tensor, grad_w: Tensor, trains_norms: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(v), g.new_empty(g.shape if trains_norms else 0)
 
 
 def _launch(kernel: Any, v: Tensor, *tensors: Tensor | None) -> None:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdino_kernels._backend import compute_dtype, use_triton
+from fastdino_kernels._backend import compute_dtype, operator, use_triton
 
 # A chunk lies in one block of this many elements, counted from the start of the flat tensor, and in one segment.
 BLOCK = 2048
@@ -54,12 +54,7 @@ def segment_squares(flat: Tensor, segments: Segments) -> Tensor:
     check_divides(segments, flat)
     if not use_triton(flat) or flat.dtype == torch.float64 or not flat.numel():
         return segment_squares_reference(flat, segments)
-    partial = torch.empty(len(segments.chunks), dtype=torch.float32, device=flat.device)
-    squares = torch.empty(len(segments.lengths), dtype=torch.float32, device=flat.device)
-    with torch.cuda.device_of(flat):
-        _partial_squares_kernel[(len(partial),)](partial, flat, segments.chunks, BLOCK=BLOCK, num_warps=4)
-        _segment_squares_kernel[(len(squares),)](squares, partial, segments.first_chunk, BLOCK=1024, num_warps=4)
-    return squares
+    return segment_squares_forward(flat, segments.chunks, segments.first_chunk)
 
 
 def segment_squares_reference(flat: Tensor, segments: Segments) -> Tensor:
@@ -78,6 +73,22 @@ def check_divides(segments: Segments, flat: Tensor) -> None:
         )
     if flat.device != segments.chunks.device:
         raise ValueError(f"the tensor is on {flat.device}, its segments on {segments.chunks.device}")
+
+
+@operator()
+def segment_squares_forward(flat: Tensor, chunks: Tensor, first_chunk: Tensor) -> Tensor:
+    """The launches behind :func:`segment_squares`."""
+    partial = torch.empty(len(chunks), dtype=torch.float32, device=flat.device)
+    squares = torch.empty(len(first_chunk) - 1, dtype=torch.float32, device=flat.device)
+    with torch.cuda.device_of(flat):
+        _partial_squares_kernel[(len(partial),)](partial, flat, chunks, BLOCK=BLOCK, num_warps=4)
+        _segment_squares_kernel[(len(squares),)](squares, partial, first_chunk, BLOCK=1024, num_warps=4)
+    return squares
+
+
+@segment_squares_forward.register_fake
+def _(flat: Tensor, chunks: Tensor, first_chunk: Tensor) -> Tensor:
+    return flat.new_empty(len(first_chunk) - 1, dtype=torch.float32)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdino_kernels._backend import compute_dtype, use_triton
+from fastdino_kernels._backend import compute_dtype, operator, use_triton
 
 _LOG2_E = math.log2(math.e)
 
@@ -43,9 +43,9 @@ def sinkhorn(
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     row = None
     for _ in range(iterations):
-        column_lse = _launch_columns(logits, row, temp)
+        column_lse = sinkhorn_columns(logits, row, temp)
         column = -(column_lse if all_reduce is None else all_reduce(column_lse)).contiguous()
-        row = -_launch_rows(logits, column, temp)
+        row = -sinkhorn_rows(logits, column, temp)
     assert row is not None
     return row, column
 
@@ -75,7 +75,8 @@ def launch_config(num_rows: int, num_prototypes: int) -> dict[str, dict[str, int
     }
 
 
-def _launch_columns(logits: Tensor, row: Tensor | None, temp: float) -> Tensor:
+@operator()
+def sinkhorn_columns(logits: Tensor, row: Tensor | None, temp: float) -> Tensor:
     """(K,) log-sum-exps over the rows of logits / temp + row[:, None]; no row is 0."""
     R, K = logits.shape
     config = launch_config(R, K)["columns"]
@@ -88,7 +89,13 @@ def _launch_columns(logits: Tensor, row: Tensor | None, temp: float) -> Tensor:
     return torch.logsumexp(parts / _LOG2_E, dim=0)
 
 
-def _launch_rows(logits: Tensor, column: Tensor, temp: float) -> Tensor:
+@sinkhorn_columns.register_fake
+def _(logits: Tensor, row: Tensor | None, temp: float) -> Tensor:
+    return logits.new_empty(logits.shape[1], dtype=torch.float32)
+
+
+@operator()
+def sinkhorn_rows(logits: Tensor, column: Tensor, temp: float) -> Tensor:
     """(R,) log-sum-exps over the columns of logits / temp + column."""
     R, K = logits.shape
     config = launch_config(R, K)["rows"]
@@ -98,6 +105,11 @@ def _launch_rows(logits: Tensor, column: Tensor, temp: float) -> Tensor:
     with torch.cuda.device_of(logits):
         _row_kernel[grid](parts, logits, column, R, logits.stride(0), _LOG2_E / temp, K=K, **config, num_warps=1)
     return torch.logsumexp(parts / _LOG2_E, dim=1)
+
+
+@sinkhorn_rows.register_fake
+def _(logits: Tensor, column: Tensor, temp: float) -> Tensor:
+    return logits.new_empty(len(logits), dtype=torch.float32)
 
 
 @triton.jit(do_not_specialize=["R"])

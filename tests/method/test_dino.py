@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdino.config import LossConfig
@@ -14,13 +15,26 @@ B, D, K = 3, 4, 7
 CONFIG = LossConfig(student_temp=0.1, center_momentum=0.9)
 
 
+class TinyHead(nn.Linear):
+    """Counts how often its prototypes are asked for."""
+
+    asked = 0
+
+    def prototypes(self) -> Tensor:
+        self.asked += 1
+        return self.weight
+
+    def forward(self, features: Tensor, prototypes: Tensor | None = None) -> Tensor:
+        return F.linear(features, self.weight if prototypes is None else prototypes, self.bias)
+
+
 class Tiny(nn.Module):
     """A network with the interface of fastdino.model.Network: mean pixels through one linear layer."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.backbone, self.head = nn.Linear(3, D), nn.Linear(D, K)
+        self.backbone, self.head = nn.Linear(3, D), TinyHead(D, K)
 
     def features(self, groups: list[Tensor]) -> Tensor:
         return self.backbone(torch.cat([views.mean((-1, -2)) for views in groups]))
@@ -80,10 +94,15 @@ def test_accumulation_moves_the_center_once_by_the_mean_of_all():
     loss = one.loss(views, teacher_temp=0.05)
     halves = [two.loss([group[:, half] for group in views], teacher_temp=0.05) for half in (slice(3), slice(3, 6))]
     assert not parts.any(), "the center moved within a step"
+    assert two.teacher.head.asked == 1, "the teacher's prototypes are normalised once per update"
     one.update_center(torch.tensor(True))
     two.update_center(torch.tensor(True))
     torch.testing.assert_close(whole, parts)
     torch.testing.assert_close(loss, sum(halves) / 2)
+    with torch.no_grad():
+        two.teacher.head.weight.mul_(-1)
+    moved = two.loss(views, teacher_temp=0.05)
+    assert abs(moved - Dino(Tiny(0), two.teacher, CONFIG, whole).loss(views, teacher_temp=0.05)) < 1e-6, "stale weights"
 
 
 def test_a_skipped_step_leaves_the_center():
@@ -106,10 +125,17 @@ class Fixed(nn.Module):
         super().__init__()
         self._features, self._logits = features, logits
 
+    @property
+    def head(self) -> "Fixed":
+        return self
+
     def features(self, groups: list[Tensor]) -> Tensor:
         return self._features
 
-    def head(self, features: Tensor) -> Tensor:
+    def prototypes(self) -> None:
+        return None
+
+    def forward(self, features: Tensor, prototypes: None) -> Tensor:
         return self._logits
 
 

@@ -11,8 +11,6 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from fastdino.config import HeadConfig
 from fastdino.model import Head
-from fastdino.model.head import Prototypes
-from fastdino_kernels import prototype_weight
 
 SMALL: dict[str, Any] = {"num_prototypes": 37, "hidden_dim": 24, "bottleneck_dim": 8}
 
@@ -44,7 +42,8 @@ def test_formula(num_layers: int) -> None:
 
 def test_prototypes_equal_torchs_weight_norm() -> None:
     torch.manual_seed(0)
-    ours = Prototypes(8, 37, freeze_norm=False).double()
+    net = head(freeze_prototype_norm=False).double()
+    ours = net.last_layer
     theirs = weight_norm(nn.Linear(8, 37, bias=False).double(), dim=0)
     original = theirs.parametrizations.weight
     with torch.no_grad():
@@ -52,9 +51,9 @@ def test_prototypes_equal_torchs_weight_norm() -> None:
         original.original0.copy_(ours.g)
         original.original1.copy_(ours.v)
     x = torch.randn(5, 8, dtype=torch.float64)
-    torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(x @ net.prototypes().T, theirs(x))
     weights = torch.randn(5, 37, dtype=torch.float64)
-    got = torch.autograd.grad((ours(x) * weights).sum(), [ours.g, ours.v])
+    got = torch.autograd.grad((x @ net.prototypes().T * weights).sum(), [ours.g, ours.v])
     want = torch.autograd.grad((theirs(x) * weights).sum(), [original.original0, original.original1])
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
@@ -67,7 +66,7 @@ def test_frozen_norm_makes_logits_cosines() -> None:
     assert [name for name, _ in net.named_parameters() if "last_layer" in name] == ["last_layer.v", "last_layer.g"]
     logits = net(1000 * torch.randn(6, 12))
     assert logits.abs().max() <= 1 + 1e-5
-    torch.testing.assert_close(prototype_weight(net.last_layer.v, net.last_layer.g).norm(dim=1), torch.ones(37))
+    torch.testing.assert_close(net.prototypes().norm(dim=1), torch.ones(37))
     torch.testing.assert_close(net(torch.zeros(1, 12)), torch.zeros(1, 37))  # a zero bottleneck is not NaN
     assert head(freeze_prototype_norm=False).last_layer.g.requires_grad
 
@@ -76,7 +75,7 @@ def test_bf16_norms_are_computed_in_fp32() -> None:
     """Every prototype keeps length 1 within the rounding of its entries, not within that of a bf16 norm."""
     torch.manual_seed(0)
     net = Head(12, HeadConfig(num_prototypes=500, hidden_dim=24, bottleneck_dim=256)).bfloat16()
-    weight, v = prototype_weight(net.last_layer.v, net.last_layer.g), net.last_layer.v.double()
+    weight, v = net.prototypes(), net.last_layer.v.double()
     assert weight.dtype == torch.bfloat16
     assert torch.equal(weight, (v / v.norm(dim=1, keepdim=True)).bfloat16())
     x = torch.randn(9, 12).bfloat16()

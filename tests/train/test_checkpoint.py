@@ -63,7 +63,7 @@ def test_loads_with_any_split(tmp_path, write_bounds, read_bounds):
     assert torch.equal(shared["center"], torch.arange(3.0))
     for kind in saved:
         assert torch.equal(saved[kind], loaded[kind]), kind
-    assert torch.equal(checkpoint.read_weights(path)["head.v"], saved["ema"][:35].view(7, 5))
+    assert torch.equal(checkpoint.read_weights(path, SHAPES)["head.v"], saved["ema"][:35].view(7, 5))
 
 
 def test_no_checkpoint(tmp_path):
@@ -192,5 +192,5 @@ def test_nothing_is_unpickled(tmp_path):
     manifest["files"]["rank-00000.safetensors"] = checkpoint._measure(path / "rank-00000.safetensors")
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="rank-00000"):
-        checkpoint.read_weights(path)
+        checkpoint.read_weights(path, SHAPES)
     assert not trap.exists()
