@@ -5,6 +5,7 @@ from fastdino_kernels.center import center_mean
 from fastdino_kernels.ema import ema_update_
 from fastdino_kernels.ibot import ibot_loss
 from fastdino_kernels.loss import dino_loss
+from fastdino_kernels.prototype_loss import prototype_loss
 from fastdino_kernels.prototypes import prototype_weight
 from fastdino_kernels.segments import Segments, make_segments, segment_squares
 from fastdino_kernels.sinkhorn import sinkhorn
@@ -18,6 +19,7 @@ __all__ = [
     "ema_update_",
     "ibot_loss",
     "make_segments",
+    "prototype_loss",
     "prototype_weight",
     "segment_squares",
     "sinkhorn",

@@ -32,29 +32,46 @@ class _SoftCrossEntropyReference(torch.autograd.Function):
         inplace_grad: bool,
     ) -> Tensor:
         student = dense_rows(student)
-        loss = torch.zeros((), dtype=compute_dtype(student), device=student.device)
-        for images in chunks(*student.shape[1:]):
-            for s, target in enumerate(_targets(student, teacher[:, images], center, terms)):
-                log_p = torch.log_softmax(student[s, images].to(loss.dtype) / terms.student_temp, dim=-1)
-                cross_entropy = -(target * log_p).sum(dim=-1)
-                loss += (cross_entropy if weight is None else weight[images] * cross_entropy).sum()
         ctx.save_for_backward(student, teacher, center, weight)
         ctx.terms, ctx.inplace_grad, ctx.consumed = terms, inplace_grad, False
-        return loss * terms.scale
+        return reference_loss(student, teacher, center, weight, terms)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         student, grad, (teacher, center, weight) = unpack(ctx)
-        terms: Terms = ctx.terms
-        scale = grad_loss * (terms.scale / terms.student_temp)
-        for images in chunks(*student.shape[1:]):
-            row_scale = scale if weight is None else scale * weight[images, None]
-            for s, target in enumerate(_targets(student, teacher[:, images], center, terms)):
-                p = torch.softmax(student[s, images].to(scale.dtype) / terms.student_temp, dim=-1)
-                num_targets = len(teacher) - (terms.other_views and s < len(teacher))
-                grad[s, images] = torch.sub(target, p, alpha=num_targets).mul_(-row_scale)
+        reference_gradient_(grad, student, grad_loss, teacher, center, weight, ctx.terms)
         return grad, None, None, None, None, None
+
+
+def reference_loss(student: Tensor, teacher: Tensor, center: Tensor, weight: Tensor | None, terms: Terms) -> Tensor:
+    """The scaled sum of weight * -<q, log p> over images and pairs of views."""
+    loss = torch.zeros((), dtype=compute_dtype(student), device=student.device)
+    for images in chunks(*student.shape[1:]):
+        for s, target in enumerate(_targets(student, teacher[:, images], center, terms)):
+            log_p = torch.log_softmax(student[s, images].to(loss.dtype) / terms.student_temp, dim=-1)
+            cross_entropy = -(target * log_p).sum(dim=-1)
+            loss += (cross_entropy if weight is None else weight[images] * cross_entropy).sum()
+    return loss * terms.scale
+
+
+def reference_gradient_(
+    grad: Tensor,
+    student: Tensor,
+    grad_loss: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    weight: Tensor | None,
+    terms: Terms,
+) -> None:
+    """Writes grad_loss times its gradient, weight * (p - q) summed over pairs, into ``grad``: maybe ``student``."""
+    scale = grad_loss * (terms.scale / terms.student_temp)
+    for images in chunks(*student.shape[1:]):
+        row_scale = scale if weight is None else scale * weight[images, None]
+        for s, target in enumerate(_targets(student, teacher[:, images], center, terms)):
+            p = torch.softmax(student[s, images].to(scale.dtype) / terms.student_temp, dim=-1)
+            num_targets = len(teacher) - (terms.other_views and s < len(teacher))
+            grad[s, images] = torch.sub(target, p, alpha=num_targets).mul_(-row_scale)
 
 
 def _targets(student: Tensor, teacher: Tensor, center: Tensor, terms: Terms) -> list[Tensor]:

@@ -17,6 +17,7 @@ from fastdino_kernels import (
     ema_update_,
     ibot_loss,
     make_segments,
+    prototype_loss,
     prototype_weight,
     segment_squares,
     sinkhorn,
@@ -75,6 +76,7 @@ def clipped(param: Tensor, grad: Tensor) -> list[Tensor]:
 
 LOGITS = random(4, 3, 100).requires_grad_(), random(2, 3, 100), random(100)
 PATCHES = random(5, 100).requires_grad_(), random(5, 100), random(100), random(5).exp()
+FEATURES = random(5, 8).requires_grad_(), random(70, 8), random(5, 8), random(70, 8), random(70), random(5).exp()
 CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "dino_loss": (dino, LOGITS),
     "dino_loss in place": (partial(dino, inplace_grad=True), LOGITS),
@@ -82,6 +84,7 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "ibot_loss in place": (partial(ibot, inplace_grad=True), PATCHES),
     "center_mean": (center_mean, (random(2, 3, 100),)),
     "sinkhorn": (partial(sinkhorn, temp=0.1), (random(5, 100),)),
+    "prototype_loss": (partial(prototype_loss, **TEMPS), FEATURES),
     "prototype_weight": (prototype_weight, (random(9, 32).requires_grad_(), random(9, 1))),
     "ema_update_": (ema, (random(N), random(N, dtype=torch.bfloat16))),
     "adamw_ema_": (adamw, (random(N), random(N))),
