@@ -16,6 +16,7 @@ from bench.kernels import (
     dino_loss,
     ema_update,
     ibot_loss,
+    prototype_loss,
     prototype_weight,
     segment_squares,
     sinkhorn,
@@ -31,6 +32,7 @@ OPERATIONS: dict[str, Any] = {
     "segment_squares": segment_squares,
     "prototype_weight": prototype_weight,
     "ibot_loss": ibot_loss,
+    "prototype_loss": prototype_loss,
     "sinkhorn": sinkhorn,
 }
 COPY = "copy"  # the yardstick of bandwidth

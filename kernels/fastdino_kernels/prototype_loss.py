@@ -62,8 +62,9 @@ def prototype_loss_reference(
 ) -> Tensor:
     """:func:`prototype_loss` in plain torch with all logits: what it is tested against. A CPU runs chunks as well."""
     logits, teacher_logits = student @ student_weight.T, teacher @ teacher_weight.T
-    temps = {"student_temp": student_temp, "teacher_temp": teacher_temp}
-    return ibot_loss_reference(logits, teacher_logits, center, weight, **temps)
+    return ibot_loss_reference(
+        logits, teacher_logits, center, weight, student_temp=student_temp, teacher_temp=teacher_temp
+    )
 
 
 class _PrototypeLoss(torch.autograd.Function):
@@ -131,18 +132,17 @@ def prototype_loss_forward(
     grad_student = student.new_empty((M if for_student else 0, D))
     grad_weight = student.new_zeros((K if for_weight else 0, D), dtype=dtype)
     rows = -(-M // max(1, -(-M // max_rows(student.device.type))))  # chunks of equal size
-    logits, teacher_logits = (x.new_empty((rows, K)) for x in (student, teacher))
-    with torch.autocast(student.device.type, enabled=False):  # products in the dtype of the features
-        for start in range(0, M, max(1, rows)):
-            chunk = slice(start, min(start + rows, M))
-            num_rows = chunk.stop - start
-            z = torch.mm(student[chunk], student_weight.T, out=logits[:num_rows])
-            z_teacher = torch.mm(teacher[chunk], teacher_weight.T, out=teacher_logits[:num_rows])
-            loss += _loss_and_grad_(z, z_teacher, center, weight[chunk], terms, for_student or for_weight)
-            if for_student:
-                torch.mm(z, student_weight, out=grad_student[chunk])
-            if for_weight:
-                _add_product_(grad_weight, z, student[chunk])
+    logits, teacher_logits = (x.new_empty((rows, K)) for x in (student, teacher))  # with out=, autocast leaves products alone
+    for start in range(0, M, max(1, rows)):
+        chunk = slice(start, min(start + rows, M))
+        num_rows = chunk.stop - start
+        z = torch.mm(student[chunk], student_weight.T, out=logits[:num_rows])
+        z_teacher = torch.mm(teacher[chunk], teacher_weight.T, out=teacher_logits[:num_rows])
+        loss += _loss_and_grad_(z, z_teacher, center, weight[chunk], terms, for_student or for_weight)
+        if for_student:
+            torch.mm(z, student_weight, out=grad_student[chunk])
+        if for_weight:
+            _add_product_(grad_weight, z, student[chunk])
     return loss, grad_student, grad_weight
 
 
