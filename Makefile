@@ -2,14 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint format bench clean
+# In the order of what rests on what: compile reports, ceilings, kernels, the whole step, the images.
+.NOTPARALLEL:
+BENCHES := static ceilings kernels attention step data
+
+.PHONY: install demo test lint format bench $(BENCHES:%=bench-%) clean
 
 install: .venv/installed
 
 .venv/installed: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
 	touch $@
 
 demo: install
@@ -27,10 +31,12 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: install
-	$(BIN)/python -m bench.kernels
-	$(BIN)/python -m bench.step
+# Each bench-NAME stands alone and writes its own result file; make -k bench goes on after one that fails.
+bench: $(BENCHES:%=bench-%)
 	$(BIN)/python -m bench.report
+
+$(BENCHES:%=bench-%): bench-%: install
+	$(BIN)/python -m bench.$*
 
 clean:
 	rm -rf .venv build dist *.egg-info runs

@@ -38,6 +38,10 @@ setup(
         "matplotlib>=3.9",
     ],
     extras_require={
+        "bench": [  # Triton losses with dense targets that bench/kernels measures beside ours on a GPU
+            "fla-core>=0.6",
+            "liger-kernel>=0.8",
+        ],
         "dev": [
             "lightly>=1.6",  # the peer that bench/ measures beside us
             "mypy",

@@ -14,7 +14,9 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-PACKAGES = ("torch", "triton", "deepspeed", "xformers", "lightly", "timm")
+PACKAGES = (
+    "torch", "triton", "deepspeed", "xformers", "lightly", "timm", "liger-kernel", "fla-core", "torchvision", "pillow",
+)  # fmt: skip
 
 
 def provenance(device: torch.device, module: str) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench import plots, targets
 from bench.record import RESULTS, ROOT
+from bench.targets import Target
 
 MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- bench:(\w+) -->")
@@ -95,8 +97,67 @@ def demo_table(results: Path) -> str:
         rows.append([seed, *knn, *iou, f"{found['seconds']:.0f}"])
     header = ["seed", "k-NN teacher, %", "random init", "pixels", "pixels, standardised"]
     table = _table([*header, "attention IoU teacher", "random init", "seconds"], rows)
-    state = f"{where['commit'][:9]}{' with changes' if where['dirty'] else ''}"
-    return f"`{where['command']}` on {where['device']}, 2 cores; commit {state}, {where['date'][:10]}.\n\n{table}"
+    return f"`{where['command']}` on {where['device']}, 2 cores; {_state(where)}.\n\n{table}"
+
+
+def ceilings_table(results: Path) -> str:
+    """One table for each device: what it can do at best."""
+    return _by_device(results, "ceilings", "provenance", _ceiling_rows)
+
+
+def attention_table(results: Path) -> str:
+    """One table for each device: every way to attend, forward and backward."""
+    return _by_device(results, "attention", "provenance", _attention_rows)
+
+
+def data_table(results: Path) -> str:
+    """Images per second of each stage, one process or several workers."""
+    file = results / "data-cpu.json"
+    if not file.exists():
+        return "Not measured yet.\n"
+    document = json.loads(file.read_text())
+    rows = []
+    for stage, contenders in document["stages"].items():
+        for name, f in contenders.items():
+            rows.append([stage, name, f"{f['images_per_second']:.3g}", f"{f['per_core']:.3g}", _times(f)])
+            stage = ""
+    files, where = document["files"], document["provenance"]
+    versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "torchvision", "pillow"))
+    what = f"{files['width']} x {files['height']} pixels in {1e-3 * files['mean_bytes']:.0f} kB"
+    caption = (
+        f"{where['device']}; {versions}; {_state(where)}. JPEG files of {what}; views of {document['views']} pixels."
+    )
+    return f"{caption}\n\n{_table(['stage', 'by', 'images/s', 'per core', 'takes'], rows)}"
+
+
+def plots_table(results: Path) -> str:
+    """The pictures that bench.plots drew from a GPU's sweep."""
+    files = [file for file in sorted(results.glob("sweep-*.json")) if file.stem != "sweep-cpu"]
+    operations = (
+        [e["extra_info"].get("operation") for e in json.loads(files[0].read_text())["benchmarks"]] if files else []
+    )
+    names = dict.fromkeys(operation for operation in operations if operation)
+    return "\n".join(f"![{name} over sizes]({plots.name(name)})\n" for name in names) or NOT_MEASURED
+
+
+def targets_table(results: Path) -> str:
+    """Every target beside its measured value, reached or not."""
+    rows = []
+    for device, label in (("cuda", "H200"), ("cpu", "CPU")):
+        files = [f for f in sorted(results.glob("kernels-*.json")) if (f.stem == "kernels-cpu") == (device == "cpu")]
+        cases = targets.read(json.loads(files[0].read_text())) if files else {}
+        here = [target for target in targets.TARGETS if target.device == device]
+        rows += [[label, target.text, *_reached(target, cases)] for target in here]
+    return _table(["on", "target", "asked", "measured", "reached"], rows)
+
+
+def _reached(target: Target, cases: targets.Cases) -> list[str]:
+    asked = f"at {'most' if target.at_most else 'least'} {target.bound:g} {target.unit}"
+    try:
+        value = target.read(cases)
+    except KeyError:
+        return [asked, "not measured", "-"]
+    return [asked, f"{value:.3g} {target.unit}", "yes" if target.reached(value) else "no"]
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
@@ -105,6 +166,11 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "counts": counts_table,
     "static": static_table,
     "demo": demo_table,
+    "ceilings": ceilings_table,
+    "attention": attention_table,
+    "data": data_table,
+    "plots": plots_table,
+    "targets": targets_table,
 }
 
 
@@ -121,9 +187,13 @@ def _by_device(results: Path, bench: str, provenance: str, rows_of: Callable[...
 
 def _caption(where: dict[str, Any], on_gpu: bool) -> str:
     versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "triton", "lightly", "timm"))
-    state = f"{where['commit'][:9]}{' with changes' if where['dirty'] else ''}"
     meaning = f"driver {where['driver']}" if on_gpu else "processor time of one thread; kernels run as their references"
-    return f"{where['device']} ({meaning}). {versions}; commit {state}, {where['date'][:10]}."
+    return f"{where['device']} ({meaning}). {versions}; {_state(where)}."
+
+
+def _state(where: dict[str, Any]) -> str:
+    """Commit and day."""
+    return f"commit {where['commit'][:9]}{' with changes' if where['dirty'] else ''}, {where['date'][:10]}"
 
 
 def _kernel_rows(document: dict[str, Any], on_gpu: bool) -> tuple[list[str], Rows]:
@@ -160,6 +230,26 @@ def _step_rows(document: dict[str, Any], on_gpu: bool) -> tuple[list[str], Rows]
     calls = "launches" if on_gpu else "aten calls"
     header = ["step", "trainer", "ms", "images/s", "MFU", "takes", "peak MB", "host syncs", calls]
     return header, rows
+
+
+def _ceiling_rows(document: dict[str, Any], on_gpu: bool) -> tuple[list[str], Rows]:
+    rows = [
+        [name, f"{f['median']:.4g}", f"{f['low']:.4g} to {f['high']:.4g}", f["unit"]]
+        for name, f in document["ceilings"].items()
+    ]
+    return ["at best", "median", "95 % interval", "unit"], rows
+
+
+def _attention_rows(document: dict[str, Any], on_gpu: bool) -> tuple[list[str], Rows]:
+    rows = []
+    for case in document["cases"]:
+        what = case["shape"].replace("+", " + ")
+        for name, f in case["variants"].items():
+            share = f"{100 * f['flops_per_s'] / document['matmul_flops_per_s']:.0f} %"
+            speed = [f"{f['milliseconds']:.3g}", f"{1e-12 * f['flops_per_s']:.3g}", share, _times(f)]
+            rows.append([what, name, *speed, _megabytes(f["peak_bytes"])])
+            what = ""
+    return ["sequences x tokens", "attention", "ms", "TFLOP/s", "of a matrix product", "takes", "peak MB"], rows
 
 
 def _times(figures: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """Every kernel beside its reference, torch.compile and the best public alternative.
 
 Correct first, then timed. ``python -m bench.kernels`` writes bench/results/kernels-DEVICE.json, in pytest-benchmark's
-format. On a GPU these are the kernels; on a CPU the references, which is what a CPU runs.
+format. On a GPU these are the kernels; on a CPU the references, which is what a CPU runs. ``--sweep`` measures over
+sizes and writes bench/results/sweep-DEVICE.json, which ``python -m bench.plots`` draws.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from bench.kernels.measure import OPERATIONS
+from bench.kernels.sweep import SWEEPS
 from bench.record import ROOT, result_path
 
 
@@ -22,22 +24,26 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, help="pairs of measurements")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--out", type=Path, help="default: bench/results/kernels-DEVICE.json, if nothing is left out")
+    parser.add_argument("--sweep", action="store_true", help="over sizes, the operations that have a sweep")
+    parser.add_argument("--out", type=Path, help="default: as above, if nothing is left out")
     options = parser.parse_args()
-    if options.shape and not options.only:
-        parser.error("--shape is of one operation: name it with --only")
+    if options.shape and (options.sweep or not options.only):
+        parser.error("--shape is of one operation, which --only names, and in place of --sweep")
+    if options.sweep and options.only not in (None, *SWEEPS):
+        parser.error(f"--sweep: {options.only} has no sizes in bench/kernels/sweep.py")
     device = torch.device(options.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
     out = options.out
     if out is None and not (options.only or options.no_compile):
-        out = result_path("kernels", device)
+        out = result_path("sweep" if options.sweep else "kernels", device)
     arguments = [f"--{key}={value}" for key, value in (("only", options.only), ("rounds", options.rounds)) if value]
     arguments += [f"--shapes={' '.join(options.shape)}", f"--device={device}"]
     arguments += ["--no-compile"] if options.no_compile else []
+    arguments += ["--sweep"] if options.sweep else []
     arguments += [f"--benchmark-json={out}"] if out else []
     return pytest.main(
-        [str(Path(__file__).parent / "bench_kernels.py"), f"--rootdir={ROOT}", "-p", "no:cacheprovider", "-q",
+        [str(Path(__file__).parent / "bench_kernels.py"), f"--rootdir={ROOT}", "-p", "no:cacheprovider", "-q", "-rs",
          "-o", "python_functions=bench_*", "-o", "timeout=0", "--benchmark-group-by=group",
          "-W", "ignore:Benchmark fixture was not used",
          "--benchmark-columns=median,iqr,rounds", "--benchmark-sort=fullname", *arguments]

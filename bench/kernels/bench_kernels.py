@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from bench.kernels.case import Case
-from bench.kernels.measure import COPY, Measured
+from bench.kernels.measure import COPY, Measured, NoRoom
 
 
 class _Replay:
@@ -30,6 +30,9 @@ REPLAY = _Replay()
 def bench_kernel(benchmark: Any, measured: Callable[[Case], Measured], case: Case, variant: str) -> None:
     try:
         found = measured(case)
+    except NoRoom as error:
+        benchmark.skipped = True
+        pytest.skip(str(error))
     except AssertionError as error:
         benchmark.skipped, message = True, f"no figure, because a result is wrong: {error}"
     else:

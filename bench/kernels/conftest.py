@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.kernels.measure import COPY, ROUNDS, Measured, make_cases, measure
+from bench.kernels.measure import COPY, ROUNDS, Measured, NoRoom, make_cases, measure
 from bench.record import provenance
 
 
@@ -16,13 +16,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--rounds", type=int, default=None)
     group.addoption("--device", default="cpu")
     group.addoption("--no-compile", action="store_true")
+    group.addoption("--sweep", action="store_true")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One benchmark for each variant of each case."""
     option = metafunc.config.getoption
     device = torch.device(option("--device"))
-    cases = make_cases(option("--only"), option("--shapes").split(), device, compiled=not option("--no-compile"))
+    compiled, sweep = not option("--no-compile"), option("--sweep")
+    cases = make_cases(option("--only"), option("--shapes").split(), device, compiled, sweep)
     pairs = [pytest.param(case, name, id=f"{case.name}-{name}") for case in cases for name in [*case.variants, COPY]]
     metafunc.parametrize(("case", "variant"), pairs)
 
@@ -32,16 +34,16 @@ def measured(request: pytest.FixtureRequest) -> Any:
     """Measures a case when the first of its variants asks for it."""
     device = torch.device(request.config.getoption("--device"))
     rounds = request.config.getoption("--rounds") or ROUNDS[device.type]
-    found: dict[str, Measured | AssertionError] = {}
+    found: dict[str, Measured | AssertionError | NoRoom] = {}
 
     def of(case: Any) -> Measured:
         if case.name not in found:
             try:
                 found[case.name] = measure(case, device, rounds)
-            except AssertionError as error:
-                found[case.name] = error
+            except (AssertionError, NoRoom) as error:
+                found[case.name] = error.with_traceback(None)  # which would keep the case's tensors
         result = found[case.name]
-        if isinstance(result, AssertionError):
+        if isinstance(result, Exception):
             raise result
         return result
 

@@ -8,11 +8,12 @@ from lightly.loss import IBOTPatchLoss
 from torch import Tensor
 
 from bench.kernels.case import OURS, PLAIN, Bound, Case, Variant, generator, parse_shape
+from bench.kernels.peers_triton import RowLoss, entropy, row_losses
 from fastdino_kernels.ibot import ibot_loss, ibot_loss_reference
 
 TEMPS: dict[str, Any] = {"student_temp": 0.1, "teacher_temp": 0.04}
 IMAGES = 4  # M is a multiple of it
-SHAPES = {"cuda": ["3712,65536,bf16", "4096,131072,bf16"], "cpu": ["64,4096", "64,4096,bf16"]}  # M, K
+SHAPES = {"cuda": ["3764,65536,bf16", "4096,131072,bf16"], "cpu": ["64,4096", "64,4096,bf16"]}  # M, K
 
 
 class Inputs(NamedTuple):
@@ -45,6 +46,8 @@ def _case(device: torch.device, shape: str, compiled: bool) -> Case:
         "formula": Variant(_bind(formula)),
         "lightly": Variant(_lightly),
     }
+    if device.type == "cuda":
+        variants |= {name: divergence(loss) for name, loss in row_losses().items()}
     if compiled:
         variants["formula, torch.compile"] = Variant(_bind(torch.compile(formula, dynamic=False)))
     return Case("ibot_loss", shape, make, _exact, variants, 3 * M * K * dtype.itemsize + 4 * (K + M))
@@ -87,6 +90,24 @@ def _lightly(inputs: Inputs) -> Bound:
             return loss(teacher, student, mask)
 
     return _bind(implementation)(inputs)
+
+
+def divergence(kl: RowLoss) -> Variant:
+    """A peer's KL(q || p), behind the softmaxes that it leaves to its user; weights are equal, so the mean is theirs.
+
+    The teacher's entropy, by which the cross-entropy is larger, is added where it is judged, not where it is timed.
+    """
+
+    def implementation(student: Tensor, teacher: Tensor, center: Tensor, _: Tensor) -> Tensor:
+        log_p = torch.log_softmax(student.float() / TEMPS["student_temp"], dim=-1)
+        log_q = torch.log_softmax((teacher.float() - center) / TEMPS["teacher_temp"], dim=-1)
+        return kl(log_p, log_q)
+
+    def judge(inputs: Inputs, results: list[Tensor]) -> list[Tensor]:
+        loss, grad = results
+        return [loss + entropy(inputs.teacher, inputs.center, TEMPS["teacher_temp"]), grad]
+
+    return Variant(_bind(implementation), judge=judge)
 
 
 def _exact(inputs: Inputs) -> list[Tensor]:

@@ -15,13 +15,17 @@ from bench.kernels import (
     center_mean,
     dino_loss,
     ema_update,
+    gather_layer_norm,
     ibot_loss,
+    koleo_loss,
     prototype_loss,
     prototype_weight,
+    scatter_add_scaled,
     segment_squares,
     sinkhorn,
 )
 from bench.kernels.case import OURS, Bound, Case, Variant, check
+from bench.kernels.sweep import SWEEPS
 from bench.timing import Clock, Work, interleave, paired_ratio
 
 OPERATIONS: dict[str, Any] = {
@@ -34,6 +38,9 @@ OPERATIONS: dict[str, Any] = {
     "ibot_loss": ibot_loss,
     "prototype_loss": prototype_loss,
     "sinkhorn": sinkhorn,
+    "koleo_loss": koleo_loss,
+    "gather_layer_norm": gather_layer_norm,
+    "scatter_add_scaled": scatter_add_scaled,
 }
 COPY = "copy"  # the yardstick of bandwidth
 ROUNDS = {"cuda": 200, "cpu": 25}
@@ -49,18 +56,38 @@ class Measured:
     figures: dict[str, dict[str, Any]]
 
 
-def make_cases(only: str | None, shapes: list[str], device: torch.device, compiled: bool) -> list[Case]:
-    """The cases of one operation or of all, at ``shapes`` or at those that each operation names for the device."""
-    names = [only] if only else list(OPERATIONS)
-    return [
-        case
-        for name in names
-        for case in OPERATIONS[name].cases(device, shapes or OPERATIONS[name].SHAPES[device.type], compiled)
-    ]
+class NoRoom(Exception):
+    """A case does not fit into the device's memory."""
+
+
+def make_cases(
+    only: str | None, shapes: list[str], device: torch.device, compiled: bool, sweep: bool = False
+) -> list[Case]:
+    """The cases of one operation or of all, at ``shapes`` or at those that each operation names for the device.
+
+    ``sweep``: at the sizes of :mod:`bench.kernels.sweep`, for the operations that have some.
+    """
+    cases = []
+    for name in [only] if only else SWEEPS if sweep else OPERATIONS:
+        usual = SWEEPS[name].shapes(device) if sweep else OPERATIONS[name].SHAPES[device.type]
+        cases += OPERATIONS[name].cases(device, shapes or usual, compiled)
+    return cases
 
 
 def measure(case: Case, device: torch.device, rounds: int) -> Measured:
-    """Raises AssertionError, and times nothing, when a result is wrong."""
+    """Raises AssertionError, and times nothing, when a result is wrong; NoRoom when memory is too small."""
+    if any("torch.compile" in name for name in case.variants):
+        torch.compiler.reset()  # a function that one process compiles for many sizes would at last run uncompiled
+    try:
+        return _measure(case, device, rounds)
+    except torch.OutOfMemoryError as error:
+        message = f"{case.name}: {str(error).splitlines()[0]}"
+    if device.type == "cuda":  # here, because the error held the tensors
+        torch.cuda.empty_cache()
+    raise NoRoom(message)
+
+
+def _measure(case: Case, device: torch.device, rounds: int) -> Measured:
     errors = check(case)
     inputs = [case.make(1 + i) for i in range(num_inputs(case, device))]
     order = itertools.count()
@@ -69,17 +96,24 @@ def measure(case: Case, device: torch.device, rounds: int) -> Measured:
     target = torch.empty_like(source)
     works[COPY] = Work(lambda index: target.copy_(source))
     seconds, host = interleave(works, rounds, Clock(device))
-    copy_bandwidth = 2 * COPY_BYTES[device.type] / statistics.median(seconds[COPY])
+    copy_bytes = 2 * COPY_BYTES[device.type]
+    copy_bandwidth = copy_bytes / statistics.median(seconds[COPY])
     figures = {}
     for name, variant in case.variants.items():
         median = statistics.median(seconds[name])
-        seen = (
-            device.type == "cuda" or "torch.compile" not in name
-        )  # on a CPU the counters see aten calls, not its code
+        alone, beside_copy = (
+            paired_ratio(*x) for x in ((seconds[name], [1e-3] * rounds), (seconds[COPY], seconds[name]))
+        )
+        # On a CPU the counters see aten calls, not what torch.compile made of them.
+        seen = device.type == "cuda" or "torch.compile" not in name
         figures[name] = {
             "milliseconds": 1e3 * median,
             "times_ours": asdict(paired_ratio(seconds[name], seconds[OURS])),
             "copy_fraction": case.bytes / median / copy_bandwidth,
+            "interval": {
+                "milliseconds": [alone.low, alone.high],
+                "copy_fraction": [x * case.bytes / copy_bytes for x in (beside_copy.low, beside_copy.high)],
+            },
             "least_bytes": case.bytes,
             "peak_bytes": peak_bytes(variant.bind(case.make(0)), device) if seen else None,
             "launches": launches(variant.bind(case.make(0)), device) if seen else None,

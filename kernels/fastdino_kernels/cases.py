@@ -10,15 +10,20 @@ from torch import Tensor
 from fastdino_kernels.adamw_ema import Rates, adamw_ema_
 from fastdino_kernels.center import center_mean
 from fastdino_kernels.ema import ema_update_
+from fastdino_kernels.gather_norm import gather_layer_norm
 from fastdino_kernels.ibot import ibot_loss
+from fastdino_kernels.koleo import koleo_loss
 from fastdino_kernels.loss import dino_loss
 from fastdino_kernels.prototypes import prototype_weight
+from fastdino_kernels.scatter_add import scatter_add_scaled
 from fastdino_kernels.segments import BLOCK, Segments, make_segments, segment_squares
 from fastdino_kernels.sinkhorn import sinkhorn
 
 # DINO v1's headline: 10 student and 2 teacher views of 64 images, 65536 prototypes of 256, ViT-B/16 with its head.
 S, T, B, K, D = 10, 2, 64, 65536, 256
 MASKED = 3763  # M, masked patches of 64 images at DINOv2's default rate
+VIEWS, N, WIDTH = 2, 201, 768  # global views, and ViT-B's tokens of each with 4 registers, and features
+KEPT = VIEWS * B * 7 // 10  # images of a branch at a drop rate of 0.3
 PARAMETERS = 85_798_656 + K * D + 5_770_496  # backbone, prototypes, the head's MLP
 
 # Kernels that load or store no more than a few numbers per row or column there: no 128-bit access to expect.
@@ -27,6 +32,8 @@ NARROW = {
     "_merge_kernel": frozenset({"load", "store"}),
     "_row_kernel": frozenset({"store"}),
     "_center_mean_kernel": frozenset({"store"}),
+    "_koleo_product_kernel": frozenset({"store"}),
+    "_koleo_distance_kernel": frozenset({"store"}),
     "_partial_squares_kernel": frozenset({"store"}),
     "_segment_squares_kernel": frozenset({"load", "store"}),
 }
@@ -56,9 +63,49 @@ def _ibot_loss() -> None:
     loss.backward()
 
 
+def _ibot_loss_rows() -> None:
+    """In place, and with so many rows that each is one program's."""
+    student, teacher = (_empty(MASKED, K, dtype=torch.bfloat16) for _ in range(2))
+    rows = student.requires_grad_().view_as(student)
+    temps: dict[str, float] = {"student_temp": 0.1, "teacher_temp": 0.04}
+    ibot_loss(rows, teacher, _empty(K), _empty(MASKED), **temps, inplace_grad=True).backward()
+
+
 def _prototype_weight() -> None:
     weight = prototype_weight(_empty(K, D).requires_grad_(), _empty(K, 1), torch.bfloat16)
     weight.backward(_empty(K, D, dtype=torch.bfloat16))
+
+
+def _koleo_loss(num_rows: int) -> Case:
+    """The product reads all rows once per block of rows, on either side; a pair's gradient reads both, for both."""
+    features = VIEWS * num_rows * WIDTH
+    num_blocks = num_rows // (16 if num_rows <= 256 else 64)
+    return Case(
+        lambda: koleo_loss(_empty(VIEWS, num_rows, WIDTH, dtype=torch.bfloat16).requires_grad_()).backward(),
+        features,
+        {
+            "_koleo_product_kernel": features * 2,
+            "_koleo_distance_kernel": 2 * features * 2,
+            "_koleo_gradient_kernel": 4 * features * 2,
+        },
+        cached={"_koleo_product_kernel": (2 * num_blocks - 1) * features * 2},
+    )
+
+
+def _gather_layer_norm() -> None:
+    x, rows, vector = (
+        _empty(VIEWS * B, N, WIDTH, dtype=torch.bfloat16),
+        _empty(KEPT, dtype=torch.int64),
+        _empty(WIDTH),
+    )
+    y = gather_layer_norm(x.requires_grad_(), rows, vector.requires_grad_(), vector.clone().requires_grad_())
+    y.backward(torch.empty_like(y))
+
+
+def _scatter_add_scaled() -> None:
+    x, branch = (_empty(images, N, WIDTH, dtype=torch.bfloat16).requires_grad_() for images in (VIEWS * B, KEPT))
+    out = scatter_add_scaled(x, _empty(KEPT, dtype=torch.int64), branch, _empty(WIDTH).requires_grad_(), 1 / 0.7)
+    out.backward(torch.empty_like(out))
 
 
 def _ema_list() -> None:
@@ -113,6 +160,13 @@ CASES = {
             "_gradient_kernel": 3 * MASKED * K * 2,
         },
     ),
+    "ibot_loss in place": Case(
+        _ibot_loss_rows,
+        MASKED * K,
+        {"_row_cross_entropy_kernel": 3 * MASKED * K * 2, "_scale_kernel": 2 * MASKED * K * 2},
+        # The second reading, and the center for both.
+        cached={"_row_cross_entropy_kernel": 2 * MASKED * K * 2 + 2 * MASKED * K * 4},
+    ),
     "sinkhorn": Case(
         lambda: sinkhorn(_empty(MASKED, K, dtype=torch.bfloat16), temp=0.04, iterations=2),
         MASKED * K,
@@ -128,6 +182,24 @@ CASES = {
         _prototype_weight,
         K * D,
         {"_weight_kernel": K * D * (4 + 2) + K * 4, "_gradient_weight_kernel": K * D * (4 + 2 + 4) + K * 4},
+    ),
+    "koleo_loss": _koleo_loss(B),
+    "koleo_loss of 1024": _koleo_loss(1024),
+    "gather_layer_norm": Case(
+        _gather_layer_norm,
+        VIEWS * B * N * WIDTH,
+        {
+            "_gather_layer_norm_kernel": 2 * KEPT * N * WIDTH * 2,
+            "_gradient_gather_kernel": (2 * KEPT + VIEWS * B) * N * WIDTH * 2,
+        },
+    ),
+    "scatter_add_scaled": Case(
+        _scatter_add_scaled,
+        VIEWS * B * N * WIDTH,
+        {
+            "_scatter_add_kernel": (2 * VIEWS * B + KEPT) * N * WIDTH * 2,
+            "_gradient_scatter_kernel": 3 * KEPT * N * WIDTH * 2,
+        },
     ),
     "ema_update_ flat": Case(
         lambda: ema_update_(

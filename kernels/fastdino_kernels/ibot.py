@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from fastdino_kernels import row_cross_entropy
 from fastdino_kernels._backend import use_triton
-from fastdino_kernels.soft_cross_entropy import Terms, soft_cross_entropy
+from fastdino_kernels.soft_cross_entropy import Terms, dense_rows, soft_cross_entropy
 from fastdino_kernels.soft_cross_entropy_reference import soft_cross_entropy_reference
 
 
@@ -28,7 +29,8 @@ def ibot_loss(
         weight: (M,) fp32 weight of each patch. iBOT's is 1 / (images * masked patches of the patch's image).
         student_temp: temperature of the student, > 0.
         teacher_temp: temperature of the teacher, > 0.
-        inplace_grad: write the gradient over the student's logits, as in :func:`dino_loss`.
+        inplace_grad: write the gradient over the student's logits, as in :func:`dino_loss`, but possibly in the forward
+            pass already.
 
     Returns the fp32 (fp64 for fp64 logits) scalar, with a gradient for ``student``.
     Raises ValueError when shapes, dtypes, devices or temperatures do not fit.
@@ -38,6 +40,10 @@ def ibot_loss(
     if inplace_grad and student.requires_grad and student.is_leaf:
         raise ValueError("inplace_grad=True would overwrite student, a leaf tensor: pass the output of a layer")
     fused = use_triton(student) and torch.float64 not in (student.dtype, teacher.dtype) and len(student)
+    gives_up_logits = inplace_grad or not student.requires_grad
+    if fused and gives_up_logits and row_cross_entropy.pays(len(student), student.device):
+        rows = (dense_rows(student), dense_rows(teacher), center.contiguous(), weight.contiguous())
+        return row_cross_entropy.row_cross_entropy(*rows, student_temp, teacher_temp)
     implementation = soft_cross_entropy if fused else soft_cross_entropy_reference
     terms = Terms(student_temp, teacher_temp, scale=1.0, other_views=False)
     return implementation(student[None], teacher[None], center, weight, terms, inplace_grad)

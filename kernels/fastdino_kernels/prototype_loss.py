@@ -8,7 +8,8 @@ from torch.autograd.function import once_differentiable
 
 from fastdino_kernels._backend import compute_dtype, operator, use_triton
 from fastdino_kernels.ibot import ibot_loss_reference
-from fastdino_kernels.soft_cross_entropy import Terms, soft_cross_entropy_forward, soft_cross_entropy_gradient_
+from fastdino_kernels.row_cross_entropy import row_cross_entropy_
+from fastdino_kernels.soft_cross_entropy import Terms
 from fastdino_kernels.soft_cross_entropy_reference import reference_gradient_, reference_loss
 
 
@@ -128,11 +129,14 @@ def prototype_loss_forward(
     """
     (M, D), K, dtype = student.shape, len(student_weight), compute_dtype(student)
     terms = Terms(student_temp, teacher_temp, scale=1.0, other_views=False)
+    center, weight = center.contiguous(), weight.contiguous()
     loss = torch.zeros((), dtype=dtype, device=student.device)
     grad_student = student.new_empty((M if for_student else 0, D))
     grad_weight = student.new_zeros((K if for_weight else 0, D), dtype=dtype)
     rows = -(-M // max(1, -(-M // max_rows(student.device.type))))  # chunks of equal size
-    logits, teacher_logits = (x.new_empty((rows, K)) for x in (student, teacher))  # with out=, autocast leaves products alone
+    logits, teacher_logits = (
+        x.new_empty((rows, K)) for x in (student, teacher)
+    )  # with out=, autocast leaves products alone
     for start in range(0, M, max(1, rows)):
         chunk = slice(start, min(start + rows, M))
         num_rows = chunk.stop - start
@@ -158,17 +162,14 @@ def _loss_and_grad_(
     logits: Tensor, teacher_logits: Tensor, center: Tensor, weight: Tensor, terms: Terms, wanted: bool
 ) -> Tensor:
     """The chunk's share of the loss; if wanted, ``logits`` becomes the gradient for it."""
-    student, teacher = logits[None], teacher_logits[None]
-    if not use_triton(student) or torch.float64 in (student.dtype, teacher.dtype):
+    if not use_triton(logits) or torch.float64 in (logits.dtype, teacher_logits.dtype):
+        student, teacher = logits[None], teacher_logits[None]
         loss = reference_loss(student, teacher, center, weight, terms)
         if wanted:
             reference_gradient_(student, student, loss.new_ones(()), teacher, center, weight, terms)
         return loss
-    loss, *statistics = soft_cross_entropy_forward(student, teacher, center, weight, *terms)
-    if wanted:
-        one = loss.new_ones(())
-        soft_cross_entropy_gradient_(student, None, one, teacher, center, weight, *statistics, *terms)
-    return loss
+    grad, student_logits = (logits, None) if wanted else (None, logits)
+    return row_cross_entropy_(grad, student_logits, teacher_logits, center, weight, *terms[:2])
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdino_kernels import soft_cross_entropy
+from fastdino_kernels import row_cross_entropy, soft_cross_entropy
 from fastdino_kernels.ibot import ibot_loss, ibot_loss_reference
 from fastdino_kernels.sinkhorn import sinkhorn
 from fastdino_kernels.testing import assert_no_worse
@@ -29,6 +29,14 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 64 and 32, so that a short row has several, and the two passes differ in them."""
     blocks = {"slice": {"BLOCK_K": 64, "num_warps": 1}, "gradient": {"BLOCK_K": 32, "num_warps": 2}}
     monkeypatch.setattr(soft_cross_entropy, "launch_config", lambda num_prototypes, num_views: blocks)
+    monkeypatch.setattr(row_cross_entropy, "launch_config", lambda num_prototypes: {"BLOCK_K": 64, "num_warps": 2})
+
+
+@pytest.fixture(params=["slices", "rows"])
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which kernels a call with inplace_grad runs; one without runs those of slices."""
+    monkeypatch.setattr(row_cross_entropy, "pays", lambda num_rows, device: request.param == "rows")
+    return str(request.param)
 
 
 def random_inputs(shape: tuple[int, int], dtype: torch.dtype = torch.float32, scale: float = 1.0) -> list[Tensor]:
@@ -94,15 +102,15 @@ def test_published_formula(implementation: Callable[..., Tensor]) -> None:
 @pytest.mark.parametrize("scale", [1, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_kernel(shape: tuple[int, int], dtype: torch.dtype, scale: float) -> None:
-    check(random_inputs(shape, dtype, scale))
+def test_kernel(shape: tuple[int, int], dtype: torch.dtype, scale: float, variant: str) -> None:
+    check(random_inputs(shape, dtype, scale), inplace_grad=variant == "rows")
 
 
-def test_kernel_with_its_own_blocks() -> None:
-    check(random_inputs((2, 4100)))
+def test_kernel_with_its_own_blocks(variant: str) -> None:
+    check(random_inputs((2, 4100)), inplace_grad=variant == "rows")
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_blocks", "variant")
 def test_strides_and_inplace() -> None:
     student, teacher, center, weight = random_inputs((6, 208))
     weight[2] = 1
@@ -117,7 +125,7 @@ def test_strides_and_inplace() -> None:
         torch.autograd.grad(value, logits)
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_blocks", "variant")
 def test_targets_from_sinkhorn() -> None:
     """The column scaling is all that the loss needs: softmax supplies the row's."""
     student, teacher, _, weight = random_inputs((9, 150))
@@ -128,13 +136,33 @@ def test_targets_from_sinkhorn() -> None:
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0)
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_blocks", "variant")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("which", [0, 1], ids=["student", "teacher"])
 def test_what_is_not_finite_shows(which: int, value: float) -> None:
     inputs = random_inputs((4, 200))
     inputs[which][3, 130] = value
     assert not torch.isfinite(ibot_loss(*inputs, **TEMPS))
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_gradient_of_one_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward of the plain loss writes nothing: the gradient of the forward pass stays, bit for bit."""
+    student, *others = random_inputs((4, 200))
+    logits = student.requires_grad_() * 1
+    value = ibot_loss(logits, *others, **TEMPS, inplace_grad=True)
+    made = logits.detach().clone()
+    (grad,) = torch.autograd.grad(value, logits)
+    assert torch.equal(grad, made)
+    exact = loss_and_grad(ibot_loss_reference, *(x.detach().double() for x in (student, *others)))[1] / UPSTREAM
+    torch.testing.assert_close(made.double(), exact, rtol=2e-5, atol=1e-6)
+
+
+def test_a_teachers_minus_infinity_is_a_probability_of_zero(small_blocks: None, variant: str) -> None:
+    """Also where it fills the first block, so that nothing has a maximum yet."""
+    student, teacher, center, weight = random_inputs((4, 200))
+    teacher[1, :70] = -torch.inf
+    check([student, teacher, center, weight], inplace_grad=variant == "rows")
 
 
 def test_no_masked_patch() -> None:
@@ -173,5 +201,5 @@ def test_refusals(case: str) -> None:
 @pytest.mark.skipif(DEVICE == "cpu", reason="real sizes need a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(500, 65536), (65, 65537), (70000, 1000)], ids=str)
-def test_real_sizes(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_real_sizes(shape: tuple[int, int], dtype: torch.dtype, variant: str) -> None:
     check(random_inputs(shape, dtype), inplace_grad=True)

@@ -1,12 +1,14 @@
 """Every operator fits its schema, and what is built of operators holds under torch.compile and in a CUDA graph."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from fastdino_kernels import (
     Rates,
@@ -15,10 +17,13 @@ from fastdino_kernels import (
     center_mean,
     dino_loss,
     ema_update_,
+    gather_layer_norm,
     ibot_loss,
+    koleo_loss,
     make_segments,
     prototype_loss,
     prototype_weight,
+    scatter_add_scaled,
     segment_squares,
     sinkhorn,
 )
@@ -33,12 +38,13 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def run(function: Callable[..., Any], args: tuple[Any, ...]) -> list[Tensor]:
-    """The results, and the gradient for the first argument if it takes one."""
+    """The results, and the gradients for the arguments that take one."""
     results = function(*args)
     results = [results] if isinstance(results, Tensor) else list(results)
-    if not args[0].requires_grad:
+    leaves = [x for x in args if x.requires_grad]
+    if not leaves:
         return results
-    return [results[0].detach(), *torch.autograd.grad(results[0].sum(), args[0])]
+    return [results[0].detach().clone(), *torch.autograd.grad(results[0].sin().sum(), leaves)]
 
 
 def dino(student: Tensor, *args: Tensor, inplace_grad: bool = False) -> Tensor:
@@ -47,6 +53,10 @@ def dino(student: Tensor, *args: Tensor, inplace_grad: bool = False) -> Tensor:
 
 def ibot(student: Tensor, *args: Tensor, inplace_grad: bool = False) -> Tensor:
     return ibot_loss(student * 2, *args, **TEMPS, inplace_grad=inplace_grad)
+
+
+def residual(x: Tensor, *args: Tensor, inplace: bool = False) -> Tensor:
+    return scatter_add_scaled(x * 2, *args, 1.5, inplace=inplace)
 
 
 def ema(teacher: Tensor, student: Tensor) -> list[Tensor]:
@@ -76,7 +86,16 @@ def clipped(param: Tensor, grad: Tensor) -> list[Tensor]:
 
 LOGITS = random(4, 3, 100).requires_grad_(), random(2, 3, 100), random(100)
 PATCHES = random(5, 100).requires_grad_(), random(5, 100), random(100), random(5).exp()
-FEATURES = random(5, 8).requires_grad_(), random(70, 8), random(5, 8), random(70, 8), random(70), random(5).exp()
+FEATURES = (
+    random(5, 8).requires_grad_(),
+    random(70, 8).requires_grad_(),
+    random(5, 8),
+    random(70, 8),
+    random(70),
+    random(5).exp(),
+)
+BRANCH = random(4, 5, 8).requires_grad_(), torch.tensor([2, 0], device=DEVICE)  # tokens, images that are kept
+SUM = (*BRANCH, random(2, 5, 8).requires_grad_(), random(8).requires_grad_())
 CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "dino_loss": (dino, LOGITS),
     "dino_loss in place": (partial(dino, inplace_grad=True), LOGITS),
@@ -86,6 +105,10 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "sinkhorn": (partial(sinkhorn, temp=0.1), (random(5, 100),)),
     "prototype_loss": (partial(prototype_loss, **TEMPS), FEATURES),
     "prototype_weight": (prototype_weight, (random(9, 32).requires_grad_(), random(9, 1))),
+    "koleo_loss": (koleo_loss, (random(2, 5, 8).requires_grad_(),)),
+    "gather_layer_norm": (gather_layer_norm, (*BRANCH, random(8).requires_grad_(), random(8).requires_grad_())),
+    "scatter_add_scaled": (residual, SUM),
+    "scatter_add_scaled in place": (partial(residual, inplace=True), SUM),
     "ema_update_": (ema, (random(N), random(N, dtype=torch.bfloat16))),
     "adamw_ema_": (adamw, (random(N), random(N))),
     "adamw_ema_ with segments": (clipped, (random(N), random(N))),
@@ -94,31 +117,28 @@ cases = pytest.mark.parametrize("case", CALLS)
 WITH_TABLES = {"adamw_ema_ with segments"}  # they copy a table to the device once, which nothing can capture
 
 
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """The arguments of every operator that is called, by its name."""
-    calls: dict[str, Any] = {}
+class Seen(TorchDispatchMode):
+    """Notes the arguments of every operator of ours that is called, by its name."""
 
-    class Seen(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            namespace, name = func._schema.name.split("::")
-            if namespace == "fastdino":
-                copies = torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, args)
-                calls[name] = (func, copies)
-            return func(*args, **(kwargs or {}))
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, tuple[Any, Any]] = {}
 
-    with Seen():
-        yield calls
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, name = func._schema.name.split("::")
+        if namespace == "fastdino":
+            self.calls[name] = (func, tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, args))
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.filterwarnings("ignore:.*deterministic")
-def test_every_operator_fits_its_schema(seen: dict[str, Any]) -> None:
+def test_every_operator_fits_its_schema() -> None:
     """Writes what it says and nothing else, has no hidden alias, and knows its shapes without data."""
-    for call, args in CALLS.values():
-        run(call, args)
-    found = dict(seen)
-    assert set(found) == set(_backend.LAUNCHERS)
-    for func, args in found.values():
+    with Seen() as seen:
+        for call, args in CALLS.values():
+            run(call, args)
+    assert set(seen.calls) == set(_backend.LAUNCHERS)
+    for func, args in seen.calls.values():
         torch.library.opcheck(func, args)
 
 
@@ -146,6 +166,6 @@ def test_runs_in_a_cuda_graph(case: str) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         got = run(call, args)
-    torch.utils._pytree.tree_map(lambda x: x.zero_(), got)
+    tree_map(lambda x: x.zero_(), got)
     graph.replay()
     torch.testing.assert_close(got, expected, rtol=0, atol=0)

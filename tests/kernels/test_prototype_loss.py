@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.counters import peak_bytes
-from fastdino_kernels import _backend, _chunks, soft_cross_entropy
+from fastdino_kernels import _backend, _chunks, row_cross_entropy
 from fastdino_kernels.prototype_loss import prototype_loss, prototype_loss_reference
 from fastdino_kernels.sinkhorn import sinkhorn
 from fastdino_kernels.testing import assert_no_worse
@@ -36,8 +36,7 @@ def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         if DEVICE == "cuda":
             pytest.skip("a GPU always runs the kernels")
         monkeypatch.setattr(_backend, "INTERPRETED", False)
-    blocks = {name: {"BLOCK_K": 64, "num_warps": 1} for name in ("slice", "gradient")}
-    monkeypatch.setattr(soft_cross_entropy, "launch_config", lambda num_prototypes, num_views: blocks)
+    monkeypatch.setattr(row_cross_entropy, "launch_config", lambda num_prototypes: {"BLOCK_K": 64, "num_warps": 2})
     monkeypatch.setattr(module, "max_rows", lambda device_type: 8)
 
 

@@ -1,0 +1,224 @@
+"""Images per second and core: reading a JPEG, making its views, both, and a loader with workers; torchvision v2 beside.
+
+The files are made here: photographs they are not, but as large and as hard to decode. ``python -m bench.data`` writes
+bench/results/data-cpu.json. Ours must equal torchvision's pixels, drawn alike, before anything is timed.
+"""
+
+import argparse
+import itertools
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bench import data_peers
+from bench.record import provenance, result_path, write
+from bench.timing import Clock, Work, interleave, paired_ratio
+from fastdino.config import Config, DataConfig, RunConfig, ViewsConfig
+from fastdino.data import FolderSource, train_batches
+from fastdino.data.views import apply, sample_params
+
+OURS, SAME, PEER, TENSORS = "fastdino", "torchvision, same draws", "torchvision", "torchvision, tensors"
+CPU = torch.device("cpu")
+QUALITY = 90
+DEVIATIONS = 5.0  # by which the averages over our views and a peer's, whose draws are others, may differ
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    images: int = 64
+    width: int = 500  # ImageNet's most common size
+    height: int = 375
+    rounds: int = 30
+    per_round: int = 8  # images; the draws of one decide what it costs
+    batch: int = 16
+    loader_rounds: int = 5
+    batches: int = 4  # of each worker, that are timed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.data", description=__doc__)
+    parser.add_argument("--workers", type=int, nargs="+", help="default: 1, 2, 4, ... up to the cores")
+    parser.add_argument("--rounds", type=int, default=Sizes.rounds)
+    parser.add_argument("--out", type=Path, help="default: bench/results/data-cpu.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    cores = len(os.sched_getaffinity(0))
+    workers = options.workers or sorted({min(2**i, cores) for i in range(cores.bit_length() + 1)})
+    document = measure(Sizes(rounds=options.rounds), ViewsConfig(), workers)
+    write(options.out or result_path("data", CPU), {"provenance": provenance(CPU, "bench.data"), **document})
+    for stage, contenders in document["stages"].items():
+        for name, f in contenders.items():
+            print(f"{stage:18} {name:26} {f['images_per_second']:8.1f} images/s  x {f['times_ours']['median']:.3f}")
+    return 0
+
+
+def measure(sizes: Sizes, views: ViewsConfig, workers: list[int]) -> dict[str, Any]:
+    """All figures. Raises AssertionError, and times nothing, when pixels differ."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = make_files(Path(folder), sizes)
+        check(paths, views)
+        stages = {name: _stage(ways, sizes) for name, ways in stage_ways(Path(folder), paths, views).items()}
+        for count in workers:
+            stages[f"loader, {count} worker{'s' * (count > 1)}"] = _loaders(Path(folder), paths, views, sizes, count)
+        num_bytes = statistics.mean(path.stat().st_size for path in paths)
+    files = {"count": sizes.images, "width": sizes.width, "height": sizes.height, "mean_bytes": num_bytes}
+    shown = f"2 x {views.global_size} + {views.num_local} x {views.local_size}"
+    return {"files": files, "views": shown, "batch": sizes.batch, "stages": stages}
+
+
+def make_files(folder: Path, sizes: Sizes) -> list[Path]:
+    """JPEG files: smooth colours, edges and noise that differ from image to image."""
+    rng = np.random.default_rng(0)
+    paths = []
+    for index in range(sizes.images):
+        smooth, edges, noise = (
+            Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).resize((sizes.width, sizes.height), kind)
+            for shape, kind in (
+                ((6, 8, 3), Image.Resampling.BICUBIC),
+                ((40, 53, 3), Image.Resampling.NEAREST),
+                ((sizes.height, sizes.width, 3), Image.Resampling.NEAREST),
+            )
+        )
+        image = Image.blend(Image.blend(smooth, edges, 0.2), noise, 0.25)
+        paths.append(folder / f"{index:04d}.jpg")
+        image.save(paths[-1], quality=QUALITY)
+    return paths
+
+
+def check(paths: list[Path], config: ViewsConfig) -> None:
+    """Same draws, same pixels; and torchvision's own draws give views of our sizes, means and deviations."""
+    ours: list[list[Tensor]] = []
+    for index, path in enumerate(paths):
+        image = data_peers.read_pil(path)
+        params = sample_params(0, 0, index, config, image.size)
+        ours.append([view for group in apply(image, params, config) for view in group])
+        for number, (a, b) in enumerate(zip(ours[-1], data_peers.same_draws(image, params, config), strict=True)):
+            assert torch.equal(a, b), f"no figure: view {number} of image {index} differs from torchvision's"
+    data_peers.seed_all(0)
+    for name, read, tensors in ((PEER, data_peers.read_pil, False), (TENSORS, data_peers.read_tensor, True)):
+        transform = data_peers.multi_crop(config, tensors=tensors)
+        theirs = [transform(read(path)) for path in paths]
+        assert [x.shape for x in theirs[0]] == [x.shape for x in ours[0]], (
+            f"no figure: {name} makes views of other sizes"
+        )
+        for of in (torch.mean, torch.std):
+            want, got = (np.array([float(of(view.float())) for image in v for view in image]) for v in (ours, theirs))
+            allowed = DEVIATIONS * math.sqrt((want.var() + got.var()) / len(want))
+            assert abs(got.mean() - want.mean()) < allowed, (
+                f"no figure: {of.__name__} of the views by {name} is {got.mean():.1f}, by us {want.mean():.1f}"
+            )
+
+
+Way = Callable[[int], object]  # what is done with image number ``index``, counted without end
+
+
+def stage_ways(folder: Path, paths: list[Path], config: ViewsConfig) -> dict[str, dict[str, Way]]:
+    """The ways to go through each stage, which one process goes alone."""
+    source, count = FolderSource(folder), len(paths)
+    images = [data_peers.read_pil(path) for path in paths]
+    pixels = [data_peers.read_tensor(path) for path in paths]
+    on_pil, on_tensors = (data_peers.multi_crop(config, tensors=tensors) for tensors in (False, True))
+
+    def params(index: int) -> Tensor:
+        return sample_params(0, index // count, index % count, config, images[index % count].size)
+
+    return {
+        "decode": {
+            OURS: lambda i: source.read(i % count),
+            PEER: lambda i: data_peers.read_pil(paths[i % count]),
+            TENSORS: lambda i: data_peers.read_tensor(paths[i % count]),
+        },
+        "views": {
+            OURS: lambda i: apply(images[i % count], params(i), config),
+            SAME: lambda i: data_peers.same_draws(images[i % count], params(i), config),
+            PEER: lambda i: on_pil(images[i % count]),
+            TENSORS: lambda i: on_tensors(pixels[i % count]),
+        },
+        "decode and views": {
+            OURS: lambda i: apply(source.read(i % count)[0], params(i), config),
+            PEER: lambda i: on_pil(data_peers.read_pil(paths[i % count])),
+            TENSORS: lambda i: on_tensors(data_peers.read_tensor(paths[i % count])),
+        },
+    }
+
+
+def _stage(ways: dict[str, Way], sizes: Sizes) -> dict[str, dict[str, Any]]:
+    """Processor time of one thread, in turns; all go through the same images."""
+    data_peers.seed_all(1)
+
+    def work(way: Way) -> Work:
+        def run(index: int) -> None:
+            for number in range(sizes.per_round):
+                way((index + 3) * sizes.per_round + number)  # rounds that warm up count from -3
+
+        return Work(run)
+
+    seconds, _ = interleave({name: work(way) for name, way in ways.items()}, sizes.rounds, Clock(CPU))
+    return _figures(seconds, sizes.per_round, cores=1)
+
+
+def _loaders(
+    folder: Path, paths: list[Path], views: ViewsConfig, sizes: Sizes, workers: int
+) -> dict[str, dict[str, Any]]:
+    """Wall time between batches that nobody waits to use, once what was made ahead is taken."""
+    ahead, timed = 2 * workers + 1, sizes.batches * workers
+    starts = {
+        OURS: lambda: _ours(folder, views, sizes.batch, workers),
+        PEER: lambda: _peer(paths, views, sizes.batch, workers),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in starts}
+    for index in range(sizes.loader_rounds):
+        for name in list(starts) if index % 2 else reversed(starts):
+            with starts[name]() as batches:
+                for _ in itertools.islice(batches, ahead):
+                    pass
+                started = time.perf_counter()
+                for _ in itertools.islice(batches, timed):
+                    pass
+                seconds[name].append(time.perf_counter() - started)
+    return _figures(seconds, timed * sizes.batch, cores=workers)
+
+
+@contextmanager
+def _ours(folder: Path, views: ViewsConfig, batch: int, workers: int) -> Iterator[Iterator[object]]:
+    config = Config(
+        views=views, data=DataConfig(root=str(folder), num_workers=workers), run=RunConfig(local_batch=batch)
+    )
+    batches = train_batches(config, FolderSource(folder), rank=0, world_size=1, start_step=0, device=CPU)
+    yield batches
+    batches.close()
+
+
+@contextmanager
+def _peer(paths: list[Path], views: ViewsConfig, batch: int, workers: int) -> Iterator[Iterator[object]]:
+    batches = (x for x in data_peers.loader(paths, views, batch, workers))
+    yield batches
+    batches.close()  # drops torch's iterator, which ends its workers
+
+
+def _figures(seconds: dict[str, list[float]], images: int, cores: int) -> dict[str, dict[str, Any]]:
+    figures = {}
+    for name, series in seconds.items():
+        rate = images / statistics.median(series)
+        ratio = asdict(paired_ratio(series, seconds[OURS]))
+        figures[name] = {"images_per_second": rate, "per_core": rate / cores, "times_ours": ratio}
+    return figures
+
+
+if __name__ == "__main__":
+    sys.exit(main())
