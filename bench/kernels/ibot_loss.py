@@ -43,17 +43,25 @@ def _case(device: torch.device, shape: str, compiled: bool) -> Case:
     variants = {
         OURS: Variant(_bind(lambda *x: ibot_loss(*x, **TEMPS, inplace_grad=True)), refill),
         PLAIN: Variant(_bind(_reference)),
+        "formula": Variant(_bind(formula)),
         "lightly": Variant(_lightly),
     }
     if device.type == "cuda":
         variants |= {name: divergence(loss) for name, loss in row_losses().items()}
     if compiled:
-        variants["reference, torch.compile"] = Variant(_bind(torch.compile(_reference, dynamic=False)))
+        variants["formula, torch.compile"] = Variant(_bind(torch.compile(formula, dynamic=False)))
     return Case("ibot_loss", shape, make, _exact, variants, 3 * M * K * dtype.itemsize + 4 * (K + M))
 
 
 def _reference(*inputs: Tensor) -> Tensor:
     return ibot_loss_reference(*inputs, **TEMPS)
+
+
+def formula(student: Tensor, teacher: Tensor, center: Tensor, weight: Tensor) -> Tensor:
+    """Equation 2 of Zhou et al. 2022 as one would write it today, with autograd."""
+    log_q = torch.log_softmax(student.float() / TEMPS["student_temp"], dim=-1)
+    p = torch.softmax((teacher.float() - center) / TEMPS["teacher_temp"], dim=-1)
+    return -(weight * (p * log_q).sum(dim=-1)).sum()
 
 
 def _bind(implementation: Callable[..., Tensor]) -> Callable[[Inputs], Bound]:

@@ -7,6 +7,7 @@ from fastdino_kernels.gather_norm import gather_layer_norm
 from fastdino_kernels.ibot import ibot_loss
 from fastdino_kernels.koleo import koleo_loss
 from fastdino_kernels.loss import dino_loss
+from fastdino_kernels.prototype_loss import prototype_loss
 from fastdino_kernels.prototypes import prototype_weight
 from fastdino_kernels.scatter_add import scatter_add_scaled
 from fastdino_kernels.segments import Segments, make_segments, segment_squares
@@ -23,6 +24,7 @@ __all__ = [
     "ibot_loss",
     "koleo_loss",
     "make_segments",
+    "prototype_loss",
     "prototype_weight",
     "scatter_add_scaled",
     "segment_squares",

@@ -49,7 +49,8 @@ def ema_update_reference_(
     if weight == 1:
         torch._foreach_copy_(teachers, students)
     elif weight > 0:
-        ends = [s.to(t.dtype) for t, s in zip(teachers, students, strict=True)]
+        # .to() where there is nothing to convert would cost more than the whole update of a small tensor.
+        ends = [s if s.dtype == t.dtype else s.to(t.dtype) for t, s in zip(teachers, students, strict=True)]
         torch._foreach_lerp_(teachers, ends, weight)
     for copy, t in zip(_as_list(shadow), teachers, strict=shadow is not None):
         copy.copy_(t)

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from fastdino_kernels import row_cross_entropy
-from fastdino_kernels._backend import compute_dtype, use_triton
+from fastdino_kernels._backend import use_triton
 from fastdino_kernels.soft_cross_entropy import Terms, dense_rows, soft_cross_entropy
+from fastdino_kernels.soft_cross_entropy_reference import soft_cross_entropy_reference
 
 
 def ibot_loss(
@@ -28,8 +29,8 @@ def ibot_loss(
         weight: (M,) fp32 weight of each patch. iBOT's is 1 / (images * masked patches of the patch's image).
         student_temp: temperature of the student, > 0.
         teacher_temp: temperature of the teacher, > 0.
-        inplace_grad: on a GPU, write the gradient over the student's logits, as in :func:`dino_loss`, but possibly in
-            the forward pass already.
+        inplace_grad: write the gradient over the student's logits, as in :func:`dino_loss`, but possibly in the forward
+            pass already.
 
     Returns the fp32 (fp64 for fp64 logits) scalar, with a gradient for ``student``.
     Raises ValueError when shapes, dtypes, devices or temperatures do not fit.
@@ -38,41 +39,46 @@ def ibot_loss(
     _check(student, teacher, center, weight, student_temp, teacher_temp)
     if inplace_grad and student.requires_grad and student.is_leaf:
         raise ValueError("inplace_grad=True would overwrite student, a leaf tensor: pass the output of a layer")
-    if not use_triton(student) or torch.float64 in (student.dtype, teacher.dtype) or not len(student):
-        return ibot_loss_reference(
-            student, teacher, center, weight, student_temp=student_temp, teacher_temp=teacher_temp
-        )
+    fused = use_triton(student) and torch.float64 not in (student.dtype, teacher.dtype) and len(student)
     gives_up_logits = inplace_grad or not student.requires_grad
-    if gives_up_logits and row_cross_entropy.pays(len(student), student.device):
+    if fused and gives_up_logits and row_cross_entropy.pays(len(student), student.device):
         rows = (dense_rows(student), dense_rows(teacher), center.contiguous(), weight.contiguous())
         return row_cross_entropy.row_cross_entropy(*rows, student_temp, teacher_temp)
+    implementation = soft_cross_entropy if fused else soft_cross_entropy_reference
     terms = Terms(student_temp, teacher_temp, scale=1.0, other_views=False)
-    return soft_cross_entropy(student[None], teacher[None], center, weight, terms, inplace_grad)
+    return implementation(student[None], teacher[None], center, weight, terms, inplace_grad)
 
 
 def ibot_loss_reference(
-    student: Tensor, teacher: Tensor, center: Tensor, weight: Tensor, *, student_temp: float, teacher_temp: float
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    weight: Tensor,
+    *,
+    student_temp: float,
+    teacher_temp: float,
+    inplace_grad: bool = False,
 ) -> Tensor:
     """:func:`ibot_loss` in plain torch: the definition that the kernel is tested against, and what a CPU runs."""
-    dtype = compute_dtype(student)
-    q = torch.softmax((teacher.to(dtype) - center) / teacher_temp, dim=-1)
-    log_p = torch.log_softmax(student.to(dtype) / student_temp, dim=-1)
-    return -(weight * (q * log_p).sum(dim=-1)).sum()
+    terms = Terms(student_temp, teacher_temp, scale=1.0, other_views=False)
+    return soft_cross_entropy_reference(student[None], teacher[None], center, weight, terms, inplace_grad)
 
 
 def _check(
     student: Tensor, teacher: Tensor, center: Tensor, weight: Tensor, student_temp: float, teacher_temp: float
 ) -> None:
     tensors = (student, teacher, center, weight)
-    names = ("student", "teacher", "center", "weight")
-    found = ", ".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in zip(names, tensors, strict=True))
+    found = (
+        f"student {tuple(student.shape)} {student.dtype}, teacher {tuple(teacher.shape)} {teacher.dtype}, "
+        f"center {tuple(center.shape)} {center.dtype}, weight {tuple(weight.shape)} {weight.dtype}"
+    )
     M, K = student.shape if student.dim() == 2 else (-1, -1)
     if [x.shape for x in tensors] != [(M, K), (M, K), (K,), (M,)] or K < 1:
         raise ValueError(f"expected student (M, K), teacher (M, K), center (K,) and weight (M,); got {found}")
     if not student_temp > 0 or not teacher_temp > 0:
         raise ValueError(f"temperatures must be positive; got student_temp={student_temp}, teacher_temp={teacher_temp}")
-    if len({x.device for x in tensors}) > 1:
-        raise ValueError(f"expected one device; got {', '.join(str(x.device) for x in tensors)}")
+    if any(x.device != student.device for x in tensors):
+        raise ValueError(f"expected one device; got {[str(x.device) for x in tensors]}")
     if not all(x.is_floating_point() for x in tensors[:2]) or any(
         x.dtype not in (torch.float32, student.dtype) for x in tensors[2:]
     ):

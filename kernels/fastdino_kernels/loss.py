@@ -1,17 +1,13 @@
 """DINO's loss: the teacher's centered, sharpened probabilities against the student's, over all pairs of views."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastdino_kernels._backend import compute_dtype, use_triton
-from fastdino_kernels.soft_cross_entropy import Terms, dense_rows, soft_cross_entropy, unpack
+from fastdino_kernels._backend import use_triton
+from fastdino_kernels.soft_cross_entropy import Terms, soft_cross_entropy
+from fastdino_kernels.soft_cross_entropy_reference import soft_cross_entropy_reference
 
 MAX_STUDENT_VIEWS = 32
-
-Temps = tuple[float, float]  # the student's, the teacher's
 
 
 def dino_loss(
@@ -44,11 +40,10 @@ def dino_loss(
         raise ValueError(
             "inplace_grad=True would overwrite student, which is a leaf tensor: pass the output of a layer"
         )
-    if not use_triton(student) or torch.float64 in (student.dtype, teacher.dtype):
-        return _DinoLossReference.apply(student, teacher, center, (student_temp, teacher_temp), inplace_grad)
-    scale = 1 / _num_terms(student, teacher)
-    terms = Terms(student_temp, teacher_temp, scale, other_views=True)
-    return soft_cross_entropy(student, teacher, center, None, terms, inplace_grad)
+    fused = use_triton(student) and torch.float64 not in (student.dtype, teacher.dtype)
+    implementation = soft_cross_entropy if fused else soft_cross_entropy_reference
+    terms = Terms(student_temp, teacher_temp, 1 / _num_terms(student, teacher), other_views=True)
+    return implementation(student, teacher, center, None, terms, inplace_grad)
 
 
 def dino_loss_reference(
@@ -61,40 +56,8 @@ def dino_loss_reference(
     inplace_grad: bool = False,
 ) -> Tensor:
     """:func:`dino_loss` in plain torch: the definition that the kernel is tested against, and what a CPU runs."""
-    return _DinoLossReference.apply(student, teacher, center, (student_temp, teacher_temp), inplace_grad)
-
-
-class _DinoLossReference(torch.autograd.Function):
-    """View by view, with the gradient by hand: autograd would keep (S, B, K) probabilities."""
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, center: Tensor, temps: Temps, inplace_grad: bool) -> Tensor:
-        student = dense_rows(student)
-        dtype = compute_dtype(student)  # fp64 stays fp64: the tests' truth
-        q = torch.softmax((teacher.to(dtype) - center) / temps[1], dim=-1)  # (T, B, K)
-        loss = torch.zeros((), dtype=dtype, device=student.device)
-        for logits, target in zip(student, _targets(q, len(student)), strict=True):
-            loss -= (target * torch.log_softmax(logits.to(dtype) / temps[0], dim=-1)).sum()
-        ctx.save_for_backward(student, q)
-        ctx.student_temp, ctx.inplace_grad, ctx.consumed = temps[0], inplace_grad, False
-        return loss / _num_terms(student, teacher)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        student, grad, (q,) = unpack(ctx)
-        scale = grad_loss / (ctx.student_temp * _num_terms(student, q))
-        for s, (logits, target) in enumerate(zip(student, _targets(q * scale, len(student)), strict=True)):
-            p = torch.softmax(logits.to(q.dtype) / ctx.student_temp, dim=-1)
-            num_targets = len(q) - (s < len(q))
-            grad[s] = p.mul_(num_targets * scale).sub_(target)
-        return grad, None, None, None, None
-
-
-def _targets(q: Tensor, num_views: int) -> list[Tensor]:
-    """For each student view the sum of the other views' teacher probabilities; views past the teacher's share one."""
-    everyone = q.sum(0)
-    return [q[[t for t in range(len(q)) if t != s]].sum(0) if s < len(q) else everyone for s in range(num_views)]
+    terms = Terms(student_temp, teacher_temp, 1 / _num_terms(student, teacher), other_views=True)
+    return soft_cross_entropy_reference(student, teacher, center, None, terms, inplace_grad)
 
 
 def _num_terms(student: Tensor, teacher: Tensor) -> int:

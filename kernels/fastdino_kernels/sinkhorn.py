@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdino_kernels._backend import compute_dtype, operator, use_triton
+from fastdino_kernels._chunks import chunks, lowest_exponent, without_subnormals
 
 _LOG2_E = math.log2(math.e)
 
@@ -54,13 +55,28 @@ def sinkhorn_reference(
     logits: Tensor, *, temp: float, iterations: int = 3, all_reduce: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """:func:`sinkhorn` in plain torch: the definition that the kernel is tested against, and what a CPU runs."""
-    x = logits.to(compute_dtype(logits)) / temp
-    row = x.new_zeros(len(x))
-    for _ in range(iterations):
-        column_lse = torch.logsumexp(x + row[:, None], dim=0)
+    (R, K), dtype = logits.shape, compute_dtype(logits)
+    row, column, column_lse = (torch.zeros(size, dtype=dtype, device=logits.device) for size in (R, K, K))
+    for i in range(iterations):
+        for k in chunks(K, R):
+            x = logits[:, k].to(dtype) / temp
+            column_lse[k] = _logsumexp(x.add_(row[:, None]), -column[k] if i else None, dim=0)
         column = -(column_lse if all_reduce is None else all_reduce(column_lse))
-        row = -torch.logsumexp(x + column, dim=1)
+        for r in chunks(R, K):
+            x = logits[r].to(dtype) / temp
+            row[r] = -_logsumexp(x.add_(column), -row[r] if i else None, dim=1)
     return row, column
+
+
+def _logsumexp(x: Tensor, last: Tensor | None, dim: int) -> Tensor:
+    """Log-sum-exp of ``x``, which it overwrites, about the last iteration's: cheaper than about the maximum.
+
+    Nothing overflows or is lost: where every column of Q sums to 1, no element is above 1, and no row's sum has grown
+    smaller than 1 / R; and the same with rows and columns exchanged.
+    """
+    if last is None:
+        return torch.logsumexp(without_subnormals(x, dim) if x.numel() else x, dim)
+    return x.sub_(last.unsqueeze(dim)).clamp_(min=lowest_exponent(x.dtype)).exp_().sum(dim).log_().add_(last)
 
 
 def launch_config(num_rows: int, num_prototypes: int) -> dict[str, dict[str, int]]:

@@ -21,6 +21,7 @@ from fastdino_kernels import (
     ibot_loss,
     koleo_loss,
     make_segments,
+    prototype_loss,
     prototype_weight,
     scatter_add_scaled,
     segment_squares,
@@ -85,6 +86,14 @@ def clipped(param: Tensor, grad: Tensor) -> list[Tensor]:
 
 LOGITS = random(4, 3, 100).requires_grad_(), random(2, 3, 100), random(100)
 PATCHES = random(5, 100).requires_grad_(), random(5, 100), random(100), random(5).exp()
+FEATURES = (
+    random(5, 8).requires_grad_(),
+    random(70, 8).requires_grad_(),
+    random(5, 8),
+    random(70, 8),
+    random(70),
+    random(5).exp(),
+)
 BRANCH = random(4, 5, 8).requires_grad_(), torch.tensor([2, 0], device=DEVICE)  # tokens, images that are kept
 SUM = (*BRANCH, random(2, 5, 8).requires_grad_(), random(8).requires_grad_())
 CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
@@ -94,6 +103,7 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "ibot_loss in place": (partial(ibot, inplace_grad=True), PATCHES),
     "center_mean": (center_mean, (random(2, 3, 100),)),
     "sinkhorn": (partial(sinkhorn, temp=0.1), (random(5, 100),)),
+    "prototype_loss": (partial(prototype_loss, **TEMPS), FEATURES),
     "prototype_weight": (prototype_weight, (random(9, 32).requires_grad_(), random(9, 1))),
     "koleo_loss": (koleo_loss, (random(2, 5, 8).requires_grad_(),)),
     "gather_layer_norm": (gather_layer_norm, (*BRANCH, random(8).requires_grad_(), random(8).requires_grad_())),

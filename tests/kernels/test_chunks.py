@@ -1,0 +1,99 @@
+"""The references in chunks: equal to the formula whatever the chunk, in half its memory, without subnormal numbers."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.counters import peak_bytes
+from bench.kernels import dino_loss as dino_bench
+from bench.kernels import ibot_loss as ibot_bench
+from fastdino_kernels import _chunks
+from fastdino_kernels.ibot import ibot_loss_reference
+from fastdino_kernels.loss import dino_loss_reference
+from fastdino_kernels.sinkhorn import sinkhorn_reference
+
+CPU = torch.device("cpu")
+TEMPS = dino_bench.TEMPS
+assert TEMPS == ibot_bench.TEMPS
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+# By name: the reference, the formula with autograd, and the shapes of the inputs; student and teacher come first.
+LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[tuple[int, ...]]]] = {
+    "dino_loss": (dino_loss_reference, dino_bench.formula, [(10, 32, 4096), (2, 32, 4096), (4096,)]),
+    "ibot_loss": (ibot_loss_reference, ibot_bench.formula, [(256, 4096), (256, 4096), (4096,), (256,)]),
+}
+losses = pytest.mark.parametrize("name", LOSSES)
+
+
+def random_inputs(name: str, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher, *rest = (torch.randn(shape, generator=generator) for shape in LOSSES[name][2])
+    return [student.to(dtype), teacher.to(dtype), *(x.abs() for x in rest)]
+
+
+def loss_and_grad(implementation: Callable[..., Tensor], student: Tensor, *args: Tensor, **kwargs: Any) -> list[Tensor]:
+    leaf = student.detach().requires_grad_()
+    logits = leaf.view_as(leaf)  # no leaf, like the output of a layer
+    value = implementation(logits, *args, **kwargs)
+    return [value.detach(), *torch.autograd.grad(value, logits)]
+
+
+@DTYPES
+@pytest.mark.parametrize("inplace_grad", [False, True])
+@losses
+def test_half_the_memory_of_the_formula(name: str, inplace_grad: bool, dtype: torch.dtype) -> None:
+    """Forward and backward, beyond the inputs; with the gradient in place, what is left is a chunk."""
+    reference, formula, _ = LOSSES[name]
+    inputs = random_inputs(name, dtype)
+    naive = peak_bytes(lambda: loss_and_grad(formula, *inputs), CPU)
+    kwargs = {**TEMPS, "inplace_grad": inplace_grad}
+    ours = peak_bytes(lambda: loss_and_grad(reference, *inputs, **kwargs), CPU)
+    assert ours <= naive / 2
+    if inplace_grad:
+        assert ours < 9 * 4 * _chunks.CHUNK_ELEMENTS
+
+
+@pytest.mark.parametrize("inplace_grad", [False, True])
+@losses
+def test_chunks_of_any_size(name: str, inplace_grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row, several, all, and a ragged last chunk; the formula's own loss and gradient in float64."""
+    reference, formula, _ = LOSSES[name]
+    inputs = [x.double() for x in random_inputs(name, torch.float32)]
+    inputs = [inputs[0][..., :7, :50], inputs[1][..., :7, :50], inputs[2][:50], *(x[:7] for x in inputs[3:])]
+    monkeypatch.setattr(Tensor, "float", Tensor.double)  # the formula upcasts
+    want = loss_and_grad(formula, *inputs)
+    for elements in (1, 150, 1000):
+        monkeypatch.setattr(_chunks, "CHUNK_ELEMENTS", elements)
+        student = inputs[0].clone()
+        got = loss_and_grad(reference, student, *inputs[1:], **TEMPS, inplace_grad=inplace_grad)
+        for x, expected in zip(got, want, strict=True):
+            torch.testing.assert_close(x, expected, rtol=1e-11, atol=1e-15)
+
+
+def test_sinkhorn_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(23, 61, generator=torch.Generator().manual_seed(0)).double() * 3
+    whole = sinkhorn_reference(logits, temp=0.07)
+    for elements in (1, 100):
+        monkeypatch.setattr(_chunks, "CHUNK_ELEMENTS", elements)
+        for got, want in zip(sinkhorn_reference(logits, temp=0.07), whole, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-12)
+
+
+def test_chunks_cover_a_range_once() -> None:
+    for length, width in [(0, 5), (1, 10**9), (7, 2**15), (1000, 100), (5, 0)]:
+        assert [i for c in _chunks.chunks(length, width) for i in range(c.start, c.stop)] == list(range(length))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_without_subnormals(dtype: torch.dtype) -> None:
+    """Not one in the softmax of logits that are far apart, which changes by less than the dtype's rounding error."""
+    info = torch.finfo(dtype)
+    x = torch.linspace(0, -2 * abs(math.log(info.tiny)), 1000, dtype=dtype)[None] - 1000
+    p = torch.softmax(_chunks.without_subnormals(x), dim=-1)
+    assert (p >= info.tiny).all()
+    assert ((torch.softmax(x, dim=-1) > 0) & (torch.softmax(x, dim=-1) < info.tiny)).any()
+    torch.testing.assert_close(p, torch.softmax(x, dim=-1), rtol=0, atol=info.eps**2)
+    assert torch.isneginf(_chunks.without_subnormals(torch.full((1, 3), -math.inf, dtype=dtype))).all()
