@@ -7,7 +7,7 @@ import torch
 from lightly.loss import DINOLoss
 from torch import Tensor
 
-from bench.kernels.case import OURS, PLAIN, Bound, Case, Variant, generator, parse_shape
+from bench.kernels.case import LOGITS_STD, OURS, PLAIN, Bound, Case, Variant, generator, parse_shape
 from fastdino_kernels import dino_loss
 from fastdino_kernels.loss import dino_loss_reference
 
@@ -34,12 +34,12 @@ def _case(device: torch.device, shape: str, compiled: bool) -> Case:
 
     def make(seed: int) -> Inputs:
         random: dict[str, Any] = {"generator": generator(device, seed), "device": device}
-        student, teacher = (torch.randn(views, B, K, **random).to(dtype) for views in (S, T))
-        return Inputs(student.requires_grad_(), teacher, 0.1 * torch.randn(K, **random))
+        student, teacher = ((LOGITS_STD * torch.randn(views, B, K, **random)).to(dtype) for views in (S, T))
+        return Inputs(student.requires_grad_(), teacher, 0.1 * LOGITS_STD * torch.randn(K, **random))
 
     def refill(inputs: Inputs) -> None:
         with torch.no_grad():
-            inputs.student.normal_()
+            inputs.student.normal_(0, LOGITS_STD)
 
     def fused(*args: Tensor) -> Tensor:
         return dino_loss(*args, **TEMPS)
@@ -77,7 +77,7 @@ def _bind(implementation: Callable[..., Tensor]) -> Callable[[Inputs], Bound]:
         def call() -> list[Tensor]:
             student = inputs.student.view_as(inputs.student)  # no leaf, like the output of a layer
             loss = implementation(student, inputs.teacher, inputs.center)
-            (grad,) = torch.autograd.grad(loss, student)
+            (grad,) = torch.autograd.grad(loss, inputs.student)
             return [loss.detach(), grad]
 
         return call

@@ -7,7 +7,7 @@ import torch
 from lightly.loss import IBOTPatchLoss
 from torch import Tensor
 
-from bench.kernels.case import OURS, PLAIN, Bound, Case, Variant, generator, parse_shape
+from bench.kernels.case import LOGITS_STD, OURS, PLAIN, Bound, Case, Variant, generator, parse_shape
 from bench.kernels.peers_triton import RowLoss, entropy, row_losses
 from fastdino_kernels.ibot import ibot_loss, ibot_loss_reference
 
@@ -32,13 +32,13 @@ def _case(device: torch.device, shape: str, compiled: bool) -> Case:
 
     def make(seed: int) -> Inputs:
         random: dict[str, Any] = {"generator": generator(device, seed), "device": device}
-        student, teacher = (torch.randn(M, K, **random).to(dtype) for _ in range(2))
+        student, teacher = ((LOGITS_STD * torch.randn(M, K, **random)).to(dtype) for _ in range(2))
         weight = torch.full((M,), 1 / M, device=device)
-        return Inputs(student.requires_grad_(), teacher, 0.1 * torch.randn(K, **random), weight)
+        return Inputs(student.requires_grad_(), teacher, 0.1 * LOGITS_STD * torch.randn(K, **random), weight)
 
     def refill(inputs: Inputs) -> None:
         with torch.no_grad():
-            inputs.student.normal_()
+            inputs.student.normal_(0, LOGITS_STD)
 
     variants = {
         OURS: Variant(_bind(lambda *x: ibot_loss(*x, **TEMPS, inplace_grad=True)), refill),
@@ -69,7 +69,7 @@ def _bind(implementation: Callable[..., Tensor]) -> Callable[[Inputs], Bound]:
         def call() -> list[Tensor]:
             student = inputs.student.view_as(inputs.student)  # no leaf, like the output of a layer
             loss = implementation(student, *inputs[1:])
-            (grad,) = torch.autograd.grad(loss, student)
+            (grad,) = torch.autograd.grad(loss, inputs.student)
             return [loss.detach(), grad]
 
         return call

@@ -6,7 +6,7 @@ import torch
 from lightly.loss.swav_loss import sinkhorn as lightly_sinkhorn
 from torch import Tensor
 
-from bench.kernels.case import OURS, PLAIN, Bound, Case, Variant, generator, parse_shape
+from bench.kernels.case import LOGITS_STD, OURS, PLAIN, Bound, Case, Variant, generator, parse_shape
 from fastdino_kernels.sinkhorn import sinkhorn, sinkhorn_reference
 
 TEMP, ITERATIONS = 0.07, 3
@@ -21,7 +21,7 @@ def _case(device: torch.device, shape: str, compiled: bool) -> Case:
     (R, K), dtype = parse_shape(shape)
 
     def make(seed: int) -> Tensor:
-        return torch.randn(R, K, generator=generator(device, seed), device=device).to(dtype)
+        return (LOGITS_STD * torch.randn(R, K, generator=generator(device, seed), device=device)).to(dtype)
 
     variants = {
         OURS: Variant(_bind(sinkhorn), judge=_matrix),

@@ -28,7 +28,8 @@ def dino_loss(
         student_temp: temperature of the student, > 0.
         teacher_temp: temperature of the teacher, > 0.
         inplace_grad: write the gradient over the student's logits, which saves their size in memory. They are then
-            consumed: their version counter moves, and a second backward raises RuntimeError.
+            consumed, on a CPU already by the call: their version counter moves, and a second backward raises
+            RuntimeError.
 
     Returns the fp32 (fp64 for fp64 logits) scalar mean over the pairs of views t != s and over B, with a gradient for
     ``student``. It is not finite when a logit that takes part is not; but a teacher's -inf is a probability of 0.

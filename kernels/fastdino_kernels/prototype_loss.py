@@ -10,7 +10,7 @@ from fastdino_kernels._backend import compute_dtype, operator, use_triton
 from fastdino_kernels.ibot import ibot_loss_reference
 from fastdino_kernels.row_cross_entropy import row_cross_entropy_
 from fastdino_kernels.soft_cross_entropy import Terms
-from fastdino_kernels.soft_cross_entropy_reference import reference_gradient_, reference_loss
+from fastdino_kernels.soft_cross_entropy_reference import reference_loss
 
 
 def prototype_loss(
@@ -164,10 +164,7 @@ def _loss_and_grad_(
     """The chunk's share of the loss; if wanted, ``logits`` becomes the gradient for it."""
     if not use_triton(logits) or torch.float64 in (logits.dtype, teacher_logits.dtype):
         student, teacher = logits[None], teacher_logits[None]
-        loss = reference_loss(student, teacher, center, weight, terms)
-        if wanted:
-            reference_gradient_(student, student, loss.new_ones(()), teacher, center, weight, terms)
-        return loss
+        return reference_loss(student, teacher, center, weight, terms, grad=student if wanted else None)
     grad, student_logits = (logits, None) if wanted else (None, logits)
     return row_cross_entropy_(grad, student_logits, teacher_logits, center, weight, *terms[:2])
 

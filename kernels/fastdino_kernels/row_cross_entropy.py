@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastdino_kernels._backend import operator
+from fastdino_kernels.soft_cross_entropy import consume
 
 _LOG2_E = math.log2(math.e)
 
@@ -56,12 +57,7 @@ class _RowCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.consumed:
-            raise RuntimeError(
-                "inplace_grad=True has already overwritten the student's logits with their gradient: "
-                "call backward once, or pass inplace_grad=False"
-            )
-        ctx.consumed = True
+        consume(ctx)
         scale_(ctx.grad, grad_loss)
         return ctx.grad, None, None, None, None, None
 

@@ -64,8 +64,14 @@ class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        student, grad, saved = unpack(ctx)
-        logits = None if ctx.inplace_grad else student
+        if ctx.inplace_grad:
+            consume(ctx)
+        student, *saved = ctx.saved_tensors
+        if ctx.inplace_grad:
+            torch.autograd.graph.increment_version(student)  # whoever else saved the logits must not use them now
+            grad, logits = student.detach(), None
+        else:
+            grad, logits = torch.empty_like(student, memory_format=torch.contiguous_format), student
         soft_cross_entropy_gradient_(grad, logits, grad_loss, *saved, *ctx.terms)
         return grad, None, None, None, None, None
 
@@ -75,19 +81,14 @@ def dense_rows(x: Tensor) -> Tensor:
     return x.contiguous() if x.stride(-1) != 1 or 0 in x.stride() else x
 
 
-def unpack(ctx: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """For backward: the student's logits, the tensor for their gradient (the same if inplace_grad), the rest saved."""
+def consume(ctx: Any) -> None:
+    """Raises RuntimeError in the second backward pass of what works in place."""
     if ctx.consumed:
         raise RuntimeError(
             "inplace_grad=True has already overwritten the student's logits with their gradient: "
             "call backward once, or pass inplace_grad=False"
         )
-    student, *saved = ctx.saved_tensors
-    if not ctx.inplace_grad:
-        return student, torch.empty_like(student, memory_format=torch.contiguous_format), saved
     ctx.consumed = True
-    torch.autograd.graph.increment_version(student)  # whoever else saved the logits must not use them now
-    return student, student.detach(), saved
 
 
 def launch_config(num_prototypes: int, num_views: int) -> dict[str, dict[str, int]]:

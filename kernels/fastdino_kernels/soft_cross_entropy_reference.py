@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from fastdino_kernels._backend import compute_dtype
 from fastdino_kernels._chunks import chunks, without_subnormals
-from fastdino_kernels.soft_cross_entropy import Terms, dense_rows, unpack
+from fastdino_kernels.soft_cross_entropy import Terms, consume, dense_rows
 
 
 def soft_cross_entropy_reference(
@@ -19,7 +19,10 @@ def soft_cross_entropy_reference(
 
 
 class _SoftCrossEntropyReference(torch.autograd.Function):
-    """A few images at a time, view by view, and the gradient by hand: autograd would keep every probability."""
+    """A few images at a time, view by view, and the gradient by hand: autograd would keep every probability.
+
+    Where it may replace the logits it does so in the forward pass, which has the probabilities at hand.
+    """
 
     @staticmethod
     def forward(
@@ -32,51 +35,50 @@ class _SoftCrossEntropyReference(torch.autograd.Function):
         inplace_grad: bool,
     ) -> Tensor:
         student = dense_rows(student)
-        ctx.save_for_backward(student, teacher, center, weight)
         ctx.terms, ctx.inplace_grad, ctx.consumed = terms, inplace_grad, False
-        return reference_loss(student, teacher, center, weight, terms)
+        if not (inplace_grad and ctx.needs_input_grad[0]):
+            ctx.save_for_backward(student, teacher, center, weight)
+            return reference_loss(student, teacher, center, weight, terms)
+        ctx.grad = student.detach()
+        loss = reference_loss(student, teacher, center, weight, terms, ctx.grad)
+        torch.autograd.graph.increment_version(student)  # whoever else saved the logits must not use them now
+        return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        student, grad, (teacher, center, weight) = unpack(ctx)
-        reference_gradient_(grad, student, grad_loss, teacher, center, weight, ctx.terms)
-        return grad, None, None, None, None, None
+        if ctx.inplace_grad:
+            consume(ctx)
+            return ctx.grad.mul_(grad_loss), None, None, None, None, None
+        student, teacher, center, weight = ctx.saved_tensors
+        grad = torch.empty_like(student, memory_format=torch.contiguous_format)
+        reference_loss(student, teacher, center, weight, ctx.terms, grad)
+        return grad.mul_(grad_loss), None, None, None, None, None
 
 
-def reference_loss(student: Tensor, teacher: Tensor, center: Tensor, weight: Tensor | None, terms: Terms) -> Tensor:
-    """The scaled sum of weight * -<q, log p> over images and pairs of views."""
+def reference_loss(
+    student: Tensor, teacher: Tensor, center: Tensor, weight: Tensor | None, terms: Terms, grad: Tensor | None = None
+) -> Tensor:
+    """The scaled sum of weight * -<q, log p> over images and pairs of views.
+
+    ``grad``, which may be ``student``, receives the gradient: weight * (p - q) summed over pairs, scaled.
+    """
     loss = torch.zeros((), dtype=compute_dtype(student), device=student.device)
     for images in chunks(*student.shape[1:]):
+        row_weight = 1 if weight is None else weight[images]
         for s, target in enumerate(_targets(student, teacher[:, images], center, terms)):
             log_p = torch.log_softmax(student[s, images].to(loss.dtype) / terms.student_temp, dim=-1)
-            cross_entropy = -(target * log_p).sum(dim=-1)
-            loss += (cross_entropy if weight is None else weight[images] * cross_entropy).sum()
+            loss -= (row_weight * (target * log_p).sum(dim=-1)).sum()
+            if grad is not None:
+                scale = terms.scale / terms.student_temp * (1 if weight is None else weight[images, None])
+                num_targets = len(teacher) - (terms.other_views and s < len(teacher))
+                torch.mul(torch.sub(target, log_p.exp_(), alpha=num_targets), -scale, out=grad[s, images])
     return loss * terms.scale
-
-
-def reference_gradient_(
-    grad: Tensor,
-    student: Tensor,
-    grad_loss: Tensor,
-    teacher: Tensor,
-    center: Tensor,
-    weight: Tensor | None,
-    terms: Terms,
-) -> None:
-    """Writes grad_loss times its gradient, weight * (p - q) summed over pairs, into ``grad``: maybe ``student``."""
-    scale = grad_loss * (terms.scale / terms.student_temp)
-    for images in chunks(*student.shape[1:]):
-        row_scale = scale if weight is None else scale * weight[images, None]
-        for s, target in enumerate(_targets(student, teacher[:, images], center, terms)):
-            p = torch.softmax(student[s, images].to(scale.dtype) / terms.student_temp, dim=-1)
-            num_targets = len(teacher) - (terms.other_views and s < len(teacher))
-            grad[s, images] = torch.sub(target, p, alpha=num_targets).mul_(-row_scale)
 
 
 def _targets(student: Tensor, teacher: Tensor, center: Tensor, terms: Terms) -> list[Tensor]:
     """For each student view the sum of the teacher's probabilities over the views that it is compared with."""
-    logits = (teacher.to(compute_dtype(student)) - center).div_(terms.teacher_temp)
+    logits = (teacher - center).div_(terms.teacher_temp)  # at least fp32, as the center is
     q = torch.softmax(without_subnormals(logits), dim=-1)
     everyone = q[0] + q[1] if len(q) == 2 else q[0]
     if not terms.other_views:

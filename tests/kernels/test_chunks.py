@@ -38,7 +38,7 @@ def loss_and_grad(implementation: Callable[..., Tensor], student: Tensor, *args:
     leaf = student.detach().requires_grad_()
     logits = leaf.view_as(leaf)  # no leaf, like the output of a layer
     value = implementation(logits, *args, **kwargs)
-    return [value.detach(), *torch.autograd.grad(value, logits)]
+    return [value.detach(), *torch.autograd.grad(value, leaf)]
 
 
 @DTYPES
