@@ -1,6 +1,8 @@
 """The data benchmark: equal pixels before any figure, the peers' distributions, what it writes."""
 
 import json
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,15 @@ VIEWS = ViewsConfig(global_size=32, local_size=16, num_local=2)
 @pytest.fixture
 def paths(tmp_path: Path) -> list[Path]:
     return data.make_files(tmp_path, SIZES)
+
+
+@pytest.fixture(autouse=True)
+def no_handler_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A DataLoader of torch's leaves a handler of SIGCHLD behind, which raises in whatever test a child dies in."""
+    before = signal.getsignal(signal.SIGCHLD)
+    monkeypatch.setattr("torch.utils.data._utils.signal_handling._SIGCHLD_handler_set", False)
+    yield
+    signal.signal(signal.SIGCHLD, before)
 
 
 def test_files_are_made_alike_and_differ(paths: list[Path], tmp_path: Path) -> None:
