@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fastdino_kernels import grouped_cross_entropy
 from fastdino_kernels._backend import use_triton
 from fastdino_kernels.soft_cross_entropy import Terms, soft_cross_entropy
 from fastdino_kernels.soft_cross_entropy_reference import soft_cross_entropy_reference
@@ -28,7 +29,7 @@ def dino_loss(
         student_temp: temperature of the student, > 0.
         teacher_temp: temperature of the teacher, > 0.
         inplace_grad: write the gradient over the student's logits, which saves their size in memory. They are then
-            consumed, on a CPU already by the call: their version counter moves, and a second backward raises
+            consumed, possibly by the call already: their version counter moves, and a second backward raises
             RuntimeError.
 
     Returns the fp32 (fp64 for fp64 logits) scalar mean over the pairs of views t != s and over B, with a gradient for
@@ -42,8 +43,11 @@ def dino_loss(
             "inplace_grad=True would overwrite student, which is a leaf tensor: pass the output of a layer"
         )
     fused = use_triton(student) and torch.float64 not in (student.dtype, teacher.dtype)
-    implementation = soft_cross_entropy if fused else soft_cross_entropy_reference
     terms = Terms(student_temp, teacher_temp, 1 / _num_terms(student, teacher), other_views=True)
+    group = grouped_cross_entropy.images_per_group(student.shape[1])
+    if fused and inplace_grad and student.requires_grad and group < student.shape[1]:
+        return grouped_cross_entropy.grouped_cross_entropy(student, teacher, center, terms, group)
+    implementation = soft_cross_entropy if fused else soft_cross_entropy_reference
     return implementation(student, teacher, center, None, terms, inplace_grad)
 
 
