@@ -32,6 +32,7 @@ WARMUP_STEPS = 2  # the first one makes buffers and caches that later ones keep
 CASES = {
     "cpu, ZeRO 1": nano_config(),
     "gpu, not sharded": nano_config(engine="torch", precision="bf16"),
+    "gpu, ZeRO 0": nano_config(precision="bf16", zero_stage=0),
     "gpu, ZeRO 1": nano_config(precision="bf16"),
     "gpu, ZeRO 2": nano_config(precision="bf16", zero_stage=2),
 }

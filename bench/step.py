@@ -120,10 +120,11 @@ def _figures(
 
 
 def build(config: Config, ranks: Ranks, folder: Path, compiled: bool) -> dict[str, Contender]:
-    """Ours with its default engine and with the plain one, and the peer, all with the same weights."""
+    """Ours with each engine, the default one first, and the peer, all with the same weights."""
     contenders, weights = {}, _start(config)
-    for label, engine in ((OURS, "deepspeed"), ("fastdino, torch engine", "torch")):
-        settings = step_config(config.model.arch, ranks.device, engine=engine)
+    engines = {OURS: ("deepspeed", "auto"), "fastdino, ZeRO 1": ("deepspeed", 1), "fastdino, ZeRO 2": ("deepspeed", 2)}
+    for label, (engine, stage) in (engines | {"fastdino, torch engine": ("torch", "auto")}).items():
+        settings = step_config(config.model.arch, ranks.device, engine=engine, zero_stage=stage)
 
         def make(settings: Config = settings, label: str = label) -> Contender:
             trainer = build_trainer(settings, ranks, folder / label)

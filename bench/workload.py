@@ -23,7 +23,14 @@ from fastdino.train.distributed import Ranks
 from fastdino.train.trainer import Trainer
 
 
-def step_config(arch: str, device: torch.device, *, engine: str = "deepspeed", precision: str = "auto") -> Config:
+def step_config(
+    arch: str,
+    device: torch.device,
+    *,
+    engine: str = "deepspeed",
+    precision: str = "auto",
+    zero_stage: int | str = "auto",
+) -> Config:
     """DINO v1's settings at full size for a GPU; on a CPU 2 + 4 views of 96 and 48 pixels and 4096 prototypes.
 
     Set so that a peer can do the same arithmetic: clipping by the common norm, prototypes that move from the first step
@@ -42,13 +49,13 @@ def step_config(arch: str, device: torch.device, *, engine: str = "deepspeed", p
         optim=OptimConfig(
             lr=5e-4 * 256 / batch, warmup_epochs=0, clip_mode="global", freeze_last_layer=0, teacher_momentum=0.9
         ),
-        engine=EngineConfig(name=engine, precision=precision, device=device.type),  # type: ignore[arg-type]
+        engine=EngineConfig(name=engine, precision=precision, zero_stage=zero_stage, device=device.type),  # type: ignore[arg-type]
         run=RunConfig(local_batch=batch),
     )
 
 
 def nano_config(
-    *, engine: str = "deepspeed", precision: str = "fp32", zero_stage: int = 1, local_batch: int = 4
+    *, engine: str = "deepspeed", precision: str = "fp32", zero_stage: int | str = "auto", local_batch: int = 4
 ) -> Config:
     """The smallest step that has everything, with the product's defaults: what CI counts."""
     return Config(

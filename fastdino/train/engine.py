@@ -34,8 +34,15 @@ def build_engine(config: Config, student: nn.Module, teacher: nn.Module, ranks: 
     teacher.requires_grad_(False)
     if config.engine.name == "torch":
         return TorchEngine(config, student, teacher, ranks)
-    engine = ShardedEngine if config.engine.zero_stage else ReplicatedEngine
+    engine = ShardedEngine if zero_stage(config, ranks) else ReplicatedEngine
     return engine(config, student, teacher, ranks)
+
+
+def zero_stage(config: Config, ranks: Ranks) -> int:
+    """What ``engine.zero_stage`` comes to."""
+    if config.engine.zero_stage == "auto":
+        return int(ranks.world_size > 1)
+    return config.engine.zero_stage
 
 
 def _prepare(network: nn.Module, ranks: Ranks) -> nn.Module:
@@ -56,9 +63,8 @@ def _broadcast(network: nn.Module) -> None:
         dist.broadcast(tensor, 0)
 
 
-def deepspeed_config(config: Config, bf16: bool) -> dict[str, Any]:
+def deepspeed_config(config: Config, stage: int, bf16: bool) -> dict[str, Any]:
     """DeepSpeed's config of a run. Nothing in it makes a step wait for the device; clipping is our optimizer's."""
-    stage = config.engine.zero_stage
     # At stage 0 its bf16 starts from rounded masters and asks after every step whether one overflowed: there it gets an
     # fp32 student and fp32 gradients to reduce, and the bf16 weights are ours.
     bf16 = bf16 and stage > 0
@@ -110,7 +116,7 @@ def _initialize(engine: Engine, config: Config, student: nn.Module) -> Any:
         wrapped, _, _, _ = deepspeed.initialize(
             model=student,
             optimizer=engine.optimizer,
-            config=deepspeed_config(config, engine.dtype == torch.bfloat16),
+            config=deepspeed_config(config, zero_stage(config, engine.ranks), engine.dtype == torch.bfloat16),
             dist_init_required=False,
         )
     finally:

@@ -24,6 +24,7 @@ from fastdino.train.schedules import Now
 
 GLOBAL_BATCH, STEPS = 8, 5
 ENGINES = {"torch": ("torch", 1), "zero0": ("deepspeed", 0), "zero1": ("deepspeed", 1), "zero2": ("deepspeed", 2)}
+AUTO = {"auto": ("deepspeed", "auto")}
 SOURCES = {"torch": "zero1", "zero0": "zero2", "zero1": "zero2", "zero2": "torch"}  # whose state each goes on from
 BASE = Config(
     model=ModelConfig(arch="vit_nano", patch_size=8, drop_path=0.0),
@@ -81,7 +82,7 @@ class Case:
     """An engine on the toy task, fed with this rank's share of the same global batches."""
 
     def __init__(self, ranks: distributed.Ranks, engine: str, **changes: Any) -> None:
-        name, stage = ENGINES[engine]
+        name, stage = (ENGINES | AUTO)[engine]
         self.accumulate = changes.pop("accumulate", 1)
         settings = EngineConfig(
             name=name, zero_stage=stage, device="cpu", precision=changes.pop("precision", "fp32"),
@@ -230,7 +231,7 @@ def main(out: Path, others: Path | None) -> None:
     train(distributed.init("cpu"), "zero1", steps=1)
     distributed.shutdown()
     ranks = distributed.init("cpu")  # all that follows is a second run within one process
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = {"auto": type(Case(ranks, "auto").engine).__name__}
     trained_norm = {"head": dataclasses.replace(BASE.head, freeze_prototype_norm=False)}
     for engine in ENGINES:
         results[f"fp32/{engine}"] = train(ranks, engine)

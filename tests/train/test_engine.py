@@ -86,6 +86,12 @@ def test_fp32_equals_one_process_of_plain_torch(results: Any, world_size: int, e
     assert_same_run(got, want, loss=1e-5, student=1e-4, teacher=2e-5)
 
 
+def test_one_process_shards_nothing_unless_told(results: Any) -> None:
+    assert {world_size: found["auto"] for world_size, found in results.items()} == {
+        1: "ReplicatedEngine", 2: "ShardedEngine",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("case", ["global", "lars", "sgd", "accumulate"])
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -176,7 +182,7 @@ def test_no_host_sync_in_a_step(results: Any, world_size: int, engine: str, prec
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_deepspeed_config(stage: Any, bf16: bool) -> None:
-    config = deepspeed_config(Config(engine=EngineConfig(zero_stage=stage, accumulate=3)), bf16)
+    config = deepspeed_config(Config(engine=EngineConfig(accumulate=3)), stage, bf16)
     assert config["gradient_clipping"] == 0.0, "DeepSpeed's default clips at 1.0"
     assert config["gradient_accumulation_steps"] == 3
     assert config["zero_optimization"]["stage"] == stage
