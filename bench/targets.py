@@ -64,7 +64,7 @@ def _patches(figure: str, *variants: str) -> Callable[[Cases], float]:
 
 _BOTH = (("sinkhorn", OURS), ("ibot_loss", OURS))
 _FOREACH = "torch AdamW(fused) and _foreach_lerp_"
-_CPU_LOSSES = [("dino_loss", "10,2,8,4096"), ("ibot_loss", "64,4096")]
+_CPU_LOSSES = [("dino_loss", "10,2,8,4096"), ("ibot_loss", "64,4096"), ("ibot_loss", "512,16384")]
 
 TARGETS = [
     Target("cuda", "`dino_loss`, 2 + 8 views: share of copy bandwidth", _share("dino_loss", HEADLINE), 80, unit="%"),

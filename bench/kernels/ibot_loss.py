@@ -13,7 +13,10 @@ from fastdino_kernels.ibot import ibot_loss, ibot_loss_reference
 
 TEMPS: dict[str, Any] = {"student_temp": 0.1, "teacher_temp": 0.04}
 IMAGES = 4  # M is a multiple of it
-SHAPES = {"cuda": ["3764,65536,bf16", "4096,131072,bf16"], "cpu": ["64,4096", "64,4096,bf16"]}  # M, K
+SHAPES = {
+    "cuda": ["3764,65536,bf16", "4096,131072,bf16"],
+    "cpu": ["64,4096", "64,4096,bf16", "512,16384", "512,16384,bf16"],
+}  # M, K
 
 
 class Inputs(NamedTuple):

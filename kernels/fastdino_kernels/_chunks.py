@@ -23,6 +23,6 @@ def lowest_exponent(dtype: torch.dtype) -> float:
     return math.log(torch.finfo(dtype).tiny) * 2 / 3
 
 
-def without_subnormals(x: Tensor, dim: int = -1) -> Tensor:
-    """``x`` raised to :func:`lowest_exponent` below its maximum over ``dim``, before a softmax or a log-sum-exp."""
-    return torch.maximum(x, x.amax(dim, keepdim=True) + lowest_exponent(x.dtype))
+def without_subnormals_(x: Tensor, dim: int = -1) -> Tensor:
+    """Raises ``x`` to :func:`lowest_exponent` below its maximum over ``dim``, before a softmax or a log-sum-exp."""
+    return x.clamp_(min=x.amax(dim, keepdim=True).add_(lowest_exponent(x.dtype)))

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdino_kernels._backend import compute_dtype, operator, use_triton
-from fastdino_kernels._chunks import chunks, lowest_exponent, without_subnormals
+from fastdino_kernels._chunks import chunks, lowest_exponent, without_subnormals_
 
 _LOG2_E = math.log2(math.e)
 
@@ -75,7 +75,7 @@ def _logsumexp(x: Tensor, last: Tensor | None, dim: int) -> Tensor:
     smaller than 1 / R; and the same with rows and columns exchanged.
     """
     if last is None:
-        return torch.logsumexp(without_subnormals(x, dim) if x.numel() else x, dim)
+        return torch.logsumexp(without_subnormals_(x, dim) if x.numel() else x, dim)
     return x.sub_(last.unsqueeze(dim)).clamp_(min=lowest_exponent(x.dtype)).exp_().sum(dim).log_().add_(last)
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastdino_kernels._backend import compute_dtype
-from fastdino_kernels._chunks import chunks, without_subnormals
+from fastdino_kernels._backend import compute_dtype, operator
+from fastdino_kernels._chunks import chunks, without_subnormals_
 from fastdino_kernels.soft_cross_entropy import Terms, consume, dense_rows
 
 
@@ -49,11 +49,19 @@ class _SoftCrossEntropyReference(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.inplace_grad:
             consume(ctx)
-            return ctx.grad.mul_(grad_loss), None, None, None, None, None
+            scale_reference_(ctx.grad, grad_loss)
+            return ctx.grad, None, None, None, None, None
         student, teacher, center, weight = ctx.saved_tensors
         grad = torch.empty_like(student, memory_format=torch.contiguous_format)
         reference_loss(student, teacher, center, weight, ctx.terms, grad)
         return grad.mul_(grad_loss), None, None, None, None, None
+
+
+@operator("x")
+def scale_reference_(x: Tensor, factor: Tensor) -> None:
+    """Multiplies ``x`` by a 0-d ``factor``; not by 1, since on a CPU there is nothing to wait for before one looks."""
+    if factor.tolist() != 1:
+        x.mul_(factor)
 
 
 def reference_loss(
@@ -72,14 +80,15 @@ def reference_loss(
             if grad is not None:
                 scale = terms.scale / terms.student_temp * (1 if weight is None else weight[images, None])
                 num_targets = len(teacher) - (terms.other_views and s < len(teacher))
-                torch.mul(torch.sub(target, log_p.exp_(), alpha=num_targets), -scale, out=grad[s, images])
+                p = log_p.exp_() if num_targets == 1 else log_p.exp_().mul_(num_targets)
+                torch.mul(p.sub_(target), scale, out=grad[s, images])
     return loss * terms.scale
 
 
 def _targets(student: Tensor, teacher: Tensor, center: Tensor, terms: Terms) -> list[Tensor]:
     """For each student view the sum of the teacher's probabilities over the views that it is compared with."""
     logits = (teacher - center).div_(terms.teacher_temp)  # at least fp32, as the center is
-    q = torch.softmax(without_subnormals(logits), dim=-1)
+    q = torch.softmax(without_subnormals_(logits), dim=-1)
     everyone = q[0] + q[1] if len(q) == 2 else q[0]
     if not terms.other_views:
         return [everyone] * len(student)

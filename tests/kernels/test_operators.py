@@ -99,6 +99,10 @@ SUM = (*BRANCH, random(2, 5, 8).requires_grad_(), random(8).requires_grad_())
 CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "dino_loss": (dino, LOGITS),
     "dino_loss in place": (partial(dino, inplace_grad=True), LOGITS),
+    "dino_loss in fp64, in place": (
+        partial(dino, inplace_grad=True),
+        tuple(x.detach().double().requires_grad_(x.requires_grad) for x in LOGITS),
+    ),
     "ibot_loss": (ibot, PATCHES),
     "ibot_loss in place": (partial(ibot, inplace_grad=True), PATCHES),
     "center_mean": (center_mean, (random(2, 3, 100),)),
