@@ -71,18 +71,21 @@ def reference_loss(
 
     ``grad``, which may be ``student``, receives the gradient: weight * (p - q) summed over pairs, scaled.
     """
-    loss = torch.zeros((), dtype=compute_dtype(student), device=student.device)
+    dtype = compute_dtype(student)
+    row_loss = torch.zeros(student.shape[1], dtype=dtype, device=student.device)
+    scale = terms.scale / terms.student_temp
+    row_scale = None if weight is None else scale * weight[:, None]
     for images in chunks(*student.shape[1:]):
-        row_weight = 1 if weight is None else weight[images]
         for s, target in enumerate(_targets(student, teacher[:, images], center, terms)):
-            log_p = torch.log_softmax(student[s, images].to(loss.dtype) / terms.student_temp, dim=-1)
-            loss -= (row_weight * (target * log_p).sum(dim=-1)).sum()
+            log_p = torch.log_softmax(student[s, images].to(dtype) / terms.student_temp, dim=-1)
+            row_loss[images] -= (target * log_p).sum(dim=-1)
             if grad is not None:
-                scale = terms.scale / terms.student_temp * (1 if weight is None else weight[images, None])
                 num_targets = len(teacher) - (terms.other_views and s < len(teacher))
                 p = log_p.exp_() if num_targets == 1 else log_p.exp_().mul_(num_targets)
-                torch.mul(p.sub_(target), scale, out=grad[s, images])
-    return loss * terms.scale
+                torch.mul(p.sub_(target), scale if row_scale is None else row_scale[images], out=grad[s, images])
+                del p
+            del target, log_p  # before the next ones are made
+    return (row_loss if weight is None else weight * row_loss).sum() * terms.scale
 
 
 def _targets(student: Tensor, teacher: Tensor, center: Tensor, terms: Terms) -> list[Tensor]:
