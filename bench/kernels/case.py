@@ -10,10 +10,10 @@ from torch import Tensor
 from fastdino_kernels.testing import assert_no_worse
 
 OURS, PLAIN = "fastdino", "reference"
-# Beyond it a variant computes something else. lightly's loss reaches 0.023 in bf16: autocast rounds log-probabilities.
+# Beyond it a variant computes something else. lightly's losses need room in bf16: autocast rounds log-probabilities.
 PEER_ERROR = 0.05
-# Deviation of the random logits: cosines, as a head with frozen norms gives. Of ten times as much a quarter of the
-# teacher's probabilities would be subnormal, which a CPU takes 30 times as long for, in a plain formula, not in ours.
+# Deviation of the random logits: cosines, as a head with frozen norms gives. Of four times as much many of the
+# teacher's probabilities would be subnormal, which slows a CPU in a plain formula, not in ours.
 LOGITS_STD = 0.25
 
 Bound = Callable[[], list[Tensor]]  # one call on given inputs; returns what is judged

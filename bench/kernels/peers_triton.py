@@ -32,7 +32,7 @@ def linear_losses() -> dict[str, LinearLoss]:
     """Those that take the layer below too and so keep no more than a chunk of the logits, by name.
 
     A temperature is a factor of x, and of the teacher's: softmax((x / temp) weight'). They form logits in x's dtype: in
-    bf16, and with rows of x and weight of length 1 as DINO's are, their gradients are off by about 1 %.
+    bf16, and with rows of x and weight of length 1 as DINO's are, their gradients lose digits.
     """
     found: dict[str, LinearLoss] = {}
     try:

@@ -18,7 +18,7 @@ def lowest_exponent(dtype: torch.dtype) -> float:
     """-58 (-472 in fp64): what exponents are raised to where a sum of exponentials is about 1.
 
     e^-58 next to 1 is far below the rounding error of fp32, as is e^-472 in fp64. But beyond e^-87 (e^-708) numbers are
-    subnormal, and whatever touches them takes a CPU 30 times as long.
+    subnormal, and whatever touches them takes a CPU many times as long.
     """
     return math.log(torch.finfo(dtype).tiny) * 2 / 3
 
