@@ -1,5 +1,6 @@
 """Which implementation runs: the Triton kernel or the plain-torch reference."""
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,8 @@ from torch import Tensor
 
 # Triton reads the variable when a kernel is decorated, so it must be set before this package is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+LOG2_E = math.log2(math.e)  # a GPU has 2^x, not e^x: kernels take logits times it
 
 LAUNCHERS: dict[str, Callable[..., Any]] = {}  # what is behind each operator
 

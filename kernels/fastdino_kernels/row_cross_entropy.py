@@ -1,6 +1,5 @@
 """Cross-entropy of many pairs of rows, loss and gradient in one launch: the second reading of a row finds it cached."""
 
-import math
 from typing import Any
 
 import torch
@@ -9,10 +8,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastdino_kernels._backend import operator
+from fastdino_kernels._backend import LOG2_E, operator
 from fastdino_kernels.soft_cross_entropy import consume
-
-_LOG2_E = math.log2(math.e)
 
 
 def row_cross_entropy(
@@ -98,7 +95,7 @@ def row_cross_entropy_(
     M, K = logits.shape
     row_loss = torch.empty(M, dtype=torch.float32, device=logits.device)
     strides = (logits.stride(0), teacher.stride(0), 0 if grad is None else grad.stride(0))
-    scales = (_LOG2_E / student_temp, _LOG2_E / teacher_temp, 1 / student_temp)
+    scales = (LOG2_E / student_temp, LOG2_E / teacher_temp, 1 / student_temp)
     with torch.cuda.device_of(logits):
         _row_cross_entropy_kernel[(M,)](
             row_loss, grad, logits, teacher, center, weight, *strides, *scales, K=K, **launch_config(K)

@@ -1,6 +1,5 @@
 """Sinkhorn-Knopp: the teacher's probabilities with equal use of every prototype, as two scaling vectors."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -8,10 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdino_kernels._backend import compute_dtype, operator, use_triton
+from fastdino_kernels._backend import LOG2_E, compute_dtype, operator, use_triton
 from fastdino_kernels._chunks import chunks, lowest_exponent, without_subnormals_
-
-_LOG2_E = math.log2(math.e)
 
 
 def sinkhorn(
@@ -98,11 +95,11 @@ def sinkhorn_columns(logits: Tensor, row: Tensor | None, temp: float) -> Tensor:
     config = launch_config(R, K)["columns"]
     num_groups = triton.cdiv(R, config["ROWS"])
     parts = torch.empty((num_groups, K), dtype=torch.float32, device=logits.device)
-    row = None if row is None else row * _LOG2_E
+    row = None if row is None else row * LOG2_E
     grid = (triton.cdiv(K, config["BLOCK_K"]), num_groups)
     with torch.cuda.device_of(logits):
-        _column_kernel[grid](parts, logits, row, R, logits.stride(0), _LOG2_E / temp, K=K, **config, num_warps=1)
-    return torch.logsumexp(parts / _LOG2_E, dim=0)
+        _column_kernel[grid](parts, logits, row, R, logits.stride(0), LOG2_E / temp, K=K, **config, num_warps=1)
+    return torch.logsumexp(parts / LOG2_E, dim=0)
 
 
 @sinkhorn_columns.register_fake
@@ -117,10 +114,10 @@ def sinkhorn_rows(logits: Tensor, column: Tensor, temp: float) -> Tensor:
     config = launch_config(R, K)["rows"]
     num_slices = triton.cdiv(K, config["COLUMNS"])
     parts = torch.empty((R, num_slices), dtype=torch.float32, device=logits.device)
-    column, grid = column * _LOG2_E, (triton.cdiv(R, config["BLOCK_ROWS"]) * num_slices,)
+    column, grid = column * LOG2_E, (triton.cdiv(R, config["BLOCK_ROWS"]) * num_slices,)
     with torch.cuda.device_of(logits):
-        _row_kernel[grid](parts, logits, column, R, logits.stride(0), _LOG2_E / temp, K=K, **config, num_warps=1)
-    return torch.logsumexp(parts / _LOG2_E, dim=1)
+        _row_kernel[grid](parts, logits, column, R, logits.stride(0), LOG2_E / temp, K=K, **config, num_warps=1)
+    return torch.logsumexp(parts / LOG2_E, dim=1)
 
 
 @sinkhorn_rows.register_fake

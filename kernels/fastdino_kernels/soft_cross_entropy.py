@@ -1,6 +1,5 @@
 """Cross-entropy between the softmax of a teacher and of a student, fused: what the losses of DINO and iBOT share."""
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -9,9 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastdino_kernels._backend import operator
-
-_LOG2_E = math.log2(math.e)
+from fastdino_kernels._backend import LOG2_E, operator
 
 
 class Terms(NamedTuple):
@@ -128,12 +125,12 @@ def soft_cross_entropy_forward(
     )
     parts, stats = (student_parts, teacher_parts), (student_stats, teacher_stats)
     strides = (student.stride()[:2], teacher.stride()[:2])
-    scales = (_LOG2_E / student_temp, _LOG2_E / teacher_temp)
+    scales = (LOG2_E / student_temp, LOG2_E / teacher_temp)
     pairs = {"T": T, "OTHER_VIEWS": other_views}
     slices = {"NUM_SLICES": num_slices, "BLOCK_N": triton.next_power_of_2(num_slices), "num_warps": 1}
     with torch.cuda.device_of(student):
         _slice_kernel[(B * num_slices,)](*parts, student, teacher, center, S, B, *strides, *scales, T=T, K=K, **config)
-        _merge_kernel[(S * B,)](row_loss, weight, *stats, *parts, B, scale / _LOG2_E, **pairs, **slices)
+        _merge_kernel[(S * B,)](row_loss, weight, *stats, *parts, B, scale / LOG2_E, **pairs, **slices)
     return row_loss.sum(), student_stats, teacher_stats
 
 
@@ -166,7 +163,7 @@ def soft_cross_entropy_gradient_(
     grid = (B * triton.cdiv(K, config["BLOCK_K"]),)
     tensors = (grad, grad_loss, student, teacher, center, weight, student_stats, teacher_stats)
     strides = (grad.stride()[:2], student.stride()[:2], teacher.stride()[:2])
-    scales = (_LOG2_E / student_temp, _LOG2_E / teacher_temp, scale / student_temp)
+    scales = (LOG2_E / student_temp, LOG2_E / teacher_temp, scale / student_temp)
     pairs = {"T": T, "OTHER_VIEWS": other_views}
     with torch.cuda.device_of(student):
         _gradient_kernel[grid](*tensors, S, B, *strides, *scales, **pairs, K=K, **config)
