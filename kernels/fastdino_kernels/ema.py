@@ -49,9 +49,11 @@ def ema_update_reference_(
     if weight == 1:
         torch._foreach_copy_(teachers, students)
     elif weight > 0:
-        # .to() where there is nothing to convert would cost more than the whole update of a small tensor.
-        ends = [s if s.dtype == t.dtype else s.to(t.dtype) for t, s in zip(teachers, students, strict=True)]
-        torch._foreach_lerp_(teachers, ends, weight)
+        if all(s.dtype == t.dtype for t, s in zip(teachers, students, strict=True)):
+            torch._foreach_lerp_(teachers, students, weight)
+        else:  # one by one, so that no more than one converted tensor exists
+            for t, s in zip(teachers, students, strict=True):
+                t.lerp_(s.to(t.dtype), weight)
     for copy, t in zip(_as_list(shadow), teachers, strict=shadow is not None):
         copy.copy_(t)
 
