@@ -10,7 +10,7 @@ from bench.kernels.case import LOGITS_STD, OURS, PLAIN, Bound, Case, Variant, ge
 from fastdino_kernels.sinkhorn import sinkhorn, sinkhorn_reference
 
 TEMP, ITERATIONS = 0.07, 3
-SHAPES = {"cuda": ["3764,65536,bf16", "4096,131072,bf16"], "cpu": ["64,4096", "64,4096,bf16"]}  # R, K
+SHAPES = {"cuda": ["3764,65536,bf16", "4096,131072,bf16"], "cpu": ["64,4096", "64,4096,bf16", "512,16384"]}  # R, K
 
 
 def cases(device: torch.device, shapes: list[str], compiled: bool) -> list[Case]:

@@ -53,27 +53,24 @@ def sinkhorn_reference(
 ) -> tuple[Tensor, Tensor]:
     """:func:`sinkhorn` in plain torch: the definition that the kernel is tested against, and what a CPU runs."""
     (R, K), dtype = logits.shape, compute_dtype(logits)
-    row, column, column_lse = (torch.zeros(size, dtype=dtype, device=logits.device) for size in (R, K, K))
+    row, column_lse = (torch.zeros(size, dtype=dtype, device=logits.device) for size in (R, K))
+    for k in chunks(K, R):
+        x = logits[:, k].to(dtype) / temp
+        column_lse[k] = torch.logsumexp(without_subnormals_(x, dim=0) if R else x, dim=0)
     for i in range(iterations):
-        for k in chunks(K, R):
-            x = logits[:, k].to(dtype) / temp
-            column_lse[k] = _logsumexp(x.add_(row[:, None]), -column[k] if i else None, dim=0)
         column = -(column_lse if all_reduce is None else all_reduce(column_lse))
+        column_sum = torch.zeros_like(column)
         for r in chunks(R, K):
-            x = logits[r].to(dtype) / temp
-            row[r] = -_logsumexp(x.add_(column), -row[r] if i else None, dim=1)
+            x = torch.add(column, logits[r].to(dtype), alpha=1 / temp)
+            top = x.amax(1, keepdim=True)
+            q = torch.softmax(x.clamp_(min=top + lowest_exponent(dtype)), dim=1)
+            row[r] = q.amax(1).log_() - top[:, 0]
+            if i + 1 < iterations:
+                # The next sums over rows, by the exponentials that are at hand. None is lost: a column summed to 1
+                # before its rows were divided by sums of at most K, so that it is 1 / (R K) at least.
+                column_sum += q.sum(0)
+        column_lse = column_sum.log_() - column
     return row, column
-
-
-def _logsumexp(x: Tensor, last: Tensor | None, dim: int) -> Tensor:
-    """Log-sum-exp of ``x``, which it overwrites, about the last iteration's: cheaper than about the maximum.
-
-    Nothing overflows or is lost: where every column of Q sums to 1, no element is above 1, and no row's sum has grown
-    smaller than 1 / R; and the same with rows and columns exchanged.
-    """
-    if last is None:
-        return torch.logsumexp(without_subnormals_(x, dim) if x.numel() else x, dim)
-    return x.sub_(last.unsqueeze(dim)).clamp_(min=lowest_exponent(x.dtype)).exp_().sum(dim).log_().add_(last)
 
 
 def launch_config(num_rows: int, num_prototypes: int) -> dict[str, dict[str, int]]:
