@@ -5,13 +5,14 @@ import math
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 3 * 2**15  # 384 KiB in fp32: the three temporaries of a chunk fit in a core's second-level cache
+CHUNK_ELEMENTS = 2**17  # 512 KiB in fp32: the two or three temporaries of a chunk stay close to a core
 
 
-def chunks(length: int, width: int) -> list[slice]:
-    """range(length) in slices of about CHUNK_ELEMENTS / width, at least 1; none when ``length`` is 0."""
-    step = max(1, CHUNK_ELEMENTS // max(1, width))
-    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+def chunks(length: int, width: int, start: int = 0) -> list[slice]:
+    """range(start, start + length) in slices of one size, which holds CHUNK_ELEMENTS at most; none if it is empty."""
+    most = max(1, CHUNK_ELEMENTS // max(1, width))
+    step = max(1, -(-length // max(1, -(-length // most))))
+    return [slice(i, min(i + step, start + length)) for i in range(start, start + length, step)]
 
 
 def lowest_exponent(dtype: torch.dtype) -> float:

@@ -37,6 +37,7 @@ def ibot_loss(
     Source: Zhou et al. 2022 (iBOT), equation 2; the mean over images as in DINOv2 (Oquab et al. 2024).
     """
     _check(student, teacher, center, weight, student_temp, teacher_temp)
+    student = student if torch.is_grad_enabled() else student.detach()  # no gradient, nothing to overwrite
     if inplace_grad and student.requires_grad and student.is_leaf:
         raise ValueError("inplace_grad=True would overwrite student, a leaf tensor: pass the output of a layer")
     fused = use_triton(student) and torch.float64 not in (student.dtype, teacher.dtype) and len(student)
@@ -68,13 +69,16 @@ def _check(
     student: Tensor, teacher: Tensor, center: Tensor, weight: Tensor, student_temp: float, teacher_temp: float
 ) -> None:
     tensors = (student, teacher, center, weight)
-    found = (
-        f"student {tuple(student.shape)} {student.dtype}, teacher {tuple(teacher.shape)} {teacher.dtype}, "
-        f"center {tuple(center.shape)} {center.dtype}, weight {tuple(weight.shape)} {weight.dtype}"
-    )
+
+    def found() -> str:
+        return ", ".join(
+            f"{name} {tuple(x.shape)} {x.dtype}"
+            for name, x in zip(("student", "teacher", "center", "weight"), tensors, strict=True)
+        )
+
     M, K = student.shape if student.dim() == 2 else (-1, -1)
     if [x.shape for x in tensors] != [(M, K), (M, K), (K,), (M,)] or K < 1:
-        raise ValueError(f"expected student (M, K), teacher (M, K), center (K,) and weight (M,); got {found}")
+        raise ValueError(f"expected student (M, K), teacher (M, K), center (K,) and weight (M,); got {found()}")
     if not student_temp > 0 or not teacher_temp > 0:
         raise ValueError(f"temperatures must be positive; got student_temp={student_temp}, teacher_temp={teacher_temp}")
     if any(x.device != student.device for x in tensors):
@@ -82,6 +86,6 @@ def _check(
     if not all(x.is_floating_point() for x in tensors[:2]) or any(
         x.dtype not in (torch.float32, student.dtype) for x in tensors[2:]
     ):
-        raise ValueError(f"expected floating-point logits, and an fp32 center and weight; got {found}")
+        raise ValueError(f"expected floating-point logits, and an fp32 center and weight; got {found()}")
     if any(x.requires_grad for x in tensors[1:]):
         raise ValueError("teacher, center and weight take no gradient: detach them, or use torch.no_grad()")

@@ -38,6 +38,7 @@ def dino_loss(
     Source: Caron et al. 2021 (DINO), equation 1 and algorithm 1.
     """
     _check(student, teacher, center, student_temp, teacher_temp)
+    student = student if torch.is_grad_enabled() else student.detach()  # no gradient, nothing to overwrite
     if inplace_grad and student.requires_grad and student.is_leaf:
         raise ValueError(
             "inplace_grad=True would overwrite student, which is a leaf tensor: pass the output of a layer"
@@ -71,16 +72,18 @@ def _num_terms(student: Tensor, teacher: Tensor) -> int:
 
 
 def _check(student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float) -> None:
-    shapes = f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}, center {tuple(center.shape)}"
+    def shapes() -> str:
+        return f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}, center {tuple(center.shape)}"
+
     if student.dim() != 3 or teacher.dim() != 3 or student.shape[1:] != teacher.shape[1:]:
-        raise ValueError(f"expected student (S, B, K) and teacher (T, B, K) with the same B and K; got {shapes}")
+        raise ValueError(f"expected student (S, B, K) and teacher (T, B, K) with the same B and K; got {shapes()}")
     if center.shape != student.shape[2:]:
-        raise ValueError(f"expected center (K,), one entry for each prototype; got {shapes}")
+        raise ValueError(f"expected center (K,), one entry for each prototype; got {shapes()}")
     (S, B, K), T = student.shape, len(teacher)
     if T not in (1, 2) or not max(T, 2) <= S <= MAX_STUDENT_VIEWS or B * K == 0:
         raise ValueError(
             f"expected 1 or 2 teacher views, which are the first of 2 to {MAX_STUDENT_VIEWS} student views, "
-            f"and at least one image and one prototype; got {shapes}"
+            f"and at least one image and one prototype; got {shapes()}"
         )
     if not student_temp > 0 or not teacher_temp > 0:
         raise ValueError(f"temperatures must be positive; got student_temp={student_temp}, teacher_temp={teacher_temp}")

@@ -15,13 +15,14 @@ def soft_cross_entropy_reference(
     student: Tensor, teacher: Tensor, center: Tensor, weight: Tensor | None, terms: Terms, inplace_grad: bool
 ) -> Tensor:
     """:func:`soft_cross_entropy` in plain torch, also for fp64, which stays fp64: the tests' truth; B may be 0."""
+    student = student if torch.is_grad_enabled() else student.detach()  # no gradient, nothing to overwrite
     return _SoftCrossEntropyReference.apply(student, teacher, center, weight, terms, inplace_grad)
 
 
 class _SoftCrossEntropyReference(torch.autograd.Function):
-    """A few images at a time, view by view, and the gradient by hand: autograd would keep every probability.
+    """A few images at a time, and the gradient by hand: autograd would keep every probability.
 
-    Where it may replace the logits it does so in the forward pass, which has the probabilities at hand.
+    The gradient is taken in the forward pass, which has the probabilities at hand; over the logits if it may.
     """
 
     @staticmethod
@@ -35,13 +36,15 @@ class _SoftCrossEntropyReference(torch.autograd.Function):
         inplace_grad: bool,
     ) -> Tensor:
         student = dense_rows(student)
-        ctx.terms, ctx.inplace_grad, ctx.consumed = terms, inplace_grad, False
-        if not (inplace_grad and ctx.needs_input_grad[0]):
-            ctx.save_for_backward(student, teacher, center, weight)
+        if not ctx.needs_input_grad[0]:
             return reference_loss(student, teacher, center, weight, terms)
-        ctx.grad = student.detach()
+        ctx.terms, ctx.inplace_grad, ctx.consumed = terms, inplace_grad, False
+        ctx.grad = student.detach() if inplace_grad else torch.empty_like(student)
         loss = reference_loss(student, teacher, center, weight, terms, ctx.grad)
-        torch.autograd.graph.increment_version(student)  # whoever else saved the logits must not use them now
+        if inplace_grad:
+            torch.autograd.graph.increment_version(student)  # whoever else saved the logits must not use them now
+        else:
+            ctx.save_for_backward(student, teacher, center, weight)
         return loss
 
     @staticmethod
@@ -49,19 +52,25 @@ class _SoftCrossEntropyReference(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.inplace_grad:
             consume(ctx)
-            scale_reference_(ctx.grad, grad_loss)
-            return ctx.grad, None, None, None, None, None
-        student, teacher, center, weight = ctx.saved_tensors
-        grad = torch.empty_like(student, memory_format=torch.contiguous_format)
-        reference_loss(student, teacher, center, weight, ctx.terms, grad)
-        return grad.mul_(grad_loss), None, None, None, None, None
+        grad, ctx.grad = ctx.grad, None
+        if grad is None:  # the first backward pass gave it away; this is another one, over a graph that was retained
+            student, teacher, center, weight = ctx.saved_tensors
+            grad = torch.empty_like(student)
+            reference_loss(student, teacher, center, weight, ctx.terms, grad)
+        (scale_reference_ if torch.compiler.is_compiling() else _scale_)(grad, grad_loss)
+        return grad, None, None, None, None, None
+
+
+def _scale_(x: Tensor, factor: Tensor) -> None:
+    """Multiplies ``x`` by a 0-d ``factor``; not by 1 on a CPU, where there is nothing to wait for before one looks."""
+    if x.is_cuda or factor.tolist() != 1:
+        x.mul_(factor)
 
 
 @operator("x")
 def scale_reference_(x: Tensor, factor: Tensor) -> None:
-    """Multiplies ``x`` by a 0-d ``factor``; not by 1, since on a CPU there is nothing to wait for before one looks."""
-    if factor.tolist() != 1:
-        x.mul_(factor)
+    """Keeps the branch from being traced. Its dispatch alone costs as much as a small loss."""
+    _scale_(x, factor)
 
 
 def reference_loss(
@@ -71,29 +80,38 @@ def reference_loss(
 
     ``grad``, which may be ``student``, receives the gradient: weight * (p - q) summed over pairs, scaled.
     """
-    dtype = compute_dtype(student)
-    row_loss = torch.zeros(student.shape[1], dtype=dtype, device=student.device)
-    scale = terms.scale / terms.student_temp
-    row_scale = None if weight is None else scale * weight[:, None]
-    for images in chunks(*student.shape[1:]):
-        for s, target in enumerate(_targets(student, teacher[:, images], center, terms)):
-            log_p = torch.log_softmax(student[s, images].to(dtype) / terms.student_temp, dim=-1)
-            row_loss[images] -= (target * log_p).sum(dim=-1)
-            if grad is not None:
-                num_targets = len(teacher) - (terms.other_views and s < len(teacher))
-                p = log_p.exp_() if num_targets == 1 else log_p.exp_().mul_(num_targets)
-                torch.mul(p.sub_(target), scale if row_scale is None else row_scale[images], out=grad[s, images])
-                del p
-            del target, log_p  # before the next ones are made
+    (_, B, K), dtype = student.shape, compute_dtype(student)
+    row_loss = torch.zeros(B, dtype=dtype, device=student.device)
+    beta = 1 / terms.student_temp  # the inverse temperature
+    scale = None if weight is None else weight[:, None] * (terms.scale * beta)
+    for images in chunks(B, len(teacher) * K):
+        num_images = images.stop - images.start
+        for views, num_terms, target in _targets(student, teacher[:, images], center, terms):
+            for part in chunks(len(views), num_images * K, views.start):
+                logits = student[part, images].to(dtype)
+                shift = logits.amax(-1, keepdim=True).mul_(-beta)
+                out = None if grad is None else grad[part, images]
+                room = out if out is not None and out.dtype == dtype else None  # where the gradient will be
+                z = torch.add(shift, logits, alpha=beta, out=room)
+                del logits
+                p = torch.softmax(z, dim=-1)
+                # LSE(z) = -log max p, as max z is 0: log p itself would cost one more exponential per logit.
+                minus_loss = p.amax(-1).log_().add_(z.mul_(target).sum(-1))
+                row_loss[images].sub_(minus_loss.sum(0), alpha=num_terms)
+                if out is not None:
+                    factor = num_terms * (terms.scale * beta if scale is None else scale[images])
+                    torch.mul(p.sub_(target), factor, out=out)
+                del z, p  # before the next ones are made
     return (row_loss if weight is None else weight * row_loss).sum() * terms.scale
 
 
-def _targets(student: Tensor, teacher: Tensor, center: Tensor, terms: Terms) -> list[Tensor]:
-    """For each student view the sum of the teacher's probabilities over the views that it is compared with."""
-    logits = (teacher - center).div_(terms.teacher_temp)  # at least fp32, as the center is
+def _targets(student: Tensor, teacher: Tensor, center: Tensor, terms: Terms) -> list[tuple[range, int, Tensor]]:
+    """Student views with the teacher views that they are compared with: how many those are, and their mean softmax."""
+    S, T = len(student), len(teacher)
+    logits = (teacher - center).mul_(1 / terms.teacher_temp)  # at least fp32, as the center is
     q = torch.softmax(without_subnormals_(logits), dim=-1)
-    everyone = q[0] + q[1] if len(q) == 2 else q[0]
+    everyone = q[0] if T == 1 else q.mean(0)
     if not terms.other_views:
-        return [everyone] * len(student)
-    others = [q[1], q[0]] if len(q) == 2 else [torch.zeros_like(everyone)]
-    return others + [everyone] * (len(student) - len(q))
+        return [(range(S), T, everyone)]
+    others = [(range(t, t + 1), T - 1, q[T - 1 - t]) for t in range(T)]
+    return [*others, (range(T, S), T, everyone)]

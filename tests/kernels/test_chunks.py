@@ -83,8 +83,10 @@ def test_sinkhorn_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_chunks_cover_a_range_once() -> None:
-    for length, width in [(0, 5), (1, 10**9), (7, 2**15), (1000, 100), (5, 0)]:
-        assert [i for c in _chunks.chunks(length, width) for i in range(c.start, c.stop)] == list(range(length))
+    for length, width, start in [(0, 5, 0), (1, 10**9, 3), (7, 2**15, 0), (1000, 200, 2), (5, 0, 1)]:
+        slices = _chunks.chunks(length, width, start)
+        assert [i for c in slices for i in range(c.start, c.stop)] == list(range(start, start + length))
+        assert all((c.stop - c.start) * width <= _chunks.CHUNK_ELEMENTS or c.stop == c.start + 1 for c in slices)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -126,6 +126,16 @@ def test_strides_and_inplace() -> None:
 
 
 @pytest.mark.usefixtures("small_blocks", "variant")
+@pytest.mark.parametrize("implementation", [ibot_loss, ibot_loss_reference], ids=["kernel", "reference"])
+def test_no_grad_leaves_the_logits(implementation: Callable[..., Tensor]) -> None:
+    kept, *others = random_inputs((5, 100))
+    student = kept.clone().requires_grad_() * 1
+    with torch.no_grad():
+        implementation(student, *others, **TEMPS, inplace_grad=True)
+    assert torch.equal(student.detach(), kept)
+
+
+@pytest.mark.usefixtures("small_blocks", "variant")
 def test_targets_from_sinkhorn() -> None:
     """The column scaling is all that the loss needs: softmax supplies the row's."""
     student, teacher, _, weight = random_inputs((9, 150))
