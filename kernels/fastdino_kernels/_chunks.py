@@ -5,11 +5,14 @@ import math
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 2**17  # 512 KiB in fp32: the two or three temporaries of a chunk stay close to a core
+CHUNK_ELEMENTS = 5 * 2**16  # 1.25 MiB in fp32: the temporaries of a chunk together, which stay close to a core
 
 
 def chunks(length: int, width: int, start: int = 0) -> list[slice]:
-    """range(start, start + length) in slices of one size, which holds CHUNK_ELEMENTS at most; none if it is empty."""
+    """range(start, start + length) in slices of one size, each with CHUNK_ELEMENTS at most; none if it is empty.
+
+    ``width``: elements of all temporaries for one of the range; a slice holds at least one.
+    """
     most = max(1, CHUNK_ELEMENTS // max(1, width))
     step = max(1, -(-length // max(1, -(-length // most))))
     return [slice(i, min(i + step, start + length)) for i in range(start, start + length, step)]

@@ -81,35 +81,40 @@ def reference_loss(
     ``grad``, which may be ``student``, receives the gradient: weight * (p - q) summed over pairs, scaled.
     """
     (_, B, K), dtype = student.shape, compute_dtype(student)
-    row_loss = torch.zeros(B, dtype=dtype, device=student.device)
+    loss = torch.zeros((), dtype=dtype, device=student.device)
     beta = 1 / terms.student_temp  # the inverse temperature
-    scale = None if weight is None else weight[:, None] * (terms.scale * beta)
-    for images in chunks(B, len(teacher) * K):
-        num_images = images.stop - images.start
+    temporaries = 2 if grad is not None and student.dtype == dtype else 3  # target and p; z, where grad has no room
+    for images in chunks(B, (temporaries + len(teacher) - 1) * K):
+        width = temporaries * (images.stop - images.start) * K
         for views, num_terms, target in _targets(student, teacher[:, images], center, terms):
-            for part in chunks(len(views), num_images * K, views.start):
+            for part in chunks(len(views), width, views.start):
                 logits = student[part, images].to(dtype)
                 shift = logits.amax(-1, keepdim=True).mul_(-beta)
                 out = None if grad is None else grad[part, images]
-                room = out if out is not None and out.dtype == dtype else None  # where the gradient will be
+                room = out if student.dtype == dtype else logits  # where the gradient will be, or a copy
                 z = torch.add(shift, logits, alpha=beta, out=room)
-                del logits
+                del logits, room
                 p = torch.softmax(z, dim=-1)
                 # LSE(z) = -log max p, as max z is 0: log p itself would cost one more exponential per logit.
                 minus_loss = p.amax(-1).log_().add_(z.mul_(target).sum(-1))
-                row_loss[images].sub_(minus_loss.sum(0), alpha=num_terms)
+                minus_loss = minus_loss if weight is None else minus_loss * weight[images]
+                # Not in place: torch.compile 2.11 loses the gradient of a result that was written to.
+                loss = loss - minus_loss.sum() * (num_terms * terms.scale)
+                del z
                 if out is not None:
-                    factor = num_terms * (terms.scale * beta if scale is None else scale[images])
-                    torch.mul(p.sub_(target), factor, out=out)
-                del z, p  # before the next ones are made
-    return (row_loss if weight is None else weight * row_loss).sum() * terms.scale
+                    scale = num_terms * terms.scale * beta
+                    row_scale = scale if weight is None else weight[images, None] * scale
+                    torch.mul(p.sub_(target), row_scale, out=out)
+                del p
+            del target  # before the next one is made
+    return loss
 
 
 def _targets(student: Tensor, teacher: Tensor, center: Tensor, terms: Terms) -> list[tuple[range, int, Tensor]]:
     """Student views with the teacher views that they are compared with: how many those are, and their mean softmax."""
     S, T = len(student), len(teacher)
     logits = (teacher - center).mul_(1 / terms.teacher_temp)  # at least fp32, as the center is
-    q = torch.softmax(without_subnormals_(logits), dim=-1)
+    q = torch.softmax(without_subnormals_(logits), dim=-1, out=logits)
     everyone = q[0] if T == 1 else q.mean(0)
     if not terms.other_views:
         return [(range(S), T, everyone)]
