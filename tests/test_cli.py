@@ -36,6 +36,7 @@ def run(tmp_path_factory) -> Path:
     """A finished tiny run."""
     folder = tmp_path_factory.mktemp("cli") / "run"
     done = fastdino("train", "vit_small_16", "--run.dir", folder, *TINY)
+    assert "deepspeed ZeRO 0, float32 on cpu" in done.stderr
     assert "done: 10 steps" in done.stderr
     return folder
 

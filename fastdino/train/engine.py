@@ -15,7 +15,7 @@ from fastdino.train.optim import Shard
 from fastdino.train.schedules import Now
 from fastdino.train.torch_engine import BatchNorm, Engine, Fragment, TorchEngine
 
-__all__ = ["Engine", "Fragment", "build_engine", "deepspeed_config"]
+__all__ = ["Engine", "Fragment", "build_engine", "deepspeed_config", "zero_stage"]
 
 
 def build_engine(config: Config, student: nn.Module, teacher: nn.Module, ranks: Ranks) -> Engine:

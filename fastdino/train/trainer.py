@@ -20,7 +20,7 @@ from fastdino.model import build_network
 from fastdino.model.attention import implementation
 from fastdino.train import checkpoint, distributed
 from fastdino.train.distributed import Ranks
-from fastdino.train.engine import build_engine
+from fastdino.train.engine import build_engine, zero_stage
 from fastdino.train.health import Health
 from fastdino.train.metrics import Metrics
 from fastdino.train.run_folder import check_run, write_config
@@ -251,9 +251,11 @@ class Trainer:
             len(self.source), self.steps_per_epoch, self.total_steps, self.global_batch,
             self.config.run.local_batch, self.ranks.world_size, self.config.engine.accumulate,
         )  # fmt: skip
+        engine, stage = self.config.engine.name, zero_stage(self.config, self.ranks)
         log.info(
             "%s, %s on %s, attention by %s, loss and averages by %s",
-            self.config.engine.name, str(self.engine.dtype).removeprefix("torch."), self.ranks.device,
+            f"{engine} ZeRO {stage}" if engine == "deepspeed" else engine,
+            str(self.engine.dtype).removeprefix("torch."), self.ranks.device,
             implementation(self.config.model.attention, self.ranks.device),
             "Triton kernels" if use_triton(self.dino.center) else "plain torch",
         )  # fmt: skip
