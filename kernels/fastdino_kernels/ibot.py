@@ -45,9 +45,10 @@ def ibot_loss(
     if fused and gives_up_logits and row_cross_entropy.pays(len(student), student.device):
         rows = (dense_rows(student), dense_rows(teacher), center.contiguous(), weight.contiguous())
         return row_cross_entropy.row_cross_entropy(*rows, student_temp, teacher_temp)
-    implementation = soft_cross_entropy if fused else soft_cross_entropy_reference
     terms = Terms(student_temp, teacher_temp, scale=1.0, other_views=False)
-    return implementation(student[None], teacher[None], center, weight, terms, inplace_grad)
+    if not fused:
+        return soft_cross_entropy_reference(student, teacher, center, weight, terms, inplace_grad)
+    return soft_cross_entropy(student[None], teacher[None], center, weight, terms, inplace_grad)
 
 
 def ibot_loss_reference(
@@ -62,7 +63,7 @@ def ibot_loss_reference(
 ) -> Tensor:
     """:func:`ibot_loss` in plain torch: the definition that the kernel is tested against, and what a CPU runs."""
     terms = Terms(student_temp, teacher_temp, scale=1.0, other_views=False)
-    return soft_cross_entropy_reference(student[None], teacher[None], center, weight, terms, inplace_grad)
+    return soft_cross_entropy_reference(student, teacher, center, weight, terms, inplace_grad)
 
 
 def _check(

@@ -163,8 +163,7 @@ def _loss_and_grad_(
 ) -> Tensor:
     """The chunk's share of the loss; if wanted, ``logits`` becomes the gradient for it."""
     if not use_triton(logits) or torch.float64 in (logits.dtype, teacher_logits.dtype):
-        student, teacher = logits[None], teacher_logits[None]
-        return reference_loss(student, teacher, center, weight, terms, grad=student if wanted else None)
+        return reference_loss(logits, teacher_logits, center, weight, terms, grad=logits if wanted else None)
     grad, student_logits = (logits, None) if wanted else (None, logits)
     return row_cross_entropy_(grad, student_logits, teacher_logits, center, weight, *terms[:2])
 

@@ -14,7 +14,10 @@ from fastdino_kernels.soft_cross_entropy import Terms, consume, dense_rows
 def soft_cross_entropy_reference(
     student: Tensor, teacher: Tensor, center: Tensor, weight: Tensor | None, terms: Terms, inplace_grad: bool
 ) -> Tensor:
-    """:func:`soft_cross_entropy` in plain torch, also for fp64, which stays fp64: the tests' truth; B may be 0."""
+    """:func:`soft_cross_entropy` in plain torch, also for fp64, which stays fp64: the tests' truth.
+
+    B may be 0, and student and teacher may be (B, K), one view of each.
+    """
     student = student if torch.is_grad_enabled() else student.detach()  # no gradient, nothing to overwrite
     return _SoftCrossEntropyReference.apply(student, teacher, center, weight, terms, inplace_grad)
 
@@ -80,40 +83,45 @@ def reference_loss(
 
     ``grad``, which may be ``student``, receives the gradient: weight * (p - q) summed over pairs, scaled.
     """
-    (_, B, K), dtype = student.shape, compute_dtype(student)
-    loss = torch.zeros((), dtype=dtype, device=student.device)
+    if student.dim() == 2:  # here and not in the doors, where autograd would follow
+        student, teacher, grad = student[None], teacher[None], None if grad is None else grad[None]
+    (S, B, K), dtype = student.shape, compute_dtype(student)
     beta = 1 / terms.student_temp  # the inverse temperature
-    temporaries = 2 if grad is not None and student.dtype == dtype else 3  # target and p; z, where grad has no room
+    scaled_loss = torch.empty(S, B, 1, dtype=dtype, device=student.device)  # of each row, times -beta
+    in_grad = grad is not None and student.dtype == dtype  # it has room for z, and then for p - q
+    temporaries = 2 if in_grad else 3  # q and p, and z
     for images in chunks(B, (temporaries + len(teacher) - 1) * K):
         width = temporaries * (images.stop - images.start) * K
-        for views, num_terms, target in _targets(student, teacher[:, images], center, terms):
+        row_weight = 1.0 if weight is None else weight[images, None]
+        for views, num_terms, q in _targets(student, teacher[:, images], center, terms):
+            factor = row_weight * (num_terms * terms.scale * beta)
             for part in chunks(len(views), width, views.start):
                 logits = student[part, images].to(dtype)
-                shift = logits.amax(-1, keepdim=True).mul_(-beta)
                 out = None if grad is None else grad[part, images]
+                shift = logits.amax(-1, keepdim=True).mul_(-beta)
                 room = out if student.dtype == dtype else logits  # where the gradient will be, or a copy
                 z = torch.add(shift, logits, alpha=beta, out=room)
                 del logits, room
                 p = torch.softmax(z, dim=-1)
                 # LSE(z) = -log max p, as max z is 0: log p itself would cost one more exponential per logit.
-                minus_loss = p.amax(-1).log_().add_(z.mul_(target).sum(-1))
-                minus_loss = minus_loss if weight is None else minus_loss * weight[images]
-                # Not in place: torch.compile 2.11 loses the gradient of a result that was written to.
-                loss = loss - minus_loss.sum() * (num_terms * terms.scale)
+                minus_loss = p.amax(-1, keepdim=True).log_().add_(z.mul_(q).sum(-1, keepdim=True))
+                torch.mul(minus_loss, factor, out=scaled_loss[part, images])
                 del z
-                if out is not None:
-                    scale = num_terms * terms.scale * beta
-                    row_scale = scale if weight is None else weight[images, None] * scale
-                    torch.mul(p.sub_(target), row_scale, out=out)
+                if in_grad:
+                    torch.sub(p, q, out=out).mul_(factor)
+                elif out is not None:
+                    out.copy_(p.sub_(q).mul_(factor))  # whole passes: a CPU is slow at mixed dtypes
                 del p
-            del target  # before the next one is made
-    return loss
+            del q  # before the next one is made
+    # Not in place: torch.compile 2.11 loses the gradient of a result that was written to.
+    return scaled_loss.sum() * -terms.student_temp
 
 
 def _targets(student: Tensor, teacher: Tensor, center: Tensor, terms: Terms) -> list[tuple[range, int, Tensor]]:
     """Student views with the teacher views that they are compared with: how many those are, and their mean softmax."""
     S, T = len(student), len(teacher)
-    logits = (teacher - center).mul_(1 / terms.teacher_temp)  # at least fp32, as the center is
+    dtype = torch.promote_types(teacher.dtype, center.dtype)  # at least fp32, as the center is
+    logits = teacher.to(dtype, copy=True).sub_(center).mul_(1 / terms.teacher_temp)
     q = torch.softmax(without_subnormals_(logits), dim=-1, out=logits)
     everyone = q[0] if T == 1 else q.mean(0)
     if not terms.other_views:
