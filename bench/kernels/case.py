@@ -13,7 +13,7 @@ OURS, PLAIN = "fastdino", "reference"
 # Beyond it a variant computes something else. lightly's losses need room in bf16: autocast rounds log-probabilities.
 PEER_ERROR = 0.05
 # Deviation of the random logits: cosines, as a head with frozen norms gives. Of four times as much many of the
-# teacher's probabilities would be subnormal, which slows a CPU in a plain formula, not in ours.
+# teacher's probabilities would be subnormal, which slows many a CPU.
 LOGITS_STD = 0.25
 
 Bound = Callable[[], list[Tensor]]  # one call on given inputs; returns what is judged

@@ -82,11 +82,11 @@ def _check(
         raise ValueError(f"expected student (M, K), teacher (M, K), center (K,) and weight (M,); got {found()}")
     if not student_temp > 0 or not teacher_temp > 0:
         raise ValueError(f"temperatures must be positive; got student_temp={student_temp}, teacher_temp={teacher_temp}")
-    if any(x.device != student.device for x in tensors):
+    if not student.device == teacher.device == center.device == weight.device:
         raise ValueError(f"expected one device; got {[str(x.device) for x in tensors]}")
-    if not all(x.is_floating_point() for x in tensors[:2]) or any(
-        x.dtype not in (torch.float32, student.dtype) for x in tensors[2:]
-    ):
+    dtypes = (torch.float32, student.dtype)
+    floating = student.is_floating_point() and teacher.is_floating_point()
+    if not floating or center.dtype not in dtypes or weight.dtype not in dtypes:
         raise ValueError(f"expected floating-point logits, and an fp32 center and weight; got {found()}")
-    if any(x.requires_grad for x in tensors[1:]):
+    if teacher.requires_grad or center.requires_grad or weight.requires_grad:
         raise ValueError("teacher, center and weight take no gradient: detach them, or use torch.no_grad()")

@@ -1,5 +1,6 @@
 """Sinkhorn-Knopp: the teacher's probabilities with equal use of every prototype, as two scaling vectors."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -8,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdino_kernels._backend import LOG2_E, compute_dtype, operator, use_triton
-from fastdino_kernels._chunks import chunks, lowest_exponent, without_subnormals_
+from fastdino_kernels._chunks import chunks
 
 
 def sinkhorn(
@@ -56,7 +57,7 @@ def sinkhorn_reference(
     row, column_lse = (torch.zeros(size, dtype=dtype, device=logits.device) for size in (R, K))
     for k in chunks(K, 2 * R):
         x = logits[:, k].to(dtype) / temp
-        column_lse[k] = torch.logsumexp(without_subnormals_(x, dim=0) if R else x, dim=0)
+        column_lse[k] = torch.logsumexp(x.clamp_(min=x.amax(0) + lowest_exponent(dtype)) if R else x, dim=0)
     for i in range(iterations):
         column = -(column_lse if all_reduce is None else all_reduce(column_lse))
         column_sum = torch.zeros_like(column)
@@ -71,6 +72,15 @@ def sinkhorn_reference(
                 column_sum += q.sum(0)
         column_lse = column_sum.log_() - column
     return row, column
+
+
+def lowest_exponent(dtype: torch.dtype) -> float:
+    """-58 (-472 in fp64): what exponents are raised to where a sum of exponentials is about 1.
+
+    e^-58 next to 1 is far below the rounding error of fp32, as is e^-472 in fp64. But beyond e^-87 (e^-708) numbers are
+    subnormal, and whatever touches them takes a CPU many times as long.
+    """
+    return math.log(torch.finfo(dtype).tiny) * 2 / 3
 
 
 def launch_config(num_rows: int, num_prototypes: int) -> dict[str, dict[str, int]]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastdino_kernels._backend import compute_dtype, operator
-from fastdino_kernels._chunks import chunks, without_subnormals_
+from fastdino_kernels._chunks import chunks
 from fastdino_kernels.soft_cross_entropy import Terms, consume, dense_rows
 
 
@@ -122,7 +122,7 @@ def _targets(student: Tensor, teacher: Tensor, center: Tensor, terms: Terms) -> 
     S, T = len(student), len(teacher)
     dtype = torch.promote_types(teacher.dtype, center.dtype)  # at least fp32, as the center is
     logits = teacher.to(dtype, copy=True).sub_(center).mul_(1 / terms.teacher_temp)
-    q = torch.softmax(without_subnormals_(logits), dim=-1, out=logits)
+    q = torch.softmax(logits, dim=-1, out=logits)
     everyone = q[0] if T == 1 else q.mean(0)
     if not terms.other_views:
         return [(range(S), T, everyone)]
