@@ -69,21 +69,17 @@ def ibot_loss_reference(
 def _check(
     student: Tensor, teacher: Tensor, center: Tensor, weight: Tensor, student_temp: float, teacher_temp: float
 ) -> None:
-    tensors = (student, teacher, center, weight)
-
     def found() -> str:
-        return ", ".join(
-            f"{name} {tuple(x.shape)} {x.dtype}"
-            for name, x in zip(("student", "teacher", "center", "weight"), tensors, strict=True)
-        )
+        tensors = {"student": student, "teacher": teacher, "center": center, "weight": weight}
+        return ", ".join(f"{name} {tuple(x.shape)} {x.dtype} on {x.device}" for name, x in tensors.items())
 
     M, K = student.shape if student.dim() == 2 else (-1, -1)
-    if [x.shape for x in tensors] != [(M, K), (M, K), (K,), (M,)] or K < 1:
+    if not (teacher.shape == (M, K) and center.shape == (K,) and weight.shape == (M,) and K > 0):
         raise ValueError(f"expected student (M, K), teacher (M, K), center (K,) and weight (M,); got {found()}")
     if not student_temp > 0 or not teacher_temp > 0:
         raise ValueError(f"temperatures must be positive; got student_temp={student_temp}, teacher_temp={teacher_temp}")
     if not student.device == teacher.device == center.device == weight.device:
-        raise ValueError(f"expected one device; got {[str(x.device) for x in tensors]}")
+        raise ValueError(f"expected one device; got {found()}")
     dtypes = (torch.float32, student.dtype)
     floating = student.is_floating_point() and teacher.is_floating_point()
     if not floating or center.dtype not in dtypes or weight.dtype not in dtypes:
