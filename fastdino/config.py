@@ -45,7 +45,7 @@ class ModelConfig:
     drop_path: float = 0.1
     """Probability of dropping a residual branch at the last block; rises linearly from 0 over depth. Student only."""
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
-    """auto: xformers' memory-efficient attention over all packed views on a GPU, torch's SDPA elsewhere."""
+    """auto: xformers' memory-efficient attention over all packed views where it runs, torch's SDPA elsewhere."""
     pos_embed: Literal["learned", "sincos"] = "learned"
     """How position embeddings start: learned from noise as in DINO v1, or from sines and cosines (short runs)."""
     init: Literal["trunc_normal", "xavier"] = "trunc_normal"

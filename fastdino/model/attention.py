@@ -28,25 +28,26 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, queries: Lengths, keys: Length
 
     Returns (1, M, H, d) in q's dtype. Raises RuntimeError when xformers is asked for and cannot run.
     """
-    if implementation(choice, q.device) == "xformers":
+    if implementation(choice, q.device, q.dtype, q.shape[-1]) == "xformers":
         mask = _block_diagonal(queries, keys, q.device)
         return _xformers().memory_efficient_attention(q, k, v, attn_bias=mask)
     return _sdpa(q, k, v, queries, keys)
 
 
-def implementation(choice: str, device: torch.device) -> str:
-    """The implementation, "xformers" or "sdpa", that ``choice`` means on ``device``.
+def implementation(choice: str, device: torch.device, dtype: torch.dtype, width: int) -> str:
+    """The implementation, "xformers" or "sdpa", that ``choice`` means for heads of ``width``, by dtype and device.
 
-    auto is xformers on a GPU and torch's SDPA elsewhere, or where xformers is missing (then one warning says so).
+    auto is xformers where it runs, and torch's SDPA elsewhere (on a GPU one warning says why). Raises RuntimeError when
+    xformers is asked for and cannot run.
     """
-    if choice == "xformers" and device.type != "cuda":
-        raise RuntimeError(f"xformers has no attention for {device.type}: use model.attention=auto or sdpa there")
-    if choice == "sdpa" or device.type != "cuda":
+    if choice == "sdpa" or (choice == "auto" and device.type != "cuda"):
         return "sdpa"
-    if choice == "auto" and isinstance(error := _import_xformers(), ImportError):
-        _warn_once(f"attention runs on torch's SDPA, because xformers cannot be imported: {error}")
-        return "sdpa"
-    return "xformers"
+    if (refusal := _refusal(device, dtype, width)) is None:
+        return "xformers"
+    if choice == "xformers":
+        raise RuntimeError(f"{refusal}: use model.attention=auto or sdpa there")
+    _warn_once(f"attention runs on torch's SDPA, because {refusal}")
+    return "sdpa"
 
 
 def check_choice(choice: str) -> None:
@@ -93,9 +94,30 @@ def _flat(lengths: Lengths) -> list[int]:
 
 
 @functools.cache
+def _refusal(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    """Why xformers cannot run, or None. Tried, because it depends on its build, torch's build and the GPU's age."""
+    if device.type != "cuda":
+        return f"xformers has no attention for {device.type}"
+    if isinstance(error := _import_xformers(), ImportError):
+        return f"xformers cannot be imported ({error})"
+    lengths = ((2, 8),)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            x = torch.zeros(1, 16, 1, width, device=device, dtype=dtype, requires_grad=True)
+            _xformers().memory_efficient_attention(x, x, x, attn_bias=_block_diagonal(lengths, lengths, device))
+    except NotImplementedError as reasons:
+        return f"xformers cannot run on {device} ({reasons})"
+    return None
+
+
+@functools.cache
 def _import_xformers() -> ModuleType | ImportError:
     """xformers.ops, or why it cannot be imported: it refuses a torch whose private kernels it does not know."""
     try:
+        common = importlib.import_module("xformers.ops.fmha.common")
+        # Where its own library does not load (its wheel's is for CUDA 12) xformers refuses every operator on a GPU, even
+        # those that call torch's own kernels. An operator that is really missing is refused all the same.
+        common._built_with_cuda = True  # type: ignore[attr-defined]
         return importlib.import_module("xformers.ops")
     except ImportError as error:
         return error
@@ -103,8 +125,7 @@ def _import_xformers() -> ModuleType | ImportError:
 
 def _xformers() -> ModuleType:
     module = _import_xformers()
-    if isinstance(module, ImportError):
-        raise RuntimeError("model.attention=xformers: install xformers>=0.0.34,<0.0.36 or use auto") from module
+    assert not isinstance(module, ImportError), module
     return module
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdino.config import ConfigError
-from fastdino.model.attention import Lengths, attention, check_choice
+from fastdino.model.attention import Lengths, attention, check_choice, implementation
 
 
 class Shape(NamedTuple):
@@ -209,6 +209,11 @@ class Attention(nn.Module):
         queries = packing.cls_lengths if cls_only else packing.lengths
         x = attention(q, k, v, queries=queries, keys=packing.lengths, choice=self.choice)
         return self.proj(x.flatten(2))
+
+    def implementation(self) -> str:
+        """What runs it, on the weights' device and in their dtype."""
+        weight = self.qkv.weight
+        return implementation(self.choice, weight.device, weight.dtype, weight.shape[1] // self.num_heads)
 
     def cls_weights(self, x: Tensor) -> Tensor:
         """(R, 1 + N, D) -> (R, H, 1 + N) fp32, the softmax row of the CLS token, written out."""

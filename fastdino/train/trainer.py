@@ -17,7 +17,7 @@ from fastdino.data.splits import bank_and_test
 from fastdino.eval import online_knn
 from fastdino.method.dino import Dino
 from fastdino.model import build_network
-from fastdino.model.attention import implementation
+from fastdino.model.vit import Attention
 from fastdino.train import checkpoint, distributed
 from fastdino.train.distributed import Ranks
 from fastdino.train.engine import build_engine, zero_stage
@@ -252,11 +252,12 @@ class Trainer:
             self.config.run.local_batch, self.ranks.world_size, self.config.engine.accumulate,
         )  # fmt: skip
         engine, stage = self.config.engine.name, zero_stage(self.config, self.ranks)
+        modules = self.engine.student_network.modules()
         log.info(
             "%s, %s on %s, attention by %s, loss and averages by %s",
             f"{engine} ZeRO {stage}" if engine == "deepspeed" else engine,
             str(self.engine.dtype).removeprefix("torch."), self.ranks.device,
-            implementation(self.config.model.attention, self.ranks.device),
+            next((m.implementation() for m in modules if isinstance(m, Attention)), "the backbone's own code"),
             "Triton kernels" if use_triton(self.dino.center) else "plain torch",
         )  # fmt: skip
         return Metrics(self.config.run.dir, self.step, self.total_steps, self.global_batch)

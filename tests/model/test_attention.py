@@ -1,8 +1,12 @@
 """Attention over packed sequences: against the mask written out, and what is asked of xformers."""
 
+import importlib
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastdino.config import ConfigError
 from fastdino.model import attention as room
@@ -67,17 +71,54 @@ def test_xformers_without_a_gpu_is_refused_at_construction(monkeypatch: pytest.M
     room.check_choice("auto")
 
 
+GPU = (torch.device("cuda"), torch.float32, 8)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tensors on a GPU that is not there: they have shapes and dtypes, and xformers looks at no more to choose."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    bias = importlib.import_module("xformers.ops.fmha.attn_bias")  # it would pin memory
+    monkeypatch.setattr(bias, "_to_device_tensor", lambda x, dtype, device: torch.tensor(x, dtype=dtype).to(device))
+    caches = (room._refusal, room._warn_once, room._block_diagonal)
+    for cache in caches:
+        cache.cache_clear()
+    with FakeTensorMode():
+        yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_auto_is_xformers_on_a_gpu(dtype: torch.dtype) -> None:
+    """Also where its own library does not load: its wheel's is for another CUDA than torch's."""
+    q, k, v = inputs(KEYS, "cuda", dtype)
+    for choice in ("auto", "xformers"):
+        assert room.implementation(choice, q.device, dtype, 8) == "xformers"
+        assert attention(q, k, v, queries=KEYS, keys=KEYS, choice=choice).shape == q.shape
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_xformers_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU too new for the kernel that fp32 would take: auto warns and goes on, xformers says why not."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (12, 0))
+    with pytest.warns(RuntimeWarning, match="too new"):
+        assert room.implementation("auto", *GPU) == "sdpa"
+    with pytest.raises(RuntimeError, match=r"(?s)too new.*use model.attention=auto"):
+        room.implementation("xformers", *GPU)
+
+
+@pytest.mark.usefixtures("no_gpu")
 def test_missing_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(room, "_import_xformers", lambda: ImportError("No module named 'xformers'"))
-    room._warn_once.cache_clear()
-    with pytest.raises(ConfigError, match="pip install"):
-        room.check_choice("xformers")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        with pytest.raises(ConfigError, match="pip install"):
+            room.check_choice("xformers")
     with pytest.warns(RuntimeWarning, match="No module named 'xformers'"):
-        assert room.implementation("auto", torch.device("cuda")) == "sdpa"
-    assert room.implementation("sdpa", torch.device("cuda")) == "sdpa"
-    monkeypatch.setattr(room, "_import_xformers", lambda: torch)  # any module stands for one that is there
-    assert room.implementation("auto", torch.device("cuda")) == "xformers"
+        assert room.implementation("auto", *GPU) == "sdpa"
+    assert room.implementation("sdpa", *GPU) == "sdpa"
 
 
 @pytest.mark.gpu

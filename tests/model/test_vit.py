@@ -280,7 +280,7 @@ def test_the_way_through_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
     want = vit.forward_groups(groups)
     ops = types.SimpleNamespace(fmha=attention_room._xformers().fmha, memory_efficient_attention=with_mask)
     monkeypatch.setattr(attention_room, "_xformers", lambda: ops)
-    monkeypatch.setattr(attention_room, "implementation", lambda choice, device: "xformers")
+    monkeypatch.setattr(attention_room, "implementation", lambda *_: "xformers")
     torch.testing.assert_close(vit.forward_groups(groups), want, rtol=1e-10, atol=1e-10)
 
 
