@@ -115,8 +115,8 @@ def _import_xformers() -> ModuleType | ImportError:
     """xformers.ops, or why it cannot be imported: it refuses a torch whose private kernels it does not know."""
     try:
         common = importlib.import_module("xformers.ops.fmha.common")
-        # Where its own library does not load (its wheel's is for CUDA 12) xformers refuses every operator on a GPU, even
-        # those that call torch's own kernels. An operator that is really missing is refused all the same.
+        # Where its own library does not load (its wheel's is for CUDA 12) xformers refuses every operator on a GPU,
+        # even what calls torch's kernels. One that is really missing is refused all the same.
         common._built_with_cuda = True  # type: ignore[attr-defined]
         return importlib.import_module("xformers.ops")
     except ImportError as error:

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastdino.config import UserError
+from fastdino.train.distributed import gather_objects
 
 FORMAT = 1  # raised when an older fastdino could not read what this one writes
 SHARED = "shared.safetensors"
@@ -95,15 +96,6 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, int]:
     return _measure(path)
 
 
-def _gather(value: Any) -> list[Any]:
-    """``value`` of every rank, on every rank."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -133,7 +125,7 @@ def save(
         folder.mkdir(parents=True, exist_ok=True)
         _clear(folder)
         temporary.mkdir()
-    _gather(None)  # the folder is there
+    gather_objects(None)  # the folder is there
     owned, name, failure, measured = list(pieces), f"rank-{_rank():05d}.safetensors", None, {}
     try:
         if owned:
@@ -143,10 +135,10 @@ def save(
             measured[SHARED] = _write(temporary / SHARED, shared)
     except (OSError, SafetensorError) as error:
         failure = f"rank {_rank()}: {error}"
-    reports = _gather((failure, measured, {name: [(p.name, p.start, p.stop) for p in owned]} if owned else {}))
+    reports = gather_objects((failure, measured, {name: [(p.name, p.start, p.stop) for p in owned]} if owned else {}))
     if _rank() == 0 and not any(report[0] for report in reports):
         failure = _commit(temporary, final, step, reports, shapes, meta)
-    failures = [failure for failure in (*(report[0] for report in reports), *_gather(failure)) if failure]
+    failures = [failure for failure in (*(report[0] for report in reports), *gather_objects(failure)) if failure]
     if failures:
         if _rank() == 0:
             _clear(folder)
@@ -235,13 +227,7 @@ def newest(folder: Path) -> tuple[Path, Manifest] | None:
     Rank 0 decides and tells the others, because a network file system may show ranks different folders. Raises
     CheckpointError if there are checkpoints but none is whole, or the newest is from a newer format.
     """
-    chosen: Any = None
-    if _rank() == 0:
-        chosen = _newest(folder)
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        box = [chosen]
-        dist.broadcast_object_list(box, src=0)
-        chosen = box[0]
+    chosen = gather_objects(_newest(folder) if _rank() == 0 else None)[0]
     if isinstance(chosen, CheckpointError):
         raise chosen
     return chosen

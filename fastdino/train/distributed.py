@@ -6,13 +6,16 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from datetime import timedelta
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # torchrun and the deepspeed launcher
+# Hosts wait as long as one of them works: rank 0 evaluates and writes. One that died shows by its closed connection.
+_HOST_TIMEOUT = timedelta(days=1)
 _stores: dict[str, tuple[dist.Store, Iterator[int]]] = {}
 _destroy: Callable[[], None] = dist.destroy_process_group
 _host_group: dist.ProcessGroup | None = None  # gloo beside nccl: decisions on the host that never wait for the GPU
@@ -44,19 +47,29 @@ def init(device: Literal["auto", "cpu", "cuda"] = "auto") -> Ranks:
         raise RuntimeError("engine.device=cuda, but torch sees no GPU: check the driver, or use engine.device=cpu")
     on_gpu = device != "cpu" and torch.cuda.is_available()
     rank, world_size, local_rank, init_method = _place(os.environ)
-    if on_gpu and local_rank >= torch.cuda.device_count():
-        raise RuntimeError(
-            f"local rank {local_rank} has no GPU: this machine shows {torch.cuda.device_count()}; "
-            "start at most one process per GPU, or use engine.device=cpu"
-        )
-    here = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    here = torch.device("cuda", _gpu(local_rank, os.environ)) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(here)
     if not dist.is_initialized():
-        backend, store = "nccl" if on_gpu else "gloo", _store(init_method, rank, world_size)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-        _host_group = dist.new_group(backend="gloo") if on_gpu and world_size > 1 else None
+        backend, timeout = ("nccl", None) if on_gpu else ("gloo", _HOST_TIMEOUT)
+        store = _store(init_method, rank, world_size)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
+    if on_gpu and world_size > 1 and _host_group is None:
+        _host_group = dist.new_group(backend="gloo", timeout=_HOST_TIMEOUT)
     return Ranks(rank, world_size, local_rank, here)
+
+
+def _gpu(local_rank: int, env: Mapping[str, str]) -> int:
+    """The index of this process's GPU among those it sees."""
+    seen = torch.cuda.device_count()
+    if local_rank < seen:
+        return local_rank
+    if seen == 1 and "SLURM_GPUS_PER_TASK" in env:  # srun shows each task its own GPU alone
+        return 0
+    raise RuntimeError(
+        f"local rank {local_rank} has no GPU: this machine shows {seen}; start at most one process per GPU, or use "
+        "engine.device=cpu"
+    )
 
 
 def _store(address: str | None, rank: int, world_size: int) -> dist.Store:
@@ -106,13 +119,16 @@ def first_host(nodelist: str) -> str:
 def shutdown() -> None:
     """Leaves the process group, for a ``finally``: without it ranks abort at exit while others still talk to them.
 
-    Waits for the other ranks, unless an exception is on its way out: then they may never come.
+    Waits for the other ranks, unless an exception is on its way out: then they may never come. To leave nccl would wait
+    for them as well, and the launcher would never hear of the exception; so there the process just ends.
     """
     global _destroy, _host_group
     if dist.is_initialized():
-        if sys.exc_info()[0] is None:
+        failed = sys.exc_info()[0] is not None
+        if not failed:
             barrier()
-        _destroy()
+        if not (failed and dist.get_backend() == "nccl" and dist.get_world_size() > 1):
+            _destroy()
     _destroy, _host_group = dist.destroy_process_group, None
 
 
@@ -138,6 +154,15 @@ def any_rank(flag: bool) -> bool:
     told = torch.tensor(int(flag))
     dist.all_reduce(told, op=dist.ReduceOp.MAX, group=_host_group)
     return bool(told)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """``value`` of every rank, on every rank. Waits for the other ranks' hosts, never for a GPU."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=_host_group)
+    return values
 
 
 def barrier() -> None:

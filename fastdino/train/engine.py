@@ -101,7 +101,8 @@ def _import_deepspeed(device: torch.device) -> Any:
             f"DeepSpeed was imported for {get_accelerator().device_name()} before the engine asked for {device.type}: "
             f"set DS_ACCELERATOR={device.type}"
         )
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a g++ build of a minute that only inference needs
+    if device.type == "cpu":  # a g++ build of a minute that only inference needs; a GPU has none
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     distributed.leave_with(deepspeed.comm.destroy_process_group)  # it keeps groups of its own, stale in a second run
     return deepspeed
 
@@ -111,7 +112,7 @@ def _initialize(engine: Engine, config: Config, student: nn.Module) -> Any:
     deepspeed = _import_deepspeed(engine.ranks.device)
     log, before = logging.getLogger("DeepSpeed"), os.environ.get("LOCAL_RANK")
     log.setLevel(logging.ERROR)  # it would warn that our optimizer is not tested by them
-    os.environ["LOCAL_RANK"] = str(engine.ranks.local_rank)  # it insists on a launcher's variable
+    os.environ["LOCAL_RANK"] = str(engine.ranks.device.index or 0)  # it insists on it, and takes it for the GPU's index
     try:
         wrapped, _, _, _ = deepspeed.initialize(
             model=student,
@@ -147,9 +148,9 @@ class ReplicatedEngine(TorchEngine):
             self._add_micro_batch()
 
     def _flat_gradients(self) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """What DeepSpeed reduces at the end of the last backward pass; no experts."""
+        """What DeepSpeed reduces at the end of the last backward pass, nothing on one rank; no experts."""
         self._add_micro_batch()
-        return self._grads, {}
+        return [] if self.ranks.world_size == 1 else self._grads, {}
 
     def _reduce(self, finite: Tensor) -> Tensor:
         assert self._micro_batch == self.accumulate, f"{self._micro_batch} backward passes before a step"

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdino.train.distributed import _place, first_host, init
+from fastdino.train import distributed
+from fastdino.train.distributed import _gpu, _place, first_host, init
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -130,3 +131,34 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     with pytest.raises(RuntimeError, match="local rank 1 has no GPU"):
         init("auto")
+
+
+def test_srun_shows_each_task_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """--gpus-per-task=1: one GPU in sight, whatever the local rank."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert _gpu(3, SLURM | {"SLURM_GPUS_PER_TASK": "1"}) == 0
+    with pytest.raises(RuntimeError, match="local rank 3 has no GPU"):
+        _gpu(3, SLURM)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert _gpu(3, SLURM | {"SLURM_GPUS_PER_TASK": "1"}) == 3
+
+
+@pytest.mark.parametrize(("backend", "ranks", "left"), [("nccl", 2, False), ("nccl", 1, True), ("gloo", 2, True)])
+def test_failure_does_not_wait_for_other_ranks(
+    monkeypatch: pytest.MonkeyPatch, backend: str, ranks: int, left: bool
+) -> None:
+    """Neither at the barrier, nor in nccl's farewell; without a failure a rank leaves as it should."""
+    calls: list[str] = []
+    for name, value in (("is_initialized", True), ("get_backend", backend), ("get_world_size", ranks)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    monkeypatch.setattr(distributed, "barrier", lambda: calls.append("barrier"))
+    monkeypatch.setattr(distributed, "_destroy", lambda: calls.append("destroy"))
+    try:
+        raise ValueError
+    except ValueError:
+        distributed.shutdown()
+    assert calls == (["destroy"] if left else [])
+    calls.clear()
+    monkeypatch.setattr(distributed, "_destroy", lambda: calls.append("destroy"))
+    distributed.shutdown()
+    assert calls == ["barrier", "destroy"]
