@@ -375,12 +375,14 @@ def test_batches_on_a_gpu_are_those_of_the_cpu(shapes, num_workers):
     """While the GPU is busy with earlier batches, whose memory must not be written over."""
     device = torch.device("cuda", torch.cuda.current_device())
     busy, sums = torch.randn(2048, 2048, device=device), []
-    for batch in take(15, make_config(num_workers), shapes, device=device):
+    batches = start(make_config(num_workers), shapes, device=device)
+    for batch in islice(batches, 15):
         assert batch.global_views.device == device
         for _ in range(20):
             busy = torch.nn.functional.normalize(busy @ busy)
         sums.append((batch.global_views.clone(), batch.local_views.clone()))
-        del batch
+        del batch  # its memory is free while the GPU is still at it
+    batches.close()
     for (global_views, local_views), want in zip(sums, take(15, make_config(0), shapes), strict=True):
         assert torch.equal(global_views.cpu(), want.global_views)
         assert torch.equal(local_views.cpu(), want.local_views)

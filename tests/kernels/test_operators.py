@@ -23,6 +23,7 @@ from fastdino_kernels import (
     make_segments,
     prototype_loss,
     prototype_weight,
+    row_cross_entropy,
     scatter_add_scaled,
     segment_squares,
     sinkhorn,
@@ -32,6 +33,12 @@ from fastdino_kernels.soft_cross_entropy_reference import scale_reference_
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TEMPS: dict[str, float] = {"student_temp": 0.1, "teacher_temp": 0.04}
 N, LENGTHS = 5000, (3000, 0, 2000)
+
+
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So few rows that a GPU would not take whole ones."""
+    monkeypatch.setattr(row_cross_entropy, "pays", lambda *_: True)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -60,11 +67,16 @@ def residual(x: Tensor, *args: Tensor, inplace: bool = False) -> Tensor:
     return scatter_add_scaled(x * 2, *args, 1.5, inplace=inplace)
 
 
-def ema(teacher: Tensor, student: Tensor) -> list[Tensor]:
-    teachers, shadow = [teacher.clone(), teacher[:7] + 1], torch.empty_like(teacher, dtype=torch.bfloat16)
+def ema(teacher: Tensor, student: Tensor, momentum: Tensor) -> list[Tensor]:
+    teacher, shadow = teacher.clone(), torch.empty_like(teacher, dtype=torch.bfloat16)
+    ema_update_(teacher, student, momentum, shadow)
+    return [teacher, shadow]
+
+
+def ema_of_lists(teacher: Tensor, student: Tensor) -> list[Tensor]:
+    teachers = [teacher.clone(), teacher[:7] + 1]
     ema_update_(teachers, [student, student[:7]], 0.9)
-    ema_update_(teachers[0], student, teacher.new_tensor(0.9), shadow)
-    return [*teachers, shadow]
+    return teachers
 
 
 def adamw(param: Tensor, grad: Tensor) -> list[Tensor]:
@@ -121,12 +133,16 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "gather_layer_norm": (gather_layer_norm, (*BRANCH, random(8).requires_grad_(), random(8).requires_grad_())),
     "scatter_add_scaled": (residual, SUM),
     "scatter_add_scaled in place": (partial(residual, inplace=True), SUM),
-    "ema_update_": (ema, (random(N), random(N, dtype=torch.bfloat16))),
+    "ema_update_": (ema, (random(N), random(N, dtype=torch.bfloat16), random(1)[0].sigmoid())),
+    "ema_update_ of lists": (ema_of_lists, (random(N), random(N, dtype=torch.bfloat16))),
     "adamw_ema_": (adamw, (random(N), random(N))),
     "adamw_ema_ with segments": (clipped, (random(N), random(N))),
 }
 cases = pytest.mark.parametrize("case", CALLS)
-WITH_TABLES = {"adamw_ema_ with segments"}  # they copy a table to the device once, which nothing can capture
+WITH_TABLES = {
+    "adamw_ema_ with segments",
+    "ema_update_ of lists",
+}  # they copy a table to the device once, which nothing can capture
 
 
 class Seen(TorchDispatchMode):

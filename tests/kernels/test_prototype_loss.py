@@ -161,6 +161,7 @@ def test_memory_of_one_chunk(dtype: torch.dtype, wanted: bool, monkeypatch: pyte
     grads = (M * D * dtype.itemsize + K * D * (4 + dtype.itemsize)) * wanted
     allowed = chunk + grads + 2 * 4 * _chunks.CHUNK_ELEMENTS
     assert allowed < M * K * dtype.itemsize / 2
+    work()  # the first product on a GPU takes a workspace for good
     assert peak_bytes(work, torch.device(DEVICE)) <= allowed
 
 
