@@ -139,10 +139,8 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "adamw_ema_ with segments": (clipped, (random(N), random(N))),
 }
 cases = pytest.mark.parametrize("case", CALLS)
-WITH_TABLES = {
-    "adamw_ema_ with segments",
-    "ema_update_ of lists",
-}  # they copy a table to the device once, which nothing can capture
+# They copy a table to the device once, which nothing can capture.
+WITH_TABLES = {"adamw_ema_ with segments", "ema_update_ of lists"}
 
 
 class Seen(TorchDispatchMode):
