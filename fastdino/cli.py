@@ -42,17 +42,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     if command == "--version":
         print(f"fastdino {__version__}")
         return
-    main_rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-    logging.basicConfig(level=logging.INFO if main_rank else logging.ERROR, format="%(message)s", stream=sys.stderr)
+    rank = _rank()
+    logging.basicConfig(level=logging.ERROR if rank else logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         _run(command, arguments)
     except UserError as error:
-        if main_rank:
-            print(f"fastdino {command}: {error}", file=sys.stderr)
+        preempted = type(error).__name__ == "Preempted"
+        if not (rank and preempted):  # all else may be one rank's alone: its worker, its disk
+            print(f"fastdino {command}{f', rank {rank}' if rank else ''}: {error}", file=sys.stderr)
         # 85 lets a job script tell a notice, after which it requeues, from an error that will come again.
-        sys.exit(85 if type(error).__name__ == "Preempted" else 2)
+        sys.exit(85 if preempted else 2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _rank() -> int:
+    """Before there is a process group: what the launcher says."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
 def _run(command: str, arguments: list[str]) -> None:
@@ -107,7 +113,9 @@ def bench(config: Config) -> None:
     """Times training steps with the real input pipeline and with views that are already there."""
     from fastdino.train.throughput import measure
 
-    print(measure(config).table())
+    measured = measure(config)
+    if not _rank():
+        print(measured.table())
 
 
 def show_recipes(name: Annotated[str, tyro.conf.Positional] = "", /) -> None:
@@ -141,7 +149,7 @@ def export(
 
 def eval_knn(
     path: Path_, /, data: str = "shapes", neighbors: tuple[int, ...] = (10, 20, 100, 200), batch: int = 64,
-    num_workers: int = 2, device: Literal["auto", "cpu", "cuda"] = "auto",
+    num_workers: int = 8, device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> None:  # fmt: skip
     """Weighted k-NN accuracy on frozen features of the teacher, printed as JSON with the protocol.
 
@@ -151,7 +159,7 @@ def eval_knn(
             test), or shapes.
         neighbors: values of k; DINO reports 20.
         batch: images per forward pass.
-        num_workers: processes that decode.
+        num_workers: processes that decode; at most as many as there are cores.
         device: auto takes the GPU if there is one.
     """
     from fastdino.data.splits import bank_and_test

@@ -245,7 +245,8 @@ class EngineConfig:
     """DeepSpeed ZeRO: 0 shards nothing, 1 the optimizer and the teacher, 2 the gradients too. auto: 1, or 0 for a
     single process, which has nobody to share with."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on a GPU, fp32 on a CPU. Master weights, moments, teacher, center and loss are fp32 always."""
+    """auto: bf16 on a GPU, fp32 on a CPU. Master weights, moments, teacher, center and loss are fp32 always.
+    Under fp32 torch's own settings hold: matrix products are exact, convolutions TF32."""
     accumulate: int = 1
     """Forward and backward passes per optimizer step; teacher, center and schedules move once per step."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

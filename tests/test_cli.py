@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from fastdino import cli
+from fastdino.train.trainer import Preempted
+
 ROOT = Path(__file__).parents[1]
 TINY = [
     *("--model.arch", "vit_nano", "--model.patch-size", 8, "--model.pos-embed", "sincos"),
@@ -66,6 +69,17 @@ def test_a_mistake_is_one_message_and_exit_code_2(arguments, says, tmp_path):
     extra = ["--run.dir", tmp_path / "run"] if arguments[0] == "train" and len(arguments) > 2 else []
     assert says in fastdino(*arguments, *extra, code=2).stderr
     assert not any(tmp_path.iterdir()), "a run folder with this config would refuse the corrected one"
+
+
+def test_every_rank_says_what_stopped_it(monkeypatch, capsys):
+    """It may be the only one: a worker that died, a folder that one machine lacks. But all are told of a notice."""
+    monkeypatch.setenv("RANK", "3")
+    for raised, says in ((cli.UserError("worker killed"), "rank 3: worker killed\n"), (Preempted("a signal"), "")):
+        monkeypatch.setattr(cli, "_run", lambda *_, raised=raised: (_ for _ in ()).throw(raised))
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["train"])
+        assert capsys.readouterr().err == (f"fastdino train, {says}" if says else "")
+        assert ended.value.code == (2 if says else 85)
 
 
 def test_help_teaches():

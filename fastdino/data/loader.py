@@ -181,7 +181,7 @@ def train_batches(
         seed=config.run.seed,
     )
     keys = plan.micro_batches(rank, start_step)
-    num_workers = _affordable(config.data.num_workers)
+    num_workers = affordable(config.data.num_workers)
     if num_workers < config.data.num_workers and rank == 0:
         log.info("data.num_workers=%d lowered to %d, this rank's cores", config.data.num_workers, num_workers)
     batches = _MadeAhead(_Views(config, source), num_workers, batch_sampler=keys, pin_memory=device.type == "cuda")
@@ -219,7 +219,7 @@ def labelled_batches(source: Source, size: int, batch_size: int, num_workers: in
 
     DINO v1's evaluation transform. Images that cannot be read are left out, with a warning that names them.
     """
-    batches = _MadeAhead(_Labelled(source, size), _affordable(num_workers), batch_size=batch_size)
+    batches = _MadeAhead(_Labelled(source, size), affordable(num_workers), batch_size=batch_size)
     for pixels, labels, bad in batches:
         for message in bad:
             log.warning("left out of the evaluation: %s", message)
@@ -227,9 +227,11 @@ def labelled_batches(source: Source, size: int, batch_size: int, num_workers: in
             yield pixels, labels
 
 
-def _affordable(wanted: int) -> int:
+def affordable(wanted: int) -> int:
     """``wanted`` workers, or as many as this rank has cores: more would only take turns."""
-    cores, ranks_here = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # torchrun's name for the ranks of this machine, and the deepspeed launcher's
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    cores = len(os.sched_getaffinity(0))
     return min(wanted, max(1, cores // ranks_here))
 
 

@@ -149,11 +149,21 @@ def all_reduce_mean_(tensor: Tensor, async_op: bool = False) -> dist.Work | None
 
 def any_rank(flag: bool) -> bool:
     """True on every rank when ``flag`` is true on any. Waits for the other ranks' hosts, never for a GPU."""
+    return ask_ranks(flag)()
+
+
+def ask_ranks(flag: bool) -> Callable[[], bool]:
+    """:func:`any_rank` begun: the hosts talk while this one goes on, and what is returned waits for the answer."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return flag
+        return lambda: flag
     told = torch.tensor(int(flag))
-    dist.all_reduce(told, op=dist.ReduceOp.MAX, group=_host_group)
-    return bool(told)
+    work = dist.all_reduce(told, op=dist.ReduceOp.MAX, group=_host_group, async_op=True)
+
+    def answer() -> bool:
+        work.wait()
+        return bool(told)
+
+    return answer
 
 
 def gather_objects(value: Any) -> list[Any]:

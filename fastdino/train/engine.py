@@ -1,5 +1,6 @@
 """Builds the engine that a config asks for; the only home of DeepSpeed."""
 
+import importlib
 import logging
 import os
 from typing import Any
@@ -101,6 +102,8 @@ def _import_deepspeed(device: torch.device) -> Any:
             f"DeepSpeed was imported for {get_accelerator().device_name()} before the engine asked for {device.type}: "
             f"set DS_ACCELERATOR={device.type}"
         )
+    if device.type == "cuda":  # with pynvml it reads CUDA_VISIBLE_DEVICES, where it takes GPUs' UUIDs for numbers
+        importlib.import_module("deepspeed.accelerator.cuda_accelerator").pynvml = None  # type: ignore[attr-defined]
     if device.type == "cpu":  # a g++ build of a minute that only inference needs; a GPU has none
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     distributed.leave_with(deepspeed.comm.destroy_process_group)  # it keeps groups of its own, stale in a second run

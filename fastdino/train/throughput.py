@@ -12,6 +12,7 @@ import torch
 
 from fastdino.config import Config
 from fastdino.data import Batch
+from fastdino.data.loader import affordable
 from fastdino.train import distributed
 from fastdino.train.trainer import Trainer
 
@@ -75,7 +76,7 @@ def measure(config: Config) -> Throughput:
             step = _rate(lambda: trainer.train_step(views), trainer)
             pipeline = _rate(fetch, trainer)
         memory = torch.cuda.max_memory_allocated() / 1e9 if ranks.device.type == "cuda" else 0.0
-        return Throughput(training, step, pipeline, config.data.num_workers, memory)
+        return Throughput(training, step, pipeline, affordable(config.data.num_workers), memory)
     finally:
         distributed.shutdown()
 

@@ -91,6 +91,7 @@ class Trainer:
         self.schedules = Schedules(config, self.steps_per_epoch, self.global_batch)
         self.num_bad = 0
         self._notice = False  # a signal asked this rank to stop
+        self._noticed: Callable[[], bool] = lambda: False  # whether one had asked any rank, a step ago
         self._on_main(write_config)  # not before everything else has been found in order
 
     # ------------------------------------------------------------------------------------------------ one step
@@ -143,7 +144,7 @@ class Trainer:
                     metrics.advance()
                 if self.step % self.config.run.log_every == 0 or self.step == self.total_steps:
                     loss = self._report(step_loss, metrics, health)
-                    self._stop_if_asked()
+                self._stop_if_asked()
                 knn = self._end_of_epoch(metrics, knn)
         except KeyboardInterrupt:
             log.warning("stopped at step %d; the same command resumes from the newest checkpoint", self.step)
@@ -160,11 +161,16 @@ class Trainer:
         self._notice = True
 
     def _stop_if_asked(self) -> None:
-        """Saves and stops on all ranks at the same step when any rank was given notice; asked at logging steps."""
-        if distributed.any_rank(self._notice) and self.step < self.total_steps:
+        """Saves and stops on all ranks at the same step when any rank was given notice.
+
+        Asked at every step, because a launcher that was told to stop kills soon (torchrun after 30 seconds); what is
+        answered at one step was asked at the one before, so that no host waits.
+        """
+        if self._noticed() and self.step < self.total_steps:
             raise Preempted(
                 f"stopped by a signal at step {self.step}, saved in {self.save()}: the same command resumes"
             )
+        self._noticed = distributed.ask_ranks(self._notice)
 
     def _end_of_epoch(self, metrics: Metrics | None, knn: float | None) -> float | None:
         """Saves and evaluates where the settings ask for it; returns the newest k-NN score."""

@@ -27,7 +27,7 @@ from fastdino.data import (
     labelled_batches,
     train_batches,
 )
-from fastdino.data.loader import _affordable
+from fastdino.data.loader import affordable
 from fastdino.data.sampler import epoch_order
 from fastdino.data.views import apply, center_view, sample_params
 
@@ -319,12 +319,12 @@ def test_workers_end_with_the_trainer(number, kind):
 
 def test_workers_are_no_more_than_the_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
-    assert _affordable(10) == 10
+    assert affordable(10) == 10
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert _affordable(10) == 2
+    assert affordable(10) == 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
-    assert _affordable(10) == 1
-    assert _affordable(0) == 0
+    assert affordable(10) == 1
+    assert affordable(0) == 0
 
 
 @pytest.mark.parametrize("rank", [0, 1])

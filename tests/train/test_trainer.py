@@ -164,8 +164,8 @@ def test_a_notice_saves_and_stops_all_ranks(tmp_path):
     assert straight.returncode == 0, straight.stderr
     config = tiny(tmp_path / "noticed", **same)
     noticed = launch(config, processes=2, kill_at=7, signal_number=signal.SIGTERM)
-    assert "stopped by a signal at step 7" in noticed.stderr
-    assert (config.run.dir / "checkpoints/step-00000007").exists()
+    assert "stopped by a signal at step 8" in noticed.stderr  # told at 7, and all ranks agreed a step later
+    assert (config.run.dir / "checkpoints/step-00000008").exists()
     assert launch(config, processes=2).returncode == 0
     assert losses(tmp_path / "straight") == losses(tmp_path / "noticed")
 
