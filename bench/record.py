@@ -1,5 +1,6 @@
 """What a result file says of where its figures come from, and how it is written."""
 
+import functools
 import importlib.metadata
 import json
 import platform
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+UNKNOWN = "unknown"
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 PACKAGES = (
@@ -20,10 +22,18 @@ PACKAGES = (
 
 
 def provenance(device: torch.device, module: str) -> dict[str, Any]:
-    """Commit, device, versions, command and date of a measurement that ``python -m module ...`` makes now."""
+    """Commit, device, versions, command and date of a measurement that ``python -m module ...`` makes now.
+
+    Figures are worth more than what is not known of where they come from: without git the commit is UNKNOWN.
+    """
+    found, dirty = commit(), None
+    if found != UNKNOWN:
+        dirty = bool(
+            _printed("git", "status", "--porcelain", "--", "fastdino", "kernels", "bench/*.py", "bench/kernels")
+        )
     return {
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", "fastdino", "kernels", "bench/*.py", "bench/kernels")),
+        "commit": found,
+        "dirty": dirty,
         "device": device_name(device),
         "driver": _driver(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
@@ -31,6 +41,11 @@ def provenance(device: torch.device, module: str) -> dict[str, Any]:
         "command": " ".join(["python -m", module, *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def commit() -> str:
+    """Of this tree, or UNKNOWN."""
+    return _printed("git", "rev-parse", "HEAD") or UNKNOWN
 
 
 def device_name(device: torch.device) -> str:
@@ -52,15 +67,21 @@ def write(path: Path, document: dict[str, Any]) -> None:
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def _git(*args: str) -> str:
-    return subprocess.run(["git", *args], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+@functools.cache
+def _printed(*command: str) -> str | None:
+    """What a command prints here; None where it fails, and a line says so. Once, so that the line comes once."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = (error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else "") or str(error)
+        print(f"{' '.join(command[:2])}: unknown, because {said.splitlines()[0]}", file=sys.stderr)
+        return None
 
 
 def _driver(device: torch.device) -> str | None:
     if device.type != "cuda":
         return None
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0]
+    return (_printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or UNKNOWN).split("\n")[0]
 
 
 def _version(package: str) -> str | None:
