@@ -16,6 +16,7 @@ import torch
 UNKNOWN = "unknown"
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
+H200 = "nvidia-h200"  # its files' DEVICE: targets and predictions are for it alone
 PACKAGES = (
     "torch", "triton", "deepspeed", "xformers", "lightly", "timm", "liger-kernel", "fla-core", "torchvision", "pillow",
 )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 
 from bench import plots, targets
 from bench.kernels.case import OURS
-from bench.record import RESULTS, ROOT
+from bench.record import H200, RESULTS, ROOT
 from bench.targets import Target
 
 MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
@@ -94,10 +94,8 @@ def static_table(results: Path) -> str:
 
 
 def _predicted(document: dict[str, Any], results: Path) -> Rows:
-    """The bounds of a case's launches, one after another, beside what bench.kernels measured of it on a GPU."""
-    files = [file for file in sorted(results.glob("kernels-*.json")) if file.stem != "kernels-cpu"]
-    cases = targets.read(json.loads(files[0].read_text())) if files else {}
-    rows = []
+    """The bounds of a case's launches, one after another, beside what bench.kernels measured of it on an H200."""
+    cases, rows = _cases(results / f"kernels-{H200}.json"), []
     for case, (operation, shape, variant) in HEADLINES.items():
         bounds = [kernel["h200"] for kernel in document["cases"][case].values()]
         together = sum(max(bound[key] for key in ("memory_us", "issue_us", "exp_us")) for bound in bounds)
@@ -154,7 +152,7 @@ def data_table(results: Path) -> str:
 
 def plots_table(results: Path) -> str:
     """The pictures that bench.plots drew from a GPU's sweep."""
-    files = [file for file in sorted(results.glob("sweep-*.json")) if file.stem != "sweep-cpu"]
+    files = [file for file in plots.files(results) if file.stem != "sweep-cpu"]
     operations = (
         [e["extra_info"].get("operation") for e in json.loads(files[0].read_text())["benchmarks"]] if files else []
     )
@@ -165,12 +163,16 @@ def plots_table(results: Path) -> str:
 def targets_table(results: Path) -> str:
     """Every target beside its measured value, reached or not."""
     rows = []
-    for device, label in (("cuda", "H200"), ("cpu", "CPU")):
-        files = [f for f in sorted(results.glob("kernels-*.json")) if (f.stem == "kernels-cpu") == (device == "cpu")]
-        cases = targets.read(json.loads(files[0].read_text())) if files else {}
+    for device, name, label in (("cuda", H200, "H200"), ("cpu", "cpu", "CPU")):
+        cases = _cases(results / f"kernels-{name}.json")
         here = [target for target in targets.TARGETS if target.device == device]
         rows += [[label, target.text, *_reached(target, cases)] for target in here]
     return _table(["on", "target", "asked", "measured", "reached"], rows)
+
+
+def _cases(file: Path) -> targets.Cases:
+    """The figures in ``file``; none where there is no such file, so that no other device's stand for them."""
+    return targets.read(json.loads(file.read_text())) if file.exists() else {}
 
 
 def _reached(target: Target, cases: targets.Cases) -> list[str]:
