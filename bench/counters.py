@@ -136,6 +136,7 @@ def launches(work: Callable[[], object], device: torch.device) -> int:
         with OpCounts() as counts:
             work()
         return counts.calls.total()
+    torch.cuda.synchronize()  # what is queued already, such as the making of inputs, is not work's
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         work()
         torch.cuda.synchronize()
