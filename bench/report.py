@@ -231,11 +231,13 @@ def _kernel_rows(document: dict[str, Any], on_gpu: bool) -> tuple[list[str], Row
         compiled = [f for name, f in variants.items() if "torch.compile" in name]
         own = [name for name in variants if name.startswith(("fastdino", "reference")) or "torch.compile" in name]
         others = {name: f for name, f in variants.items() if name not in own}
-        name, best = min(others.items(), key=lambda item: item[1]["times_ours"]["median"])
-        memory = f"{_megabytes(ours['peak_bytes'])} / {_megabytes(best['peak_bytes'])}"
+        name = min(others, key=lambda other: others[other]["times_ours"]["median"], default=None)
+        best = others[name] if name else None  # none: all were left out
+        memory = f"{_megabytes(ours['peak_bytes'])} / {_megabytes(best['peak_bytes']) if best else '-'}"
         row = [f"`{ours['operation']}`", ours["shape"], f"{ours['milliseconds']:.3g}"]
         row += [f"{100 * ours['copy_fraction']:.0f} %", _times(variants["reference"])] if on_gpu else []
-        rows.append([*row, _times(compiled[0]) if compiled else "-", f"{_times(best)}, {name}", memory])
+        row += [_times(compiled[0]) if compiled else "-", f"{_times(best)}, {name}" if best else "-"]
+        rows.append([*row, memory])
     device = ["of copy bandwidth", "reference takes"] if on_gpu else []
     header = ["kernel", "sizes", "ms", *device, "torch.compile takes", "best other takes", "peak MB, ours / its"]
     return header, rows
