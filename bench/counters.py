@@ -1,5 +1,6 @@
 """Exact counts of what a piece of work asks of the device: the same on every machine, with or without a GPU."""
 
+import gc
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -114,6 +115,38 @@ class LiveBytes(TorchDispatchMode):
     def _forget(self, key: int, num_bytes: int) -> None:
         self._known.discard(key)
         self.live -= num_bytes
+
+
+class KeptBytes:
+    """A context for work that may leave tensors behind: ``bytes`` are those still there, of all times it was entered.
+
+    ``watch=False`` counts nothing: on a CPU the counters are modes, under which torch.compile does not work.
+    """
+
+    def __init__(self, device: torch.device, watch: bool = True) -> None:
+        self.device, self.watch = device, watch
+        self._live, self._before, self._grown = LiveBytes(), 0, 0
+
+    def __enter__(self) -> None:
+        if self.watch and self.device.type != "cuda":
+            self._live.__enter__()
+        self._before = self._allocated()
+
+    def __exit__(self, *error: Any) -> None:
+        if self.watch and self.device.type != "cuda":
+            self._live.__exit__(*error)
+        self._grown += self._allocated() - self._before
+
+    @property
+    def bytes(self) -> int:
+        return self._grown
+
+    def _allocated(self) -> int:
+        gc.collect()
+        if self.device.type != "cuda":
+            return self._live.live
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:

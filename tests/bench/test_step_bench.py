@@ -36,6 +36,11 @@ def test_peer_trains_like_ours_and_flops_are_counted(
     batches = [random_batch(config, CPU, seed) for seed in range(step.NUM_BATCHES)]
     losses = step.check(contenders, batches, config)
     assert len(set(losses[step.OURS])) == step.CHECKED_STEPS, "the steps differ, so equal losses mean equal updates"
+    for name, contender in contenders.items():
+        student, teacher = (list(network.parameters()) for network in contender.networks)
+        trained = [p for p in student if p.requires_grad]
+        weights_and_moments = sum(p.numel() * p.element_size() for p in [*student, *teacher, *trained, *trained])
+        assert weights_and_moments < contender.kept.bytes < 2 * weights_and_moments, name
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as flops:
         contenders["lightly + timm"].step(batches[0])
     pairs = 2 * 2 * config.views.num_views * config.run.local_batch * config.head.num_prototypes  # lightly's einsum
