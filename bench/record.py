@@ -1,12 +1,14 @@
 """What a result file says of where its figures come from, and how it is written."""
 
 import functools
+import hashlib
 import importlib.metadata
 import json
 import platform
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ def provenance(device: torch.device, module: str) -> dict[str, Any]:
     return {
         "commit": found,
         "dirty": dirty,
+        "sources": _sources(),
         "device": device_name(device),
         "driver": _driver(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
@@ -66,6 +69,38 @@ def result_path(bench: str, device: torch.device) -> Path:
 def write(path: Path, document: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def may_add(path: Path, where: str, now: dict[str, Any]) -> bool:
+    """Whether figures with the provenance ``now`` may stand beside those of ``path``, which has its under ``where``.
+
+    If not, a line says why: figures of other code or another device are not mixed.
+    """
+    recorded = json.loads(path.read_text())[where] if path.exists() else now
+    same = ("device", "driver", "threads", "versions", "sources")
+    others = [key for key in same if recorded.get(key) != now[key]]
+    if others:
+        print(f"{path.name} is of other {', '.join(others)} and stays as it is: --out FILE writes these figures")
+    return not others
+
+
+def add(path: Path, part: dict[str, Any], where: str, entries: str, name: Callable[[dict[str, Any]], str]) -> None:
+    """Writes ``part`` into ``path``, its entries in the place of those of the same names; see :func:`may_add`."""
+    if path.exists():
+        before = json.loads(path.read_text())
+        measured = {name(entry) for entry in part[entries]}
+        kept = [entry for entry in before[entries] if name(entry) not in measured]
+        commands = dict.fromkeys([*before[where]["command"].split("; "), part[where]["command"]])
+        part = before | {entries: kept + part[entries], where: before[where] | {"command": "; ".join(commands)}}
+    write(path, part)
+
+
+def _sources() -> str:
+    """Digest of the code that figures depend on: equal trees have equal ones, with or without git."""
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in ("fastdino", "kernels", "bench") for path in (ROOT / folder).rglob("*.py")):
+        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 @functools.cache

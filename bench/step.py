@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bench.counters import KeptBytes, OpCounts, launches, peak_bytes
 from bench.peers import Peer
-from bench.record import provenance, result_path, write
+from bench.record import add, may_add, provenance, result_path, write
 from bench.timing import Clock, Work, interleave, matmul_flops, paired_ratio
 from bench.workload import build_trainer, flatten_positions, random_batch, step_config, step_flops
 from fastdino.config import Config
@@ -50,14 +50,16 @@ class Contender:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--arch", nargs="+", help="default: vit_small and vit_base on a GPU, vit_tiny on a CPU")
+    parser.add_argument("--arch", nargs="+", help="default: ViT-S and -B on a GPU; is added to a file of the same code")
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--no-compile", action="store_true", help="leave the compiled peer out")
+    parser.add_argument("--no-compile", action="store_true", help="leave the compiled peer out; writes --out alone")
     parser.add_argument("--out", type=Path, help="default: bench/results/step-DEVICE.json, if nothing is changed")
     options = parser.parse_args()
     device = torch.device(options.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
+    path, where = result_path("step", device), provenance(device, "bench.step")
+    part = bool(options.arch) and not (options.no_compile or options.out) and may_add(path, "provenance", where)
     ranks = distributed.init("cuda" if device.type == "cuda" else "cpu")
     try:
         rounds = options.rounds or ROUNDS[device.type]
@@ -65,9 +67,11 @@ def main() -> int:
         cases = [measure(arch, ranks, rounds, compiled=not options.no_compile) for arch in archs]
     finally:
         distributed.shutdown()
-    document = {"provenance": provenance(device, "bench.step"), "cases": cases}
-    if options.out or not (options.arch or options.no_compile):
-        write(options.out or result_path("step", device), document)
+    document = {"provenance": where, "cases": cases}
+    if part:
+        add(path, document, "provenance", "cases", lambda case: case["arch"])
+    elif options.out or not (options.arch or options.no_compile):
+        write(options.out or path, document)
     for case in cases:
         print(table(case))
     return 0
