@@ -61,6 +61,10 @@ class Wrong(Exception):
     """A result is wrong, so that no time is taken."""
 
 
+class NoBase(Exception):
+    """git cannot check the base out."""
+
+
 def compare(first: Path, second: Path, device: str, case: str, rounds: int) -> Ratio:
     """Seconds of ``second`` over those of ``first``, A B A B. Raises Wrong when either gives wrong results."""
     with Side(first, device, case) as a, Side(second, device, case) as b:
@@ -88,9 +92,12 @@ def main() -> int:
     parser.add_argument("--rounds", type=int)
     options = parser.parse_args()
     rounds, worst = options.rounds or ROUNDS[options.device], 0
-    with worktree(options.base) as base:
-        for case in options.case:
-            worst = max(worst, judge(base, options.device, case, rounds))
+    try:
+        with worktree(options.base) as base:
+            for case in options.case:
+                worst = max(worst, judge(base, options.device, case, rounds))
+    except NoBase as error:
+        parser.error(f"--base {options.base}: {error}")
     return worst
 
 
@@ -113,11 +120,19 @@ def judge(base: Path, device: str, case: str, rounds: int) -> int:
 
 @contextmanager
 def worktree(revision: str) -> Iterator[Path]:
-    """A checkout of ``revision`` with this tree's bench/, so that both sides are measured alike."""
+    """A checkout of ``revision`` with this tree's bench/, so that both sides are measured alike.
+
+    Raises NoBase where there is no git, no repository or no such revision.
+    """
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "base"
-        git: Any = {"cwd": ROOT, "check": True, "capture_output": True}
-        subprocess.run(["git", "worktree", "add", "--detach", str(tree), revision], **git)
+        git: Any = {"cwd": ROOT, "check": True, "capture_output": True, "text": True}
+        try:
+            subprocess.run(["git", "worktree", "add", "--detach", str(tree), revision], **git)
+        except subprocess.CalledProcessError as error:
+            raise NoBase(error.stderr.strip()) from None
+        except OSError as error:
+            raise NoBase(str(error)) from None
         try:
             shutil.rmtree(tree / "bench", ignore_errors=True)
             shutil.copytree(ROOT / "bench", tree / "bench", ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,5 +1,6 @@
 """Exact counts of what a piece of work asks of the device: the same on every machine, with or without a GPU."""
 
+import gc
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -116,6 +117,38 @@ class LiveBytes(TorchDispatchMode):
         self.live -= num_bytes
 
 
+class KeptBytes:
+    """A context for work that may leave tensors behind: ``bytes`` are those still there, of all times it was entered.
+
+    ``watch=False`` counts nothing: on a CPU the counters are modes, under which torch.compile does not work.
+    """
+
+    def __init__(self, device: torch.device, watch: bool = True) -> None:
+        self.device, self.watch = device, watch
+        self._live, self._before, self._grown = LiveBytes(), 0, 0
+
+    def __enter__(self) -> None:
+        if self.watch and self.device.type != "cuda":
+            self._live.__enter__()
+        self._before = self._allocated()
+
+    def __exit__(self, *error: Any) -> None:
+        if self.watch and self.device.type != "cuda":
+            self._live.__exit__(*error)
+        self._grown += self._allocated() - self._before
+
+    @property
+    def bytes(self) -> int:
+        return self._grown
+
+    def _allocated(self) -> int:
+        gc.collect()
+        if self.device.type != "cuda":
+            return self._live.live
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     """Most bytes that ``work`` has allocated at a time beyond what was there before."""
     if device.type == "cuda":
@@ -136,6 +169,7 @@ def launches(work: Callable[[], object], device: torch.device) -> int:
         with OpCounts() as counts:
             work()
         return counts.calls.total()
+    torch.cuda.synchronize()  # what is queued already, such as the making of inputs, is not work's
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         work()
         torch.cuda.synchronize()

@@ -16,7 +16,7 @@ from matplotlib.ticker import LogFormatter
 
 from bench.kernels.case import OURS
 from bench.kernels.sweep import SWEEPS
-from bench.record import RESULTS, ROOT
+from bench.record import H200, RESULTS, ROOT
 
 OTHERS = 4  # alternatives in a plot: the fastest
 Curves = dict[str, dict[int, dict[str, Any]]]  # figures by variant and size
@@ -24,19 +24,26 @@ Curves = dict[str, dict[int, dict[str, Any]]]  # figures by variant and size
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.plots", description=__doc__)
-    parser.add_argument("--results", type=Path, help="default: the GPU's file, where there is one")
+    parser.add_argument("--results", type=Path, help="default: the H200's file, else another GPU's, else the CPU's")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of the pictures")
     options = parser.parse_args()
-    files = sorted(RESULTS.glob("sweep-*.json"), key=lambda file: file.stem == "sweep-cpu")
-    if not (options.results or files):
+    found = [options.results] if options.results else files(RESULTS)
+    if not found:
         parser.error("there is no bench/results/sweep-DEVICE.json: run python -m bench.kernels --sweep")
-    document = json.loads((options.results or files[0]).read_text())
+    document = json.loads(found[0].read_text())
     where = document["machine_info"]
     for operation, curves in read(document).items():
         title = f"{operation} on {where['device']}, commit {where['commit'][:9]}, {where['date'][:10]}"
         draw(curves, SWEEPS[operation].axis, title, options.out / name(operation))
         print(options.out / name(operation))
     return 0
+
+
+def files(results: Path) -> list[Path]:
+    """The sweeps in ``results``, the one to draw first: the H200's, then other GPUs', then the CPU's."""
+    return sorted(
+        results.glob("sweep-*.json"), key=lambda f: (f.stem == "sweep-cpu", f.stem != f"sweep-{H200}", f.stem)
+    )
 
 
 def name(operation: str) -> str:

@@ -1,29 +1,43 @@
 """What a result file says of where its figures come from, and how it is written."""
 
+import functools
+import hashlib
 import importlib.metadata
 import json
 import platform
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+UNKNOWN = "unknown"
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
+H200 = "nvidia-h200"  # its files' DEVICE: targets and predictions are for it alone
 PACKAGES = (
     "torch", "triton", "deepspeed", "xformers", "lightly", "timm", "liger-kernel", "fla-core", "torchvision", "pillow",
 )  # fmt: skip
 
 
 def provenance(device: torch.device, module: str) -> dict[str, Any]:
-    """Commit, device, versions, command and date of a measurement that ``python -m module ...`` makes now."""
+    """Commit, device, versions, command and date of a measurement that ``python -m module ...`` makes now.
+
+    Figures are worth more than what is not known of where they come from: without git the commit is UNKNOWN.
+    """
+    found, dirty = commit(), None
+    if found != UNKNOWN:
+        dirty = bool(
+            _printed("git", "status", "--porcelain", "--", "fastdino", "kernels", "bench/*.py", "bench/kernels")
+        )
     return {
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", "fastdino", "kernels", "bench/*.py", "bench/kernels")),
+        "commit": found,
+        "dirty": dirty,
+        "sources": _sources(),
         "device": device_name(device),
         "driver": _driver(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
@@ -31,6 +45,11 @@ def provenance(device: torch.device, module: str) -> dict[str, Any]:
         "command": " ".join(["python -m", module, *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def commit() -> str:
+    """Of this tree, or UNKNOWN."""
+    return _printed("git", "rev-parse", "HEAD") or UNKNOWN
 
 
 def device_name(device: torch.device) -> str:
@@ -52,15 +71,53 @@ def write(path: Path, document: dict[str, Any]) -> None:
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def _git(*args: str) -> str:
-    return subprocess.run(["git", *args], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+def may_add(path: Path, where: str, now: dict[str, Any]) -> bool:
+    """Whether figures with the provenance ``now`` may stand beside those of ``path``, which has its under ``where``.
+
+    If not, a line says why: figures of other code or another device are not mixed.
+    """
+    recorded = json.loads(path.read_text())[where] if path.exists() else now
+    same = ("device", "driver", "threads", "versions", "sources")
+    others = [key for key in same if recorded.get(key) != now[key]]
+    if others:
+        print(f"{path.name} is of other {', '.join(others)} and stays as it is: --out FILE writes these figures")
+    return not others
+
+
+def add(path: Path, part: dict[str, Any], where: str, entries: str, name: Callable[[dict[str, Any]], str]) -> None:
+    """Writes ``part`` into ``path``, its entries in the place of those of the same names; see :func:`may_add`."""
+    if path.exists():
+        before = json.loads(path.read_text())
+        measured = {name(entry) for entry in part[entries]}
+        kept = [entry for entry in before[entries] if name(entry) not in measured]
+        commands = dict.fromkeys([*before[where]["command"].split("; "), part[where]["command"]])
+        part = before | {entries: kept + part[entries], where: before[where] | {"command": "; ".join(commands)}}
+    write(path, part)
+
+
+def _sources() -> str:
+    """Digest of the code that figures depend on: equal trees have equal ones, with or without git."""
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in ("fastdino", "kernels", "bench") for path in (ROOT / folder).rglob("*.py")):
+        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+@functools.cache
+def _printed(*command: str) -> str | None:
+    """What a command prints here; None where it fails, and a line says so. Once, so that the line comes once."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = (error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else "") or str(error)
+        print(f"{' '.join(command[:2])}: unknown, because {said.splitlines()[0]}", file=sys.stderr)
+        return None
 
 
 def _driver(device: torch.device) -> str | None:
     if device.type != "cuda":
         return None
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0]
+    return (_printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or UNKNOWN).split("\n")[0]
 
 
 def _version(package: str) -> str | None:

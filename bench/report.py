@@ -13,7 +13,7 @@ from typing import Any
 
 from bench import plots, targets
 from bench.kernels.case import OURS
-from bench.record import RESULTS, ROOT
+from bench.record import H200, RESULTS, ROOT
 from bench.targets import Target
 
 MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
@@ -94,10 +94,8 @@ def static_table(results: Path) -> str:
 
 
 def _predicted(document: dict[str, Any], results: Path) -> Rows:
-    """The bounds of a case's launches, one after another, beside what bench.kernels measured of it on a GPU."""
-    files = [file for file in sorted(results.glob("kernels-*.json")) if file.stem != "kernels-cpu"]
-    cases = targets.read(json.loads(files[0].read_text())) if files else {}
-    rows = []
+    """The bounds of a case's launches, one after another, beside what bench.kernels measured of it on an H200."""
+    cases, rows = _cases(results / f"kernels-{H200}.json"), []
     for case, (operation, shape, variant) in HEADLINES.items():
         bounds = [kernel["h200"] for kernel in document["cases"][case].values()]
         together = sum(max(bound[key] for key in ("memory_us", "issue_us", "exp_us")) for bound in bounds)
@@ -154,7 +152,7 @@ def data_table(results: Path) -> str:
 
 def plots_table(results: Path) -> str:
     """The pictures that bench.plots drew from a GPU's sweep."""
-    files = [file for file in sorted(results.glob("sweep-*.json")) if file.stem != "sweep-cpu"]
+    files = [file for file in plots.files(results) if file.stem != "sweep-cpu"]
     operations = (
         [e["extra_info"].get("operation") for e in json.loads(files[0].read_text())["benchmarks"]] if files else []
     )
@@ -165,12 +163,16 @@ def plots_table(results: Path) -> str:
 def targets_table(results: Path) -> str:
     """Every target beside its measured value, reached or not."""
     rows = []
-    for device, label in (("cuda", "H200"), ("cpu", "CPU")):
-        files = [f for f in sorted(results.glob("kernels-*.json")) if (f.stem == "kernels-cpu") == (device == "cpu")]
-        cases = targets.read(json.loads(files[0].read_text())) if files else {}
+    for device, name, label in (("cuda", H200, "H200"), ("cpu", "cpu", "CPU")):
+        cases = _cases(results / f"kernels-{name}.json")
         here = [target for target in targets.TARGETS if target.device == device]
         rows += [[label, target.text, *_reached(target, cases)] for target in here]
     return _table(["on", "target", "asked", "measured", "reached"], rows)
+
+
+def _cases(file: Path) -> targets.Cases:
+    """The figures in ``file``; none where there is no such file, so that no other device's stand for them."""
+    return targets.read(json.loads(file.read_text())) if file.exists() else {}
 
 
 def _reached(target: Target, cases: targets.Cases) -> list[str]:
@@ -229,11 +231,13 @@ def _kernel_rows(document: dict[str, Any], on_gpu: bool) -> tuple[list[str], Row
         compiled = [f for name, f in variants.items() if "torch.compile" in name]
         own = [name for name in variants if name.startswith(("fastdino", "reference")) or "torch.compile" in name]
         others = {name: f for name, f in variants.items() if name not in own}
-        name, best = min(others.items(), key=lambda item: item[1]["times_ours"]["median"])
-        memory = f"{_megabytes(ours['peak_bytes'])} / {_megabytes(best['peak_bytes'])}"
+        name = min(others, key=lambda other: others[other]["times_ours"]["median"], default=None)
+        best = others[name] if name else None  # none: all were left out
+        memory = f"{_megabytes(ours['peak_bytes'])} / {_megabytes(best['peak_bytes']) if best else '-'}"
         row = [f"`{ours['operation']}`", ours["shape"], f"{ours['milliseconds']:.3g}"]
         row += [f"{100 * ours['copy_fraction']:.0f} %", _times(variants["reference"])] if on_gpu else []
-        rows.append([*row, _times(compiled[0]) if compiled else "-", f"{_times(best)}, {name}", memory])
+        row += [_times(compiled[0]) if compiled else "-", f"{_times(best)}, {name}" if best else "-"]
+        rows.append([*row, memory])
     device = ["of copy bandwidth", "reference takes"] if on_gpu else []
     header = ["kernel", "sizes", "ms", *device, "torch.compile takes", "best other takes", "peak MB, ours / its"]
     return header, rows

@@ -5,7 +5,6 @@
 
 import argparse
 import json
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 import triton
 
+from bench.record import commit
 from fastdino_kernels.cases import CASES, NARROW, Case
 from fastdino_kernels.offline import TARGETS, Report, compile_cases
 
@@ -91,10 +91,9 @@ def main() -> int:
         if found and recorded["versions"] != versions:
             print(f"recorded with {recorded['versions']}, compared with {versions}: the compiler may be why")
         return bool(found)
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=RESULTS.parent)
     RESULTS.parent.mkdir(exist_ok=True)
     command = "python -m bench.static"
-    document = {"commit": git.stdout.strip(), "command": command, "versions": versions, "cases": cases}
+    document = {"commit": commit(), "command": command, "versions": versions, "cases": cases}
     RESULTS.write_text(json.dumps(document, indent=1) + "\n")
     return 0
 

@@ -5,21 +5,20 @@ Correct first: before anything is timed, ours and the peers' losses over three s
 """
 
 import argparse
-import gc
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench.counters import LiveBytes, OpCounts, launches, peak_bytes
+from bench.counters import KeptBytes, OpCounts, launches, peak_bytes
 from bench.peers import Peer
-from bench.record import provenance, result_path, write
+from bench.record import add, may_add, provenance, result_path, write
 from bench.timing import Clock, Work, interleave, matmul_flops, paired_ratio
 from bench.workload import build_trainer, flatten_positions, random_batch, step_config, step_flops
 from fastdino.config import Config
@@ -43,21 +42,24 @@ class Contender:
 
     step: Callable[[Batch], Tensor]
     networks: list[nn.Module]
-    state_bytes: int = 0
-    """What stays allocated between steps: weights, moments, buffers."""
+    kept: KeptBytes = field(default_factory=lambda: KeptBytes(torch.device("cpu"), watch=False))
+    """What stays allocated between steps: weights, moments, buffers; it is active until :func:`check` has trained a
+    few, since the peers' moments and some of our buffers are made in the first one."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--arch", nargs="+", help="default: vit_small and vit_base on a GPU, vit_tiny on a CPU")
+    parser.add_argument("--arch", nargs="+", help="default: ViT-S and -B on a GPU; is added to a file of the same code")
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--no-compile", action="store_true", help="leave the compiled peer out")
+    parser.add_argument("--no-compile", action="store_true", help="leave the compiled peer out; writes --out alone")
     parser.add_argument("--out", type=Path, help="default: bench/results/step-DEVICE.json, if nothing is changed")
     options = parser.parse_args()
     device = torch.device(options.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
+    path, where = result_path("step", device), provenance(device, "bench.step")
+    part = bool(options.arch) and not (options.no_compile or options.out) and may_add(path, "provenance", where)
     ranks = distributed.init("cuda" if device.type == "cuda" else "cpu")
     try:
         rounds = options.rounds or ROUNDS[device.type]
@@ -65,9 +67,11 @@ def main() -> int:
         cases = [measure(arch, ranks, rounds, compiled=not options.no_compile) for arch in archs]
     finally:
         distributed.shutdown()
-    document = {"provenance": provenance(device, "bench.step"), "cases": cases}
-    if options.out or not (options.arch or options.no_compile):
-        write(options.out or result_path("step", device), document)
+    document = {"provenance": where, "cases": cases}
+    if part:
+        add(path, document, "provenance", "cases", lambda case: case["arch"])
+    elif options.out or not (options.arch or options.no_compile):
+        write(options.out or path, document)
     for case in cases:
         print(table(case))
     return 0
@@ -112,8 +116,8 @@ def _figures(
         "images_per_second": config.run.local_batch / median,
         "times_ours": asdict(paired_ratio(seconds[name], seconds[OURS])),
         "mfu": step_flops(config) / median / peak_flops,
-        "state_bytes": contender.state_bytes if seen else None,
-        "peak_bytes": contender.state_bytes + peak_bytes(lambda: contender.step(batch), device) if seen else None,
+        "state_bytes": contender.kept.bytes if seen else None,
+        "peak_bytes": contender.kept.bytes + peak_bytes(lambda: contender.step(batch), device) if seen else None,
         "host_syncs": counts.syncs.total() if seen else None,
         "launches": launches(lambda: contender.step(batch), device) if seen else None,
     }
@@ -121,6 +125,7 @@ def _figures(
 
 def build(config: Config, ranks: Ranks, folder: Path, compiled: bool) -> dict[str, Contender]:
     """Ours with each engine, the default one first, and the peer, all with the same weights."""
+    _warm_up(ranks.device)
     contenders, weights = {}, _start(config)
     engines = {OURS: ("deepspeed", "auto"), "fastdino, ZeRO 1": ("deepspeed", 1), "fastdino, ZeRO 2": ("deepspeed", 2)}
     for label, (engine, stage) in (engines | {"fastdino, torch engine": ("torch", "auto")}).items():
@@ -132,7 +137,7 @@ def build(config: Config, ranks: Ranks, folder: Path, compiled: bool) -> dict[st
             trained = [trainer.engine.student, trainer.engine.teacher]
             return Contender(lambda batch: trainer.train_step([batch]), trained)
 
-        contenders[label] = _counted(make, ranks.device)
+        contenders[label] = _counted(make, KeptBytes(ranks.device))
     peers = {"lightly + timm": False} | ({"lightly + timm, torch.compile": True} if compiled else {})
     for label, compile_it in peers.items():
 
@@ -140,23 +145,22 @@ def build(config: Config, ranks: Ranks, folder: Path, compiled: bool) -> dict[st
             peer = Peer(config, weights, ranks.device, compile_it)
             return Contender(peer.train_step, [peer.student, peer.teacher])
 
-        contenders[label] = _counted(make_peer, ranks.device)
+        watch = ranks.device.type == "cuda" or not compile_it
+        contenders[label] = _counted(make_peer, KeptBytes(ranks.device, watch))
     return contenders
 
 
-def _counted(make: Callable[[], Contender], device: torch.device) -> Contender:
-    """What ``make`` gives, with the bytes that it keeps allocated; AdamW's moments are made at the first step."""
-    gc.collect()
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
+def _counted(make: Callable[[], Contender], kept: KeptBytes) -> Contender:
+    with kept:
         contender = make()
-        contender.state_bytes = torch.cuda.memory_allocated() - before
-    else:
-        with LiveBytes() as live:
-            contender = make()
-        gc.collect()
-        contender.state_bytes = live.live
+    contender.kept = kept
     return contender
+
+
+def _warm_up(device: torch.device) -> None:
+    """Makes what torch allocates once for all, such as cuBLAS's workspaces: the first contender would have it alone."""
+    x = torch.randn(64, 64, device=device, requires_grad=True)
+    nn.functional.linear(x, x, x[0]).sum().backward()
 
 
 def _start(config: Config) -> dict[str, Tensor]:
@@ -180,7 +184,8 @@ def check(contenders: dict[str, Contender], batches: list[Batch], config: Config
     for name, contender in contenders.items():
         for network in contender.networks:
             network.eval()
-        losses[name] = [float(contender.step(batches[step % NUM_BATCHES])) for step in range(CHECKED_STEPS)]
+        with contender.kept:
+            losses[name] = [float(contender.step(batches[step % NUM_BATCHES])) for step in range(CHECKED_STEPS)]
         for network in contender.networks:
             network.train()
         for step, (got, want) in enumerate(zip(losses[name], losses[OURS], strict=True)):

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from bench.kernels.case import Case
-from bench.kernels.measure import COPY, Measured, NoRoom
+from bench.kernels.measure import COPY, Failed, Measured, NoRoom
 
 
 class _Replay:
@@ -35,10 +35,15 @@ def bench_kernel(benchmark: Any, measured: Callable[[Case], Measured], case: Cas
         pytest.skip(str(error))
     except AssertionError as error:
         benchmark.skipped, message = True, f"no figure, because a result is wrong: {error}"
+    except Failed as error:
+        benchmark.skipped, message = True, f"no figure, because a call failed: {error}"
     else:
         message = ""
     if message:
         pytest.fail(message, pytrace=False)
+    if why := found.left_out.get(variant):
+        benchmark.skipped = True
+        pytest.skip(f"{case.name}: {variant} is left out: {why}")
     REPLAY.rounds = list(found.seconds[variant])
     benchmark.group = case.name
     if variant != COPY:

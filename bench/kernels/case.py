@@ -1,7 +1,7 @@
 """One call to measure: its inputs, its alternatives, the bytes that it cannot do without."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,24 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.operation} {self.shape}"
+
+
+def without_failing(case: Case) -> tuple[Case, dict[str, str]]:
+    """The case without the peers that raise, and why each does: what a peer cannot do costs no figure of ours."""
+    problems = {}
+    for name in case.variants:
+        if not (name.startswith(OURS) or name == PLAIN):
+            try:
+                _results(case, name)
+            except Exception as error:  # Inductor, Triton and the peers have errors of many kinds
+                problems[name] = first_line(error)
+    kept = {name: variant for name, variant in case.variants.items() if name not in problems}
+    return replace(case, variants=kept), problems
+
+
+def first_line(error: Exception) -> str:
+    """The error's type and what it says, in one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def check(case: Case) -> dict[str, float]:

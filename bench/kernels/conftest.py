@@ -1,11 +1,13 @@
 """Feeds pytest-benchmark with series that were measured interleaved, and writes its JSON with our provenance."""
 
+import traceback
 from typing import Any
 
 import pytest
 import torch
 
-from bench.kernels.measure import COPY, ROUNDS, Measured, NoRoom, make_cases, measure
+from bench.kernels.case import first_line
+from bench.kernels.measure import COPY, ROUNDS, Failed, Measured, NoRoom, make_cases, measure
 from bench.record import provenance
 
 
@@ -34,7 +36,7 @@ def measured(request: pytest.FixtureRequest) -> Any:
     """Measures a case when the first of its variants asks for it."""
     device = torch.device(request.config.getoption("--device"))
     rounds = request.config.getoption("--rounds") or ROUNDS[device.type]
-    found: dict[str, Measured | AssertionError | NoRoom] = {}
+    found: dict[str, Measured | Exception] = {}
 
     def of(case: Any) -> Measured:
         if case.name not in found:
@@ -42,6 +44,9 @@ def measured(request: pytest.FixtureRequest) -> Any:
                 found[case.name] = measure(case, device, rounds)
             except (AssertionError, NoRoom) as error:
                 found[case.name] = error.with_traceback(None)  # which would keep the case's tensors
+            except Exception as error:
+                traceback.print_exc()
+                found[case.name] = Failed(first_line(error))  # its causes would keep them too
         result = found[case.name]
         if isinstance(result, Exception):
             raise result

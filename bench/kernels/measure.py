@@ -24,7 +24,7 @@ from bench.kernels import (
     segment_squares,
     sinkhorn,
 )
-from bench.kernels.case import OURS, Bound, Case, Variant, check
+from bench.kernels.case import OURS, Bound, Case, Variant, check, without_failing
 from bench.kernels.sweep import SWEEPS
 from bench.timing import Clock, Work, interleave, paired_ratio
 
@@ -54,10 +54,16 @@ class Measured:
 
     seconds: dict[str, list[float]]
     figures: dict[str, dict[str, Any]]
+    left_out: dict[str, str]
+    """Peers that raised, and why."""
 
 
 class NoRoom(Exception):
     """A case does not fit into the device's memory."""
+
+
+class Failed(Exception):
+    """A case that raised something unforeseen, in a line."""
 
 
 def make_cases(
@@ -88,6 +94,10 @@ def measure(case: Case, device: torch.device, rounds: int) -> Measured:
 
 
 def _measure(case: Case, device: torch.device, rounds: int) -> Measured:
+    case.make(0)  # what does not fit here is no peer's fault
+    case, left_out = without_failing(case)
+    for name, why in left_out.items():
+        print(f"{case.name}: {name} is left out: {why}")
     errors = check(case)
     inputs = [case.make(1 + i) for i in range(num_inputs(case, device))]
     order = itertools.count()
@@ -120,7 +130,7 @@ def _measure(case: Case, device: torch.device, rounds: int) -> Measured:
             "host_milliseconds": 1e3 * host[name],
             "error": errors[name],
         }
-    return Measured(seconds, figures)
+    return Measured(seconds, figures, left_out)
 
 
 def num_inputs(case: Case, device: torch.device) -> int:

@@ -11,10 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdino_kernels._backend import operator, use_triton
+from fastdino_kernels._chunks import GPU_CHUNK_ELEMENTS
 from fastdino_kernels.ema import ema_update_reference_, moved
 from fastdino_kernels.segments import BLOCK, Segments, check_divides, load_chunk
 
-PIECE = 2**17  # elements that plain torch works on at a time: several of its passes over them find them in the cache
+PIECE = 2**17  # elements that a CPU works on at a time: several of its passes over them find them in the cache
 
 
 class Rates(NamedTuple):
@@ -132,7 +133,7 @@ def adamw_ema_reference_(
         return
     lengths = (param.numel(),) if segments is None else segments.lengths
     scales = [None] * len(lengths) if grad_scale is None else grad_scale.expand(len(lengths)).unbind()
-    for piece, scale in _pieces(lengths, scales):
+    for piece, scale in _pieces(lengths, scales, GPU_CHUNK_ELEMENTS if param.is_cuda else PIECE):
         g = grad[piece].to(param.dtype) if scale is None else grad[piece].to(param.dtype) * scale
         torch._fused_adamw_(
             [param[piece]], [g], [exp_avg[piece]], [exp_avg_sq[piece]], [], [step], lr=rates.lr, beta1=rates.betas[0],
@@ -144,12 +145,14 @@ def adamw_ema_reference_(
             param_shadow[piece].copy_(param[piece])
 
 
-def _pieces(lengths: Sequence[int], scales: Sequence[Tensor | None]) -> Iterator[tuple[slice, Tensor | None]]:
-    """Stretches that stay in a CPU's cache, each within one segment, with the segment's scale."""
+def _pieces(
+    lengths: Sequence[int], scales: Sequence[Tensor | None], most: int
+) -> Iterator[tuple[slice, Tensor | None]]:
+    """Stretches of ``most`` elements at most, each within one segment, with the segment's scale."""
     start = 0
     for length, scale in zip(lengths, scales, strict=True):
-        for i in range(start, start + length, PIECE):
-            yield slice(i, min(i + PIECE, start + length)), scale
+        for i in range(start, start + length, most):
+            yield slice(i, min(i + most, start + length)), scale
         start += length
 
 

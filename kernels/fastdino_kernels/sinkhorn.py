@@ -55,13 +55,13 @@ def sinkhorn_reference(
     """:func:`sinkhorn` in plain torch: the definition that the kernel is tested against, and what a CPU runs."""
     (R, K), dtype = logits.shape, compute_dtype(logits)
     row, column_lse = (torch.zeros(size, dtype=dtype, device=logits.device) for size in (R, K))
-    for k in chunks(K, 2 * R):
+    for k in chunks(K, 2 * R, on_gpu=logits.is_cuda):
         x = logits[:, k].to(dtype) / temp
         column_lse[k] = torch.logsumexp(x.clamp_(min=x.amax(0) + lowest_exponent(dtype)) if R else x, dim=0)
     for i in range(iterations):
         column = -(column_lse if all_reduce is None else all_reduce(column_lse))
         column_sum = torch.zeros_like(column)
-        for r in chunks(R, 2 * K):
+        for r in chunks(R, 2 * K, on_gpu=logits.is_cuda):
             x = torch.add(column, logits[r].to(dtype), alpha=1 / temp)
             top = x.amax(1, keepdim=True)
             q = torch.softmax(x.clamp_(min=top + lowest_exponent(dtype)), dim=1, out=x)

@@ -90,12 +90,12 @@ def reference_loss(
     scaled_loss = torch.empty(S, B, 1, dtype=dtype, device=student.device)  # of each row, times -beta
     in_grad = grad is not None and student.dtype == dtype  # it has room for z, and then for p - q
     temporaries = 2 if in_grad else 3  # q and p, and z
-    for images in chunks(B, (temporaries + len(teacher) - 1) * K):
+    for images in chunks(B, (temporaries + len(teacher) - 1) * K, on_gpu=student.is_cuda):
         width = temporaries * (images.stop - images.start) * K
         row_weight = 1.0 if weight is None else weight[images, None]
         for views, num_terms, q in _targets(student, teacher[:, images], center, terms):
             factor = row_weight * (num_terms * terms.scale * beta)
-            for part in chunks(len(views), width, views.start):
+            for part in chunks(len(views), width, views.start, on_gpu=student.is_cuda):
                 logits = student[part, images].to(dtype)
                 out = None if grad is None else grad[part, images]
                 shift = logits.amax(-1, keepdim=True).mul_(-beta)

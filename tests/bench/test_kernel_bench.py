@@ -66,6 +66,57 @@ def test_no_figure_from_a_wrong_result(name: str, factor: float, message: str) -
         measure(spoiled(case, name, factor), CPU, rounds=3)
 
 
+def test_a_peer_that_raises_costs_no_figure_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(inputs: object) -> object:
+        raise RuntimeError("no such kernel\nand more words")
+
+    (case,) = make_cases("center_mean", ["2,3,100"], CPU, compiled=False)
+    wrong = Variant(broken)  # type: ignore[arg-type]
+    found = measure(dataclasses.replace(case, variants={**case.variants, "lightly": wrong}), CPU, rounds=3)
+    assert set(found.figures) == {OURS, PLAIN}
+    assert found.left_out == {"lightly": "RuntimeError: no such kernel"}
+    line = "center_mean 2,3,100: lightly is left out: RuntimeError: no such kernel\n"
+    assert capsys.readouterr().out == line
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        measure(dataclasses.replace(case, variants={**case.variants, OURS: wrong}), CPU, rounds=3)
+
+
+BROKEN = """
+import os, sys
+from dataclasses import replace
+from bench.kernels import center_mean, measure
+from bench.kernels.__main__ import main
+make, once = center_mean._case, measure._measure
+def broken(device, shape, compiled):
+    def fail(inputs): raise RuntimeError("no such kernel")
+    case, name = make(device, shape, compiled), "lightly" if shape == "2,3,100" else "fastdino"
+    return replace(case, variants={**case.variants, name: replace(case.variants[name], bind=fail)})
+def counted(case, *args):
+    open(os.environ["SEEN"], "a").write(case.shape + ";")
+    return once(case, *args)
+center_mean._case, measure._measure = broken, counted
+sys.exit(main())
+"""
+
+
+def test_a_case_that_fails_is_not_measured_again(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = f"{ROOT}:{ROOT / 'kernels'}"
+    env["SEEN"] = str(tmp_path / "seen")
+    arguments = "--only center_mean --shape 2,3,100 1,2,64 --rounds 3 --device cpu --no-compile --out"
+    done = subprocess.run(
+        [sys.executable, "-c", BROKEN, *arguments.split(), str(out)],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert (tmp_path / "seen").read_text() == "2,3,100;1,2,64;"
+    assert "center_mean 2,3,100: lightly is left out: RuntimeError: no such kernel" in done.stdout
+    assert "no figure, because a call failed: RuntimeError: no such kernel" in done.stdout
+    kept = [entry["extra_info"].get("variant") for entry in json.loads(out.read_text())["benchmarks"]]
+    assert kept == [OURS, PLAIN, None], "and the copy"
+
+
 def test_measure() -> None:
     (case,) = make_cases("dino_loss", ["4,2,3,512"], CPU, compiled=False)
     found = measure(case, CPU, rounds=5)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import report, step
+from bench import plots, report, step
 from bench.compare import verdict
 from bench.record import RESULTS
 from bench.timing import Ratio
@@ -36,6 +36,11 @@ def test_peer_trains_like_ours_and_flops_are_counted(
     batches = [random_batch(config, CPU, seed) for seed in range(step.NUM_BATCHES)]
     losses = step.check(contenders, batches, config)
     assert len(set(losses[step.OURS])) == step.CHECKED_STEPS, "the steps differ, so equal losses mean equal updates"
+    for name, contender in contenders.items():
+        student, teacher = (list(network.parameters()) for network in contender.networks)
+        trained = [p for p in student if p.requires_grad]
+        weights_and_moments = sum(p.numel() * p.element_size() for p in [*student, *teacher, *trained, *trained])
+        assert weights_and_moments < contender.kept.bytes < 2 * weights_and_moments, name
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as flops:
         contenders["lightly + timm"].step(batches[0])
     pairs = 2 * 2 * config.views.num_views * config.run.local_batch * config.head.num_prototypes  # lightly's einsum
@@ -110,3 +115,32 @@ def test_report_says_what_is_not_measured(tmp_path: Path) -> None:
 def test_report_refuses_a_marker_that_it_cannot_serve(text: str) -> None:
     with pytest.raises(ValueError, match="bench:"):
         report.rewritten(text, RESULTS)
+
+
+def two_gpus(folder: Path) -> None:
+    """Files of an H100, which come first in the alphabet, and of an H200."""
+    for number, name in ((1, "NVIDIA H100 80GB HBM3"), (2, "NVIDIA H200")):
+        where = {"commit": "0" * 40, "dirty": False, "device": name, "driver": "1", "date": "2000-01-01T00:00:00"}
+        where["versions"] = dict.fromkeys(("torch", "triton", "lightly", "timm"), "0")  # type: ignore[assignment]
+        entries = []
+        for variant in (step.OURS, "reference", "lightly"):
+            info = {"operation": "dino_loss", "shape": report.targets.HEADLINE, "variant": variant}
+            figures = {"milliseconds": 0.1 * number, "copy_fraction": 0.4 * number, "peak_bytes": 1e6 * number}
+            entries.append({"group": "g", "extra_info": {**info, **figures, "times_ours": FLAT}})
+        for bench in ("kernels", "sweep"):
+            document = {"machine_info": where, "benchmarks": entries}
+            (folder / f"{bench}-{name.lower().replace(' ', '-')}.json").write_text(json.dumps(document))
+
+
+def test_targets_of_an_h200_are_judged_by_its_figures_alone(tmp_path: Path) -> None:
+    (tmp_path / "static.json").write_text((RESULTS / "static.json").read_text())
+    two_gpus(tmp_path)
+    first = report.targets_table(tmp_path).splitlines()[2]
+    assert first.endswith("| 80 % | yes |"), "0.8 of the H200, and not 0.4 of the H100"
+    assert "| 200.0 |\n" in report.static_table(tmp_path)
+    tables = report.kernels_table(tmp_path)
+    assert [tables.count(f"{name} (driver 1)") for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H200")] == [1, 1]
+    assert [file.stem for file in plots.files(tmp_path)] == ["sweep-nvidia-h200", "sweep-nvidia-h100-80gb-hbm3"]
+    (tmp_path / "kernels-nvidia-h200.json").unlink()
+    assert report.targets_table(tmp_path).splitlines()[2].endswith("| not measured | - |")
+    assert "| 100.0 |\n" not in report.static_table(tmp_path)

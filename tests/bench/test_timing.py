@@ -1,10 +1,13 @@
 """What the figures rest on: paired ratios, interleaving, counters."""
 
 import time
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from bench import compare_side
 from bench.counters import LiveBytes, OpCounts, kernels_counted, launches, peak_bytes, saved_bytes
 from bench.timing import Clock, Work, interleave, paired_ratio
 from fastdino_kernels import center_mean
@@ -104,3 +107,25 @@ def test_triton_launches_are_counted_and_nothing_runs() -> None:
     assert dict(kernels) == {"_center_mean_kernel": 1}
     assert launches(lambda: torch.zeros(3).add(1), CPU) == 2
     assert center_mean(torch.full((2, 3, 5), 7.0)).tolist() == [7.0] * 5, "the patch is gone"
+
+
+def test_launches_queued_before_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def profile(**_: object) -> nullcontext[SimpleNamespace]:
+        seen.append("profiler")
+        return nullcontext(SimpleNamespace(events=list))
+
+    monkeypatch.setattr(torch.profiler, "profile", profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("wait"))
+    assert launches(lambda: seen.append("work"), torch.device("cuda")) == 0
+    assert seen == ["wait", "profiler", "work", "wait"]
+
+
+def test_a_side_of_compare_is_idle_when_it_tells_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    clock = Clock(CPU)
+    monkeypatch.setattr(clock, "synchronize", lambda: seen.append("wait"))
+    work = Work(lambda index: seen.append("run"), lambda index: seen.append("refill"))
+    assert compare_side._alone(work, clock, 0.0) >= 0
+    assert seen == ["run", "refill", "wait"]

@@ -6,11 +6,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.counters import peak_bytes
 from bench.kernels import dino_loss as dino_bench
 from bench.kernels import ibot_loss as ibot_bench
-from fastdino_kernels import _chunks
+from fastdino_kernels import Rates, _chunks
+from fastdino_kernels.adamw_ema import adamw_ema_reference_
 from fastdino_kernels.ibot import ibot_loss_reference
 from fastdino_kernels.loss import dino_loss_reference
 from fastdino_kernels.sinkhorn import sinkhorn_reference
@@ -86,3 +89,33 @@ def test_chunks_cover_a_range_once() -> None:
         slices = _chunks.chunks(length, width, start)
         assert [i for c in slices for i in range(c.start, c.stop)] == list(range(start, start + length))
         assert all((c.stop - c.start) * width <= _chunks.CHUNK_ELEMENTS or c.stop == c.start + 1 for c in slices)
+
+
+class Calls(TorchDispatchMode):
+    """Counts aten calls, also those on tensors without memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("name", ["sinkhorn", "dino_loss", "ibot_loss", "adamw_ema_"])
+def test_a_gpu_has_few_launches(name: str, device: str) -> None:
+    """At sizes of a real step; a CPU works in chunks there."""
+    with FakeTensorMode(), Calls() as calls:
+        logits = torch.empty(10, 64, 65536, dtype=torch.bfloat16, device=device)
+        if name == "sinkhorn":
+            sinkhorn_reference(logits[0], temp=0.07)
+        elif name == "dino_loss":
+            dino_loss_reference(logits, logits[:2], logits[0, 0].float(), **TEMPS)
+        elif name == "ibot_loss":
+            ibot_loss_reference(logits[0], logits[1], logits[0, 0].float(), logits[0, :, 0].float(), **TEMPS)
+        else:
+            flat, step = (torch.zeros(size, device=device) for size in ((2**24,), ()))
+            adamw_ema_reference_(flat, flat, flat, flat, flat, step, Rates(1e-3, 0.04, 0.9))
+    assert (calls.number < 200) == (device == "cuda"), calls.number

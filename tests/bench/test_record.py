@@ -1,0 +1,134 @@
+"""Where figures come from, and that they are not lost where that cannot be told."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import compare, record, report
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["no repository", "no git"])
+def without_git(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    if request.param == "no git":
+        monkeypatch.setenv("PATH", str(tmp_path))
+    else:
+        monkeypatch.setenv("GIT_DIR", str(tmp_path / "none"))
+    record._printed.cache_clear()
+    yield
+    record._printed.cache_clear()
+
+
+@pytest.mark.usefixtures("without_git")
+def test_no_figure_is_lost_for_want_of_a_commit(capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        where = record.provenance(CPU, "bench.x")
+        assert (where["commit"], where["dirty"]) == ("unknown", None)
+    assert report._state(where).startswith("commit unknown, ")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("git rev-parse: unknown, because ")
+
+
+@pytest.mark.usefixtures("without_git")
+def test_compare_needs_git_and_says_so_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["bench.compare", "--base", "main"])
+    with pytest.raises(SystemExit) as caught:
+        compare.main()
+    assert caught.value.code == 2, "1 would mean slower"
+    assert "error: --base main: " in capsys.readouterr().err
+
+
+def test_the_driver_may_be_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    record._printed.cache_clear()
+    assert record._driver(torch.device("cuda")) == "unknown"
+    record._printed.cache_clear()
+
+
+def test_kernels_write_their_file_without_git(tmp_path: Path) -> None:
+    """pytest-benchmark asks git too."""
+    out = tmp_path / "out.json"
+    arguments = f"--only center_mean --shape 2,3,100 --rounds 3 --device cpu --no-compile --out {out}"
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": f"{record.ROOT}:{record.ROOT / 'kernels'}", "GIT_DIR": str(tmp_path / "none")}
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.kernels", *arguments.split()],
+        cwd=record.ROOT, env=env, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert '"commit": "unknown"' in out.read_text()
+    assert "git rev-parse: unknown, because fatal: not a git repository" in done.stdout + done.stderr
+
+
+def document(command: str, **entries: int) -> dict[str, object]:
+    where = {**record.provenance(CPU, "bench.x"), "command": command}
+    return {"provenance": where, "cases": [{"name": name, "figure": figure} for name, figure in entries.items()]}
+
+
+def test_a_part_takes_the_place_of_its_own_entries_alone(tmp_path: Path) -> None:
+    path = tmp_path / "x-cpu.json"
+    assert record.may_add(path, "provenance", record.provenance(CPU, "bench.x")), "a part may come first"
+    for part in (document("one", a=1, b=2), document("two", b=3), document("two", b=4)):
+        record.add(path, part, "provenance", "cases", lambda case: case["name"])
+    found = json.loads(path.read_text())
+    assert [(case["name"], case["figure"]) for case in found["cases"]] == [("a", 1), ("b", 4)]
+    assert found["provenance"]["command"] == "one; two"
+    assert record.may_add(path, "provenance", record.provenance(CPU, "bench.x"))
+
+
+@pytest.mark.parametrize("key", ["device", "driver", "threads", "versions", "sources"])
+def test_figures_of_different_origin_are_not_mixed(
+    key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = record.provenance(CPU, "bench.x")
+    record.write(tmp_path / "x-cpu.json", {"provenance": {**now, key: "another"}})
+    assert not record.may_add(tmp_path / "x-cpu.json", "provenance", now)
+    assert f"x-cpu.json is of other {key} and stays as it is" in capsys.readouterr().out
+
+
+def test_sources_are_those_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    (tmp_path / "kernels" / "a").mkdir(parents=True)
+    seen = [record._sources()]
+    for name, text in (("a.py", "x"), ("a.py", "y"), ("b.py", ""), ("b.txt", "no code")):
+        (tmp_path / "kernels" / "a" / name).write_text(text)
+        seen.append(record._sources())
+    assert len(set(seen)) == 4
+    assert seen[3] == seen[4]
+
+
+PARTS = """
+import sys
+from pathlib import Path
+from bench.kernels import __main__ as kernels
+from bench.kernels.measure import OPERATIONS
+for name, shape in (("center_mean", "2,3,100"), ("segment_squares", "5,400")):
+    OPERATIONS[name].SHAPES["cpu"] = [shape]
+path = Path(sys.argv.pop())
+kernels.result_path = lambda bench, device: path
+sys.exit(kernels.main())
+"""
+
+
+def test_kernels_in_parts(tmp_path: Path) -> None:
+    path = tmp_path / "kernels-cpu.json"
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": f"{record.ROOT}:{record.ROOT / 'kernels'}", "TORCHDYNAMO_DISABLE": "1"}  # compiling is slow
+    for name, rounds in (("center_mean", 3), ("segment_squares", 3), ("center_mean", 4)):
+        command = [sys.executable, "-c", PARTS, "--only", name, "--rounds", str(rounds), "--device", "cpu"]
+        done = subprocess.run(
+            [*command, str(path)], cwd=record.ROOT, env=env, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    rounds = {entry["group"]: entry["stats"]["rounds"] for entry in json.loads(path.read_text())["benchmarks"]}
+    assert rounds == {"segment_squares 5,400": 3, "center_mean 2,3,100": 4}
+    assert [file.name for file in tmp_path.iterdir()] == ["kernels-cpu.json"]
