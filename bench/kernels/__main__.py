@@ -38,7 +38,7 @@ def main() -> int:
     path, out = result_path("sweep" if options.sweep else "kernels", device), options.out
     here = provenance(device, "bench.kernels")
     whole = not (options.shape or options.no_compile)
-    if out is None and whole and (not options.only or may_add(path, "machine_info", here)):
+    if out is None and whole and (not options.only or (not options.rounds and may_add(path, "machine_info", here))):
         out = path.with_suffix(".part")
         out.parent.mkdir(parents=True, exist_ok=True)
     arguments = [f"--{key}={value}" for key, value in (("only", options.only), ("rounds", options.rounds)) if value]
