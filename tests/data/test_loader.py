@@ -325,6 +325,9 @@ def test_workers_are_no_more_than_the_cores(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
     assert affordable(10) == 1
     assert affordable(0) == 0
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.setenv("LOCAL_SIZE", "8")  # the deepspeed launcher's
+    assert affordable(10) == 2
 
 
 @pytest.mark.parametrize("rank", [0, 1])
