@@ -124,8 +124,8 @@ class KeptBytes:
     """
 
     def __init__(self, device: torch.device, watch: bool = True) -> None:
-        self.device, self.watch = device, watch
-        self._live, self._before, self._grown = LiveBytes(), 0, 0
+        self.device, self.watch, self.bytes = device, watch, 0
+        self._live, self._before = LiveBytes(), 0
 
     def __enter__(self) -> None:
         if self.watch and self.device.type != "cuda":
@@ -135,11 +135,7 @@ class KeptBytes:
     def __exit__(self, *error: Any) -> None:
         if self.watch and self.device.type != "cuda":
             self._live.__exit__(*error)
-        self._grown += self._allocated() - self._before
-
-    @property
-    def bytes(self) -> int:
-        return self._grown
+        self.bytes += self._allocated() - self._before
 
     def _allocated(self) -> int:
         gc.collect()

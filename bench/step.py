@@ -9,7 +9,8 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class Contender:
 
     step: Callable[[Batch], Tensor]
     networks: list[nn.Module]
-    kept: KeptBytes = field(default_factory=lambda: KeptBytes(torch.device("cpu"), watch=False))
+    kept: KeptBytes
     """What stays allocated between steps: weights, moments, buffers; it is active until :func:`check` has trained a
     few, since the peers' moments and some of our buffers are made in the first one."""
 
@@ -59,7 +60,8 @@ def main() -> int:
     if device.type == "cpu":
         torch.set_num_threads(1)
     path, where = result_path("step", device), provenance(device, "bench.step")
-    part = bool(options.arch) and not (options.no_compile or options.out) and may_add(path, "provenance", where)
+    changed = options.rounds or options.no_compile or options.out
+    part = bool(options.arch) and not changed and may_add(path, "provenance", where)
     ranks = distributed.init("cuda" if device.type == "cuda" else "cpu")
     try:
         rounds = options.rounds or ROUNDS[device.type]
@@ -130,31 +132,21 @@ def build(config: Config, ranks: Ranks, folder: Path, compiled: bool) -> dict[st
     engines = {OURS: ("deepspeed", "auto"), "fastdino, ZeRO 1": ("deepspeed", 1), "fastdino, ZeRO 2": ("deepspeed", 2)}
     for label, (engine, stage) in (engines | {"fastdino, torch engine": ("torch", "auto")}).items():
         settings = step_config(config.model.arch, ranks.device, engine=engine, zero_stage=stage)
-
-        def make(settings: Config = settings, label: str = label) -> Contender:
+        with (kept := KeptBytes(ranks.device)):
             trainer = build_trainer(settings, ranks, folder / label)
             _load(trainer, weights)
-            trained = [trainer.engine.student, trainer.engine.teacher]
-            return Contender(lambda batch: trainer.train_step([batch]), trained)
-
-        contenders[label] = _counted(make, KeptBytes(ranks.device))
+        trained = [trainer.engine.student, trainer.engine.teacher]
+        contenders[label] = Contender(partial(_train_step, trainer), trained, kept)
     peers = {"lightly + timm": False} | ({"lightly + timm, torch.compile": True} if compiled else {})
     for label, compile_it in peers.items():
-
-        def make_peer(compile_it: bool = compile_it) -> Contender:
+        with (kept := KeptBytes(ranks.device, watch=ranks.device.type == "cuda" or not compile_it)):
             peer = Peer(config, weights, ranks.device, compile_it)
-            return Contender(peer.train_step, [peer.student, peer.teacher])
-
-        watch = ranks.device.type == "cuda" or not compile_it
-        contenders[label] = _counted(make_peer, KeptBytes(ranks.device, watch))
+        contenders[label] = Contender(peer.train_step, [peer.student, peer.teacher], kept)
     return contenders
 
 
-def _counted(make: Callable[[], Contender], kept: KeptBytes) -> Contender:
-    with kept:
-        contender = make()
-    contender.kept = kept
-    return contender
+def _train_step(trainer: Trainer, batch: Batch) -> Tensor:
+    return trainer.train_step([batch])
 
 
 def _warm_up(device: torch.device) -> None:

@@ -57,14 +57,14 @@ def sinkhorn_reference(
     row, column_lse = (torch.zeros(size, dtype=dtype, device=logits.device) for size in (R, K))
     for k in chunks(K, 2 * R, on_gpu=logits.is_cuda):
         x = logits[:, k].to(dtype) / temp
-        column_lse[k] = torch.logsumexp(x.clamp_(min=x.amax(0) + lowest_exponent(dtype)) if R else x, dim=0)
+        column_lse[k] = torch.logsumexp(without_subnormals_(x, x.amax(0)) if R else x, dim=0)
     for i in range(iterations):
         column = -(column_lse if all_reduce is None else all_reduce(column_lse))
         column_sum = torch.zeros_like(column)
         for r in chunks(R, 2 * K, on_gpu=logits.is_cuda):
             x = torch.add(column, logits[r].to(dtype), alpha=1 / temp)
             top = x.amax(1, keepdim=True)
-            q = torch.softmax(x.clamp_(min=top + lowest_exponent(dtype)), dim=1, out=x)
+            q = torch.softmax(without_subnormals_(x, top), dim=1, out=x)
             row[r] = q.amax(1).log_() - top[:, 0]
             if i + 1 < iterations:
                 # The next sums over rows, by the exponentials that are at hand. None is lost: a column summed to 1
@@ -74,13 +74,13 @@ def sinkhorn_reference(
     return row, column
 
 
-def lowest_exponent(dtype: torch.dtype) -> float:
-    """-58 (-472 in fp64): what exponents are raised to where a sum of exponentials is about 1.
+def without_subnormals_(x: Tensor, top: Tensor) -> Tensor:
+    """Raises exponents ``x`` to 58 (in fp64 472) below ``top``, their maxima, before a softmax or a log-sum-exp.
 
     e^-58 next to 1 is far below the rounding error of fp32, as is e^-472 in fp64. But beyond e^-87 (e^-708) numbers are
     subnormal, and whatever touches them takes a CPU many times as long.
     """
-    return math.log(torch.finfo(dtype).tiny) * 2 / 3
+    return x.clamp_(min=top + math.log(torch.finfo(x.dtype).tiny) * 2 / 3)
 
 
 def launch_config(num_rows: int, num_prototypes: int) -> dict[str, dict[str, int]]:

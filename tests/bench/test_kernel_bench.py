@@ -2,9 +2,8 @@
 
 import dataclasses
 import json
-import os
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 from bench.kernels.case import OURS, PLAIN, Case, Variant, check
 from bench.kernels.measure import OPERATIONS, make_cases, measure, num_inputs
 
-ROOT = Path(__file__).parents[2]
+Python = Callable[..., subprocess.CompletedProcess[str]]  # the fixture
 CPU = torch.device("cpu")
 SMALL = {
     "dino_loss": ["4,2,3,100", "3,1,2,64,bf16"],
@@ -99,16 +98,10 @@ sys.exit(main())
 """
 
 
-def test_a_case_that_fails_is_not_measured_again(tmp_path: Path) -> None:
+def test_a_case_that_fails_is_not_measured_again(tmp_path: Path, python: Python) -> None:
     out = tmp_path / "out.json"
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = f"{ROOT}:{ROOT / 'kernels'}"
-    env["SEEN"] = str(tmp_path / "seen")
     arguments = "--only center_mean --shape 2,3,100 1,2,64 --rounds 3 --device cpu --no-compile --out"
-    done = subprocess.run(
-        [sys.executable, "-c", BROKEN, *arguments.split(), str(out)],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    done = python("-c", BROKEN, *arguments.split(), str(out), SEEN=str(tmp_path / "seen"))
     assert done.returncode == 1, done.stdout + done.stderr
     assert (tmp_path / "seen").read_text() == "2,3,100;1,2,64;"
     assert "center_mean 2,3,100: lightly is left out: RuntimeError: no such kernel" in done.stdout
@@ -128,15 +121,10 @@ def test_measure() -> None:
     assert 0 < ours["copy_fraction"] < 2
 
 
-def test_command_writes_the_json_of_pytest_benchmark(tmp_path: Path) -> None:
+def test_command_writes_the_json_of_pytest_benchmark(tmp_path: Path, python: Python) -> None:
     out = tmp_path / "out.json"
-    command = [sys.executable, "-m", "bench.kernels", "--only", "center_mean", "--shape", "2,3,100", "--rounds", "3"]
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = f"{ROOT}:{ROOT / 'kernels'}"
-    done = subprocess.run(
-        [*command, "--device", "cpu", "--no-compile", "--out", str(out)],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    arguments = "--only center_mean --shape 2,3,100 --rounds 3 --device cpu --no-compile --out"
+    done = python("-m", "bench.kernels", *arguments.split(), str(out))
     assert done.returncode == 0, done.stdout + done.stderr
     document = json.loads(out.read_text())
     assert {"commit", "dirty", "device", "versions", "command", "date"} <= document["machine_info"].keys()

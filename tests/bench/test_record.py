@@ -1,10 +1,8 @@
 """Where figures come from, and that they are not lost where that cannot be told."""
 
 import json
-import os
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 
 from bench import compare, record, report
 
+Python = Callable[..., subprocess.CompletedProcess[str]]  # the fixture
 CPU = torch.device("cpu")
 
 
@@ -54,16 +53,11 @@ def test_the_driver_may_be_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     record._printed.cache_clear()
 
 
-def test_kernels_write_their_file_without_git(tmp_path: Path) -> None:
+def test_kernels_write_their_file_without_git(tmp_path: Path, python: Python) -> None:
     """pytest-benchmark asks git too."""
     out = tmp_path / "out.json"
     arguments = f"--only center_mean --shape 2,3,100 --rounds 3 --device cpu --no-compile --out {out}"
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": f"{record.ROOT}:{record.ROOT / 'kernels'}", "GIT_DIR": str(tmp_path / "none")}
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.kernels", *arguments.split()],
-        cwd=record.ROOT, env=env, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    done = python("-m", "bench.kernels", *arguments.split(), GIT_DIR=str(tmp_path / "none"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert '"commit": "unknown"' in out.read_text()
     assert "git rev-parse: unknown, because fatal: not a git repository" in done.stdout + done.stderr
@@ -119,20 +113,16 @@ sys.exit(kernels.main())
 """
 
 
-def test_kernels_in_parts(tmp_path: Path) -> None:
+def test_kernels_in_parts(tmp_path: Path, python: Python) -> None:
     path = tmp_path / "kernels-cpu.json"
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": f"{record.ROOT}:{record.ROOT / 'kernels'}", "TORCHDYNAMO_DISABLE": "1"}  # compiling is slow
     for name, rounds, options in (
         ("center_mean", 3, []),
         ("segment_squares", 3, []),
         ("center_mean", 4, []),
         ("segment_squares", 3, ["--rounds", "5"]),  # not the usual rounds: measured, and not added
     ):
-        command = [sys.executable, "-c", PARTS, "--only", name, "--device", "cpu", *options, str(rounds)]
-        done = subprocess.run(
-            [*command, str(path)], cwd=record.ROOT, env=env, capture_output=True, text=True, timeout=120, check=False
-        )
+        arguments = ["--only", name, "--device", "cpu", *options, str(rounds), str(path)]
+        done = python("-c", PARTS, *arguments, TORCHDYNAMO_DISABLE="1")  # compiling is slow
         assert done.returncode == 0, done.stdout + done.stderr
     rounds = {entry["group"]: entry["stats"]["rounds"] for entry in json.loads(path.read_text())["benchmarks"]}
     assert rounds == {"segment_squares 5,400": 3, "center_mean 2,3,100": 4}

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import plots, report, step
 from bench.compare import verdict
+from bench.counters import KeptBytes
 from bench.record import RESULTS
 from bench.timing import Ratio
 from bench.workload import nano_config, random_batch, step_flops
@@ -49,7 +50,10 @@ def test_peer_trains_like_ours_and_flops_are_counted(
 
 def test_no_figure_when_losses_disagree() -> None:
     losses = iter([1.0, 0.9, 0.8, 1.0, 0.9, 0.81])
-    contenders = {name: step.Contender(lambda batch: torch.tensor(next(losses)), []) for name in (step.OURS, "peer")}
+    contenders = {
+        name: step.Contender(lambda batch: torch.tensor(next(losses)), [], KeptBytes(CPU))
+        for name in (step.OURS, "peer")
+    }
     with pytest.raises(AssertionError, match=r"no figure: step 2 of peer has loss 0\.81"):
         step.check(contenders, [None] * step.NUM_BATCHES, step.step_config("vit_nano", CPU))  # type: ignore[list-item]
 

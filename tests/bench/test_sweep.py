@@ -2,9 +2,8 @@
 
 import dataclasses
 import json
-import os
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from bench import plots, report
 from bench.kernels.measure import OPERATIONS, NoRoom, make_cases, measure
 from bench.kernels.sweep import SWEEPS
 
-ROOT = Path(__file__).parents[2]
+Python = Callable[..., subprocess.CompletedProcess[str]]  # the fixture
 CPU = torch.device("cpu")
 
 
@@ -58,15 +57,10 @@ sys.exit(main())
 """
 
 
-def test_sweep_command_and_plot(tmp_path: Path) -> None:
+def test_sweep_command_and_plot(tmp_path: Path, python: Python) -> None:
     out = tmp_path / "out.json"
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = f"{ROOT}:{ROOT / 'kernels'}"
     arguments = "--sweep --only center_mean --rounds 3 --device cpu --no-compile --out"
-    done = subprocess.run(
-        [sys.executable, "-c", SCARCE, *arguments.split(), str(out)],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    done = python("-c", SCARCE, *arguments.split(), str(out))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "center_mean 2,8,2048: Tried to allocate 9 GiB." in done.stdout
     curves = plots.read(json.loads(out.read_text()))
