@@ -1,9 +1,13 @@
 """What the tests of several kernels share."""
 
+import contextlib
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+from fastdino_kernels._backend import INTERPRETED
+from tests.kernels.sanitizer import sanitized
 
 
 @pytest.fixture
@@ -12,3 +16,9 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _sanitized() -> Iterator[None]:
+    with sanitized() if INTERPRETED else contextlib.nullcontext():
+        yield

@@ -1,0 +1,113 @@
+"""What compute-sanitizer would say of a kernel, on a CPU: every access of Triton's interpreter, checked.
+
+The interpreter runs one program after the other and reads whatever address it is given: a race gives the right result
+there, and so do most accesses out of bounds.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from triton.runtime import interpreter
+
+BY_TABLE = ("_ema_list_kernel",)  # given addresses in memory, whose bounds are not known here
+
+
+class MemoryFault(AssertionError):
+    """A kernel touches memory that is not its own, or that something else of the launch touches at the same time."""
+
+
+@contextlib.contextmanager
+def sanitized() -> Iterator[None]:
+    """Raises MemoryFault for a launch whose result may differ on a GPU, where no order of programs is promised:
+
+    - a program loads or stores what is no element of the tensors that the kernel was given;
+    - a program loads what another stores, or two store the same element;
+    - a program loads what it has stored itself, or stores it again: its threads do not wait for each other's stores.
+
+    Knows no atomic operations; the kernels have none.
+    """
+    launch = _Launch()
+    builder, run = interpreter.interpreter_builder, interpreter.GridExecutor.__call__
+    masked_load, masked_store = builder.create_masked_load, builder.create_masked_store
+
+    def call(executor: Any, *args: Any, **kwargs: Any) -> None:
+        launch.begin(executor.fn.__name__, [*args, *kwargs.values()])
+        run(executor, *args, **kwargs)
+        launch.end()
+
+    def load(pointers: Any, mask: Any, *args: Any) -> Any:
+        launch.record("loads", pointers, mask)
+        return masked_load(pointers, mask, *args)
+
+    def store(pointers: Any, value: Any, mask: Any, *args: Any) -> Any:
+        launch.record("stores", pointers, mask)
+        return masked_store(pointers, value, mask, *args)
+
+    with (
+        mock.patch.object(interpreter.GridExecutor, "__call__", call),
+        mock.patch.object(builder, "create_masked_load", load),
+        mock.patch.object(builder, "create_masked_store", store),
+    ):
+        yield
+
+
+class _Launch:
+    """The accesses of one launch: for each load and store of a program its addresses, and (program, time)."""
+
+    def begin(self, kernel: str, args: list[Any]) -> None:
+        self.kernel = kernel
+        self.tensors = [x for arg in args for x in (arg if isinstance(arg, tuple) else [arg]) if torch.is_tensor(x)]
+        self.accesses: dict[str, list[tuple[np.ndarray, int, int]]] = {"loads": [], "stores": []}
+
+    def record(self, verb: str, pointers: Any, mask: Any) -> None:
+        x, y, z = interpreter.interpreter_builder.grid_idx
+        _, ny, nz = interpreter.interpreter_builder.grid_dim
+        program, time = (x * ny + y) * nz + z, sum(map(len, self.accesses.values()))
+        addresses = pointers.data[mask.data.astype(bool)].astype(np.int64)
+        inside = np.full(addresses.shape, self.kernel in BY_TABLE)
+        for tensor in self.tensors:
+            inside |= _elements_of(tensor, addresses)
+        if not inside.all():
+            self.fail(f"program {program} {verb} outside of its tensors", addresses[~inside][0])
+        self.accesses[verb].append((addresses, program, time))
+
+    def end(self) -> None:
+        stored, writer, stored_at = self.flat("stores")
+        again = np.flatnonzero(stored[1:] == stored[:-1])
+        for i in again[:1]:
+            self.fail(f"programs {writer[i]} and {writer[i + 1]} store the same element", stored[i])
+        loaded, reader, loaded_at = self.flat("loads")
+        i = np.searchsorted(stored, loaded)
+        found = np.flatnonzero(np.append(stored, -1)[i] == loaded)
+        loaded, reader, loaded_at, i = loaded[found], reader[found], loaded_at[found], i[found]
+        for j in np.flatnonzero((reader != writer[i]) | (loaded_at > stored_at[i]))[:1]:
+            self.fail(f"program {reader[j]} loads what program {writer[i[j]]} stores", loaded[j])
+
+    def flat(self, verb: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All addresses in order, and for each its program and its time."""
+        sizes = [len(addresses) for addresses, _, _ in self.accesses[verb]]
+        columns = zip(*self.accesses[verb], strict=True) if sizes else ([], [], [])
+        addresses, program, time = columns
+        flat = np.concatenate([np.empty(0, np.int64), *addresses])
+        order = np.argsort(flat, kind="stable")
+        return flat[order], np.repeat(program, sizes)[order], np.repeat(time, sizes)[order]
+
+    def fail(self, what: str, address: int) -> None:
+        near = [f"{(address - x.data_ptr()) // x.itemsize} of {tuple(x.shape)} {x.dtype}" for x in self.tensors]
+        raise MemoryFault(f"{self.kernel}: {what}; element {', or '.join(near)}")
+
+
+def _elements_of(tensor: torch.Tensor, addresses: np.ndarray) -> np.ndarray:
+    """Which of the addresses are elements of the tensor; what lies between its rows is not."""
+    if not tensor.numel():
+        return np.zeros(addresses.shape, bool)
+    offset, rest = np.divmod(addresses - tensor.data_ptr(), tensor.itemsize)
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    inside = (offset >= 0) & (offset <= last) & (rest == 0)
+    if tensor.numel() <= last:
+        inside &= np.isin(offset, torch.arange(last + 1).as_strided(tensor.shape, tensor.stride()).numpy())
+    return inside
