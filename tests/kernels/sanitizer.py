@@ -106,8 +106,12 @@ def _elements_of(tensor: torch.Tensor, addresses: np.ndarray) -> np.ndarray:
     if not tensor.numel():
         return np.zeros(addresses.shape, bool)
     offset, rest = np.divmod(addresses - tensor.data_ptr(), tensor.itemsize)
-    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    dimensions = list(zip(tensor.shape, tensor.stride(), strict=True))
+    last = sum((n - 1) * stride for n, stride in dimensions)
     inside = (offset >= 0) & (offset <= last) & (rest == 0)
     if tensor.numel() <= last:
-        inside &= np.isin(offset, torch.arange(last + 1).as_strided(tensor.shape, tensor.stride()).numpy())
+        elements = np.zeros(1, np.int64)
+        for n, stride in dimensions:
+            elements = np.add.outer(elements, stride * np.arange(n)).ravel()
+        inside &= np.isin(offset, elements)
     return inside

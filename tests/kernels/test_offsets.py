@@ -1,0 +1,138 @@
+"""Offsets past 32 bits: on a CPU in memory that is mostly never touched and takes no room."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from triton.runtime import interpreter
+
+from fastdino_kernels import (
+    Rates,
+    adamw_ema_,
+    center_mean,
+    dino_loss,
+    ema_update_,
+    gather_layer_norm,
+    ibot_loss,
+    koleo_loss,
+    prototype_weight,
+    row_cross_entropy,
+    scatter_add_scaled,
+    sinkhorn,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+K = 40
+CENTER, WEIGHT = torch.randn(K, device=DEVICE), torch.rand(4, device=DEVICE)
+TEMPS = {"student_temp": 0.1, "teacher_temp": 0.04}
+VIEWS = [(4, 3, K), (2, 3, K)]
+PATCHES = [(4, K), (4, K)]
+pytestmark = [
+    pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.mem_get_info()[1] < 60e9, reason="needs 60 GB on a GPU"),
+    pytest.mark.filterwarnings("ignore::Warning:triton.runtime.interpreter"),
+]
+
+
+def far_apart(shape: tuple[int, ...], dim: int) -> Tensor:
+    """Random bf16 numbers, 2^30 elements from one to the next along ``dim``, and close together otherwise."""
+    moved = torch.randn([shape[dim], *shape[:dim], *shape[dim + 1 :]]).bfloat16()
+    memory = torch.empty(2**30 * (len(moved) - 1) + moved[0].numel(), dtype=torch.bfloat16, device=DEVICE)
+    view = memory.as_strided(moved.shape, (2**30, *moved.stride()[1:])).copy_(moved)
+    return view.movedim(0, dim)
+
+
+def dino(student: Tensor, teacher: Tensor) -> Tensor:
+    return dino_loss(student.view_as(student), teacher, CENTER, **TEMPS, inplace_grad=True)
+
+
+def ibot(student: Tensor, teacher: Tensor) -> Tensor:
+    return ibot_loss(student.view_as(student), teacher, CENTER, WEIGHT, **TEMPS, inplace_grad=True)
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+@pytest.mark.parametrize(
+    ("implementation", "shapes", "dim"),
+    [(dino, VIEWS, 0), (dino, VIEWS, 1), (ibot, PATCHES, 0), (koleo_loss, [(3, 4, K)], 0), (koleo_loss, [(4, K)], 0)],
+)
+def test_losses(
+    implementation: Callable[..., Tensor],
+    shapes: list[tuple[int, ...]],
+    dim: int,
+    by_rows: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(row_cross_entropy, "pays", lambda *_: by_rows)
+    far = [far_apart(shape, dim) for shape in shapes]
+    results = []
+    for student, *teacher in (far, [x.clone(memory_format=torch.contiguous_format) for x in far]):
+        value = implementation(student.requires_grad_(), *teacher)
+        results.append([value.detach(), *torch.autograd.grad(2 * value, student)])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("implementation", "shape", "dim"),
+    [(lambda x: sinkhorn(x, temp=0.1), (4, K), 0), (center_mean, (4, 3, K), 0), (center_mean, (4, 3, K), 1)],
+)
+def test_teachers(implementation: Callable[[Tensor], Tensor], shape: tuple[int, ...], dim: int) -> None:
+    far = far_apart(shape, dim)
+    results = [implementation(x) for x in (far, far.contiguous())]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.fixture
+def last_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large grid the interpreter runs the last two programs."""
+
+    def last(*bounds: int) -> range:
+        return range(bounds[0] - 2, bounds[0]) if len(bounds) == 1 and bounds[0] > 10_000 else range(*bounds)
+
+    monkeypatch.setattr(interpreter, "range", last, raising=False)
+
+
+def ending(shape: tuple[int, ...], end: Tensor) -> Tensor:
+    """A tensor that ends with these numbers, and whose others are what the memory holds."""
+    tensor = torch.empty(shape, dtype=end.dtype, device=DEVICE)
+    tensor[len(tensor) - len(end) :] = end
+    return tensor
+
+
+@pytest.mark.usefixtures("last_programs")
+def test_flat_tensors() -> None:
+    n, rates, step = 2**31 + 5000, Rates(1e-3, 0.04, 0.9), torch.ones((), device=DEVICE)
+    small = [torch.rand(100, device=DEVICE) for _ in range(5)]
+    large = [ending((n,), x) for x in small]
+    for teacher, student, *others in (small, large):
+        ema_update_(teacher, student, 0.5)
+        adamw_ema_(student, *others, teacher, step, rates)
+    for x, y in zip(small, large, strict=True):
+        assert torch.equal(x, y[-100:])
+
+
+@pytest.mark.usefixtures("last_programs")
+def test_tokens_of_images() -> None:
+    """The last of B images, all of them kept."""
+    B, N, D = 2**15 + 1, 64, 1024
+    vector = torch.rand(D, device=DEVICE)
+    end = torch.randn(1, N, D, device=DEVICE).bfloat16()
+    results = []
+    for x in (end, ending((B, N, D), end)):
+        rows = torch.arange(len(x), device=DEVICE)
+        leaf = x.detach().requires_grad_()
+        for y in (gather_layer_norm(leaf, rows, vector, vector), scatter_add_scaled(x, rows, leaf, vector, 0.5)):
+            (grad,) = torch.autograd.grad(y, leaf, x)
+            results += [y[-1].detach(), grad[-1]]
+        results.append(scatter_add_scaled(x, rows, y.detach(), vector, 0.5, inplace=True)[-1])
+    torch.testing.assert_close(results[:5], results[5:], rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("last_programs")
+def test_many_prototypes() -> None:
+    ends = torch.randn(5, 256, device=DEVICE), torch.rand(5, 1, device=DEVICE)
+    results = []
+    for v, g in (ends, [ending((2**23 + 5, *x.shape[1:]), x) for x in ends]):
+        v, g = v.requires_grad_(), g.requires_grad_()
+        w = prototype_weight(v, g)
+        results.append([x[-5:].detach() for x in (w, *torch.autograd.grad(w, (v, g), v.detach()))])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
