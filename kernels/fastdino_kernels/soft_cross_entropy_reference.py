@@ -87,13 +87,15 @@ def reference_loss(
         student, teacher, grad = student[None], teacher[None], None if grad is None else grad[None]
     (S, B, K), dtype = student.shape, compute_dtype(student)
     beta = 1 / terms.student_temp  # the inverse temperature
+    # Centered and sharpened in one pass over the teacher: teacher / temp + bias. At least fp32, as the center is.
+    bias = center.to(torch.promote_types(teacher.dtype, center.dtype)) * (-1 / terms.teacher_temp)
     scaled_loss = torch.empty(S, B, 1, dtype=dtype, device=student.device)  # of each row, times -beta
     in_grad = grad is not None and student.dtype == dtype  # it has room for z, and then for p - q
     temporaries = 2 if in_grad else 3  # q and p, and z
     for images in chunks(B, (temporaries + len(teacher) - 1) * K, on_gpu=student.is_cuda):
         width = temporaries * (images.stop - images.start) * K
         row_weight = 1.0 if weight is None else weight[images, None]
-        for views, num_terms, q in _targets(student, teacher[:, images], center, terms):
+        for views, num_terms, q in _targets(student, teacher[:, images], bias, terms):
             factor = row_weight * (num_terms * terms.scale * beta)
             for part in chunks(len(views), width, views.start, on_gpu=student.is_cuda):
                 logits = student[part, images].to(dtype)
@@ -117,11 +119,11 @@ def reference_loss(
     return scaled_loss.sum() * -terms.student_temp
 
 
-def _targets(student: Tensor, teacher: Tensor, center: Tensor, terms: Terms) -> list[tuple[range, int, Tensor]]:
+def _targets(student: Tensor, teacher: Tensor, bias: Tensor, terms: Terms) -> list[tuple[range, int, Tensor]]:
     """Student views with the teacher views that they are compared with: how many those are, and their mean softmax."""
     S, T = len(student), len(teacher)
-    dtype = torch.promote_types(teacher.dtype, center.dtype)  # at least fp32, as the center is
-    logits = teacher.to(dtype, copy=True).sub_(center).mul_(1 / terms.teacher_temp)
+    copy = teacher.to(bias.dtype)
+    logits = torch.add(bias, copy, alpha=1 / terms.teacher_temp, out=None if copy is teacher else copy)
     q = torch.softmax(logits, dim=-1, out=logits)
     everyone = q[0] if T == 1 else q.mean(0)
     if not terms.other_views:
