@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from triton.runtime import interpreter
 
+_NOTHING = (np.empty(0, np.int64), np.empty(0, np.int64), 0, 0)  # an access of no element
 BY_TABLE = ("_ema_list_kernel",)  # given addresses in memory, whose bounds are not known here
 
 
@@ -26,7 +27,8 @@ def sanitized() -> Iterator[None]:
 
     - a program loads or stores what is no element of the tensors that the kernel was given;
     - a program loads what another stores, or two store the same element;
-    - a program loads what it has stored itself, or stores it again: its threads do not wait for each other's stores.
+    - a program loads what it has stored itself, or stores it again: its threads do not wait for each other's stores;
+    - a program stores what it has loaded in another lane of a block: another thread may not have loaded it yet.
 
     Knows no atomic operations; the kernels have none.
     """
@@ -56,45 +58,45 @@ def sanitized() -> Iterator[None]:
 
 
 class _Launch:
-    """The accesses of one launch: for each load and store of a program its addresses, and (program, time)."""
+    """The accesses of one launch: for each load and store of a program the addresses, lanes, program and time."""
 
     def begin(self, kernel: str, args: list[Any]) -> None:
         self.kernel = kernel
         self.tensors = [x for arg in args for x in (arg if isinstance(arg, tuple) else [arg]) if torch.is_tensor(x)]
-        self.accesses: dict[str, list[tuple[np.ndarray, int, int]]] = {"loads": [], "stores": []}
+        self.accesses: dict[str, list[tuple[np.ndarray, np.ndarray, int, int]]] = {"loads": [], "stores": []}
 
     def record(self, verb: str, pointers: Any, mask: Any) -> None:
         x, y, z = interpreter.interpreter_builder.grid_idx
         _, ny, nz = interpreter.interpreter_builder.grid_dim
         program, time = (x * ny + y) * nz + z, sum(map(len, self.accesses.values()))
-        addresses = pointers.data[mask.data.astype(bool)].astype(np.int64)
+        lanes = np.flatnonzero(mask.data)
+        addresses = pointers.data.ravel()[lanes].astype(np.int64)
         inside = np.full(addresses.shape, self.kernel in BY_TABLE)
         for tensor in self.tensors:
             inside |= _elements_of(tensor, addresses)
         if not inside.all():
             self.fail(f"program {program} {verb} outside of its tensors", addresses[~inside][0])
-        self.accesses[verb].append((addresses, program, time))
+        self.accesses[verb].append((addresses, lanes, program, time))
 
     def end(self) -> None:
-        stored, writer, stored_at = self.flat("stores")
-        again = np.flatnonzero(stored[1:] == stored[:-1])
-        for i in again[:1]:
+        stored, lane, writer, stored_at = self.flat("stores")
+        for i in np.flatnonzero(stored[1:] == stored[:-1])[:1]:
             self.fail(f"programs {writer[i]} and {writer[i + 1]} store the same element", stored[i])
-        loaded, reader, loaded_at = self.flat("loads")
-        i = np.searchsorted(stored, loaded)
-        found = np.flatnonzero(np.append(stored, -1)[i] == loaded)
-        loaded, reader, loaded_at, i = loaded[found], reader[found], loaded_at[found], i[found]
-        for j in np.flatnonzero((reader != writer[i]) | (loaded_at > stored_at[i]))[:1]:
-            self.fail(f"program {reader[j]} loads what program {writer[i[j]]} stores", loaded[j])
+        loaded, *load = self.flat("loads")
+        at = np.searchsorted(stored, loaded)
+        found = np.flatnonzero(np.append(stored, -1)[at] == loaded)
+        loaded, at, (load_lane, reader, loaded_at) = loaded[found], at[found], (column[found] for column in load)
+        for i in np.flatnonzero((reader != writer[at]) | (loaded_at > stored_at[at]) | (load_lane != lane[at]))[:1]:
+            self.fail(f"program {reader[i]} loads what program {writer[at[i]]} stores", loaded[i])
 
-    def flat(self, verb: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All addresses in order, and for each its program and its time."""
-        sizes = [len(addresses) for addresses, _, _ in self.accesses[verb]]
-        columns = zip(*self.accesses[verb], strict=True) if sizes else ([], [], [])
-        addresses, program, time = columns
-        flat = np.concatenate([np.empty(0, np.int64), *addresses])
+    def flat(self, verb: str) -> tuple[np.ndarray, ...]:
+        """All addresses in order, and for each its lane, program and time."""
+        addresses, lanes, program, time = zip(_NOTHING, *self.accesses[verb], strict=True)
+        sizes = list(map(len, addresses))
+        flat = np.concatenate(addresses)
         order = np.argsort(flat, kind="stable")
-        return flat[order], np.repeat(program, sizes)[order], np.repeat(time, sizes)[order]
+        columns = flat, np.concatenate(lanes), np.repeat(program, sizes), np.repeat(time, sizes)
+        return tuple(column[order] for column in columns)
 
     def fail(self, what: str, address: int) -> None:
         near = [f"{(address - x.data_ptr()) // x.itemsize} of {tuple(x.shape)} {x.dtype}" for x in self.tensors]

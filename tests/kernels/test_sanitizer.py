@@ -47,6 +47,12 @@ def _reload_kernel(out_ptr, x_ptr, n, BLOCK: tl.constexpr):
     tl.store(x_ptr, tl.sum(tl.load(out_ptr + i, mask=i < n)))
 
 
+@triton.jit
+def _reverse_kernel(out_ptr, x_ptr, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(out_ptr + BLOCK - 1 - i, tl.load(x_ptr + i, mask=i < n), mask=i < n)
+
+
 def numbers(n: int = 13) -> Tensor:
     return torch.arange(4.0 * n)[2 * n : 3 * n]  # in the midst of memory that may be read
 
@@ -72,15 +78,18 @@ def test_outside() -> None:
 
 
 def test_programs_that_meet() -> None:
-    memory = numbers(14)
-    fault(_double_kernel, memory[1:], memory[:13], 13, "program 1 loads what program 0 stores")
-    fault(_double_kernel, memory[:13], memory[1:], 13, "program 0 loads what program 1 stores")  # in order: no harm
+    memory = numbers(21)
+    fault(_double_kernel, memory[8:], memory[:13], 13, "program 1 loads what program 0 stores")
+    fault(_double_kernel, memory[:13], memory[8:], 13, "program 0 loads what program 1 stores")  # in order: no harm
     fault(_sum_kernel, numbers(), numbers(), 8, "programs 0 and 1 store the same element", 1, 2)
 
 
 def test_a_program_that_meets_itself() -> None:
     fault(_twice_kernel, numbers(), numbers(), 13, "programs 0 and 0 store the same element")
     fault(_reload_kernel, numbers(), numbers(8), 8, "program 0 loads what program 0 stores", 1)
+    x = numbers(8)
+    fault(_reverse_kernel, x, x, 8, "program 0 loads what program 0 stores", 1)
+    _reverse_kernel[(1,)](numbers(8), x, 8, BLOCK=8)  # apart
 
 
 def test_the_interpreter_is_left_as_it_was() -> None:
