@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+Python = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def python() -> Callable[..., subprocess.CompletedProcess[str]]:
+def python() -> Python:
     """Runs python with the arguments given, and environment variables by name."""
 
     def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,8 +9,8 @@ import torch
 
 from bench.kernels.case import OURS, PLAIN, Case, Variant, check
 from bench.kernels.measure import OPERATIONS, make_cases, measure, num_inputs
+from tests.bench.conftest import Python
 
-Python = Callable[..., subprocess.CompletedProcess[str]]  # the fixture
 CPU = torch.device("cpu")
 SMALL = {
     "dino_loss": ["4,2,3,100", "3,1,2,64,bf16"],

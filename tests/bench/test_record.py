@@ -1,16 +1,15 @@
 """Where figures come from, and that they are not lost where that cannot be told."""
 
 import json
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench import compare, record, report
+from tests.bench.conftest import Python
 
-Python = Callable[..., subprocess.CompletedProcess[str]]  # the fixture
 CPU = torch.device("cpu")
 
 

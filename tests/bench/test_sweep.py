@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,8 @@ import torch
 from bench import plots, report
 from bench.kernels.measure import OPERATIONS, NoRoom, make_cases, measure
 from bench.kernels.sweep import SWEEPS
+from tests.bench.conftest import Python
 
-Python = Callable[..., subprocess.CompletedProcess[str]]  # the fixture
 CPU = torch.device("cpu")
 
 
