@@ -11,16 +11,17 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = [*ROOT.glob("fastdino/**/*.py"), *ROOT.glob("kernels/**/*.py")]
 HOME = {
     "xformers": ["fastdino/model/attention.py"],
-    "deepspeed": ["fastdino/train/engine.py"],
+    "deepspeed": ["fastdino/engine/zero.py"],
     "PIL": ["fastdino/data/", "fastdino/eval/attention_maps.py"],
     "timm": ["fastdino/model/"],
 }
-MAY_IMPORT = {  # rooms of fastdino that a room may import, besides config
+MAY_IMPORT = {  # rooms of fastdino that a room may import, besides config and distributed
     "data": {"data"},
     "model": {"model"},
     "method": {"method"},
+    "engine": {"engine"},
     "eval": {"eval", "model", "data"},
-    "train": {"train", "method", "model", "data", "eval"},
+    "training": {"training", "method", "model", "data", "engine", "eval"},
 }
 
 
@@ -54,10 +55,10 @@ def test_kernels_stand_alone(path):
     assert top(path) - sys.stdlib_module_names <= {"fastdino_kernels", "torch", "triton"}
 
 
-@pytest.mark.parametrize("path", [*ROOT.glob("fastdino/*/*.py")], ids=lambda p: f"{p.parent.name}/{p.name}")
+@pytest.mark.parametrize("path", [*ROOT.glob("fastdino/*/**/*.py")], ids=lambda p: str(p.relative_to(ROOT)))
 def test_rooms_import_only_what_lies_below(path):
     rooms = {name.split(".")[1] for name in imported(path) if name.startswith("fastdino.")} & MAY_IMPORT.keys()
-    assert rooms <= MAY_IMPORT[path.parent.name]
+    assert rooms <= MAY_IMPORT[path.relative_to(ROOT / "fastdino").parts[0]]
 
 
 @pytest.mark.parametrize("path", PACKAGES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastdino import distributed
 from fastdino.config import (
     Config,
     DataConfig,
@@ -29,8 +30,7 @@ from fastdino.config import (
     RunConfig,
     ViewsConfig,
 )
-from fastdino.train import distributed
-from fastdino.train.trainer import Trainer
+from fastdino.training.trainer import Trainer
 
 GOLDEN = Path(__file__).with_name("golden.json")
 ENGINES = {
@@ -38,7 +38,7 @@ ENGINES = {
     **{f"deepspeed {stage}": EngineConfig(name="deepspeed", zero_stage=stage, device="cpu") for stage in (0, 1, 2)},
 }
 NUM_STEPS = 20
-TOLERANCE = 1e-4  # relative. Noise of 1e-6 in the first weights moves the curve by 6e-6, a seed without the step by 5e-2
+TOLERANCE = 1e-4  # relative; noise of 1e-6 in the weights moves the curve by 6e-6, a seed without the step by 5e-2
 
 
 def config(folder: Path, engine: EngineConfig) -> Config:
