@@ -77,9 +77,15 @@ class DataConfig:
     """Processes per rank that decode and augment; 0 works in the training process."""
     max_bad: float = 0.01
     """Largest share of an epoch's images that may be unreadable; above it the run stops."""
+    max_pixels: int = 178956970
+    """Largest image that is decoded, in pixels; a larger one counts as unreadable. Default: Pillow's limit."""
+    bits: int = 16
+    """Bits that 16-bit gray images use: 12 for the files of many cameras and microscopes."""
 
     def __post_init__(self) -> None:
         require(self.num_images >= 1, "data.num_images", self.num_images, "at least 1", "an epoch needs images")
         require(self.image_size >= 8, "data.image_size", self.image_size, "at least 8 pixels", "objects must show")
         require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more", "it is a count")
         require(0 <= self.max_bad <= 1, "data.max_bad", self.max_bad, "in [0, 1]", "it is a share")
+        require(self.max_pixels >= 1, "data.max_pixels", self.max_pixels, "at least 1", "images have pixels")
+        require(8 <= self.bits <= 16, "data.bits", self.bits, "in [8, 16]", "8 of them are kept")

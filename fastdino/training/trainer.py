@@ -90,7 +90,6 @@ class Trainer:
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.total_steps = self.steps_per_epoch * config.run.epochs
         self.schedules = Schedules(config, self.steps_per_epoch, self.global_batch)
-        self.num_bad = 0
         self._notice = False  # a signal asked this rank to stop
         self._noticed: Callable[[], bool] = lambda: False  # whether one had asked any rank, a step ago
         self._on_main(write_config)  # not before everything else has been found in order
@@ -136,7 +135,7 @@ class Trainer:
         try:
             while self.step < self.total_steps:
                 started = time.perf_counter()
-                batches = [self._count_bad(next(self.batches)) for _ in range(self.config.engine.accumulate)]
+                batches = [next(self.batches) for _ in range(self.config.engine.accumulate)]
                 waited = time.perf_counter() - started
                 step_loss = self.train_step(batches)
                 if metrics:
@@ -200,7 +199,7 @@ class Trainer:
             epoch = self.step / self.steps_per_epoch
             schedule = {"lr": now.lr, "weight_decay": now.weight_decay, "momentum": now.momentum}
             more = {"teacher_temp": now.teacher_temp, "grad_norm": float(self.engine.grad_norm)}
-            counts = {"skipped_steps": skipped, "bad_images": self.num_bad}
+            counts = {"skipped_steps": skipped, "bad_images": self.batches.num_bad}
             metrics.report(self.step, values, epoch=epoch, **schedule, **more, **counts)
             for alarm in health.check(values, first_epoch=epoch < 1):
                 metrics.say(f"step {self.step}: {alarm}")
@@ -229,12 +228,6 @@ class Trainer:
                 metrics.say(f"epoch {epoch}: k-NN of the teacher {before:.1f} %")
         distributed.barrier()
         return before
-
-    def _count_bad(self, batch: Batch) -> Batch:
-        self.num_bad += len(batch.bad)
-        for name in batch.bad:
-            log.warning("skipped an image that cannot be read: %s", name)
-        return batch
 
     # ------------------------------------------------------------------------------------------------ its folder
 

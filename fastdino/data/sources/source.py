@@ -31,4 +31,4 @@ def open_source(root: str, config: DataConfig) -> Source:
         raise ConfigError("data.root is empty: point it at a folder of images, or use --data.root shapes")
     if root == "shapes":
         return ShapesSource(config.num_images, config.image_size)
-    return FolderSource(root)
+    return FolderSource(root, max_pixels=config.max_pixels, bits=config.bits)
