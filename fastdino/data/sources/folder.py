@@ -1,6 +1,7 @@
 """A folder of images, as people have them: nested, linked, of any format that Pillow reads."""
 
 import errno
+import hashlib
 import logging
 import os
 import stat
@@ -18,6 +19,15 @@ from fastdino.data.sources.decode import MAX_PIXELS, decode, extensions, peak_of
 
 log = logging.getLogger(__name__)
 
+_SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
 _SAMPLE = 8  # files that are looked at for unused bits
 _UNUSED_BELOW = 4096  # a 16-bit image without a value from here on uses 12 bits or fewer
 
@@ -66,6 +76,10 @@ class FolderSource:
         """Path below the root."""
         return _printable(self._relative(index))
 
+    def fingerprint(self) -> str:
+        """Of the names below the root, in order: a folder that was moved keeps it."""
+        return hashlib.sha256(self._block + self._ends.tobytes()).hexdigest()[:16]
+
     def _relative(self, index: int) -> bytes:
         start = self._ends[index - 1] if index > 0 else 0
         return self._block[start : self._ends[index]]
@@ -86,6 +100,26 @@ class FolderSource:
             "16-bit images of %s hold no value over %d of 65535 (%d looked at), so they are nearly black: %s",
             _printable(self.root), highest, len(peaks), remedy,
         )  # fmt: skip
+
+
+def split_folders(root: str | Path) -> dict[str, Path]:
+    """Folders directly below ``root`` that are named like a part of a data set: ``train``, ``val`` and ``test``, those
+    that are there. These names, in any case, are no classes; empty when there is none or ``root`` cannot be listed.
+
+    Raises ConfigError when two folders claim the same part.
+    """
+    found: dict[str, Path] = {}
+    try:
+        folders = sorted(path for path in Path(os.path.expanduser(root)).iterdir() if path.is_dir())
+    except (OSError, ValueError):
+        return {}  # FolderSource says what is wrong with it
+    for path in folders:
+        part = _SPLITS.get(path.name.lower())
+        if part in found:
+            raise ConfigError(f"{root} holds {found[part].name}/ and {path.name}/: which is meant? Rename one")
+        if part:
+            found[part] = path
+    return found
 
 
 def _check_folder(root: bytes) -> None:

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from fastdino.config import ConfigError, DataConfig
-from fastdino.data import BadImage, FolderSource, ShapesSource, open_source
+from fastdino.data import BadImage, FolderSource, ShapesSource, open_source, split_folders
+from fastdino.data.sources.subset import Subset
 from tests.data.pictures import noise, write
 
 
@@ -229,6 +230,60 @@ def test_open_source(tmp_path, monkeypatch):
     write(tmp_path / "shapes" / "a.png")
     monkeypatch.chdir(tmp_path)
     assert isinstance(open_source("./shapes", config), FolderSource)
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["train", "val"], {"train": "train", "val": "val"}),
+        (["Train", "VALID", "Testing"], {"train": "Train", "val": "VALID", "test": "Testing"}),
+        (["training", "validation"], {"train": "training", "val": "validation"}),
+        (["test", "cat", "dog"], {"test": "test"}),
+        (["cat", "trainer"], {}),
+    ],
+)
+def test_split_folders(tmp_path, names, found):
+    for name in names:
+        write(tmp_path / name / "cat" / "a.png")
+    (tmp_path / "val.txt").touch()
+    assert {part: path.relative_to(tmp_path).name for part, path in split_folders(tmp_path).items()} == found
+    if len(found) < 2:
+        open_source(str(tmp_path), DataConfig())  # a train is also a vehicle
+        return
+    holds = " and ".join(f"{name}/" for name in sorted(names))
+    with pytest.raises(ConfigError, match=f"data.root='{tmp_path}' holds {holds}: give {tmp_path}/{found['train']}"):
+        open_source(str(tmp_path), DataConfig())
+    assert len(open_source(str(tmp_path / found["train"]), DataConfig())) == 1
+
+
+def test_two_folders_for_one_part(tmp_path):
+    for name in ("val", "Validation"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(ConfigError, match="holds Validation/ and val/: which is meant"):
+        split_folders(tmp_path)
+
+
+def test_a_home_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "x" / "train" / "a.png")
+    assert split_folders("~/x") == {"train": tmp_path / "x" / "train"}
+    assert len(FolderSource("~/x")) == 1
+    assert split_folders("~/not there") == {}
+
+
+def test_fingerprints_follow_names_not_places(tmp_path):
+    for name in ("a/1.png", "a/2.png", "b/3.png"):
+        write(tmp_path / "here" / name)
+    before = FolderSource(tmp_path / "here")
+    (tmp_path / "here").rename(tmp_path / "there")
+    after = FolderSource(tmp_path / "there")
+    assert after.fingerprint() == before.fingerprint()
+    assert Subset(after, [0, 2]).fingerprint() == Subset(before, (0, 2)).fingerprint()
+    seen = {before.fingerprint()} | {Subset(after, part).fingerprint() for part in ([0, 2], [2, 0], [0])}
+    (tmp_path / "there/b/3.png").rename(tmp_path / "there/b3.png")
+    seen.add(FolderSource(tmp_path / "there").fingerprint())
+    seen |= {ShapesSource(*numbers).fingerprint() for numbers in ((5, 40), (6, 40), (5, 41), (5, 40, 1))}
+    assert len(seen) == 9, "all differ"
 
 
 def test_many_files_are_indexed_fast_and_kept_small(tmp_path):
