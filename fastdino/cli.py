@@ -185,7 +185,7 @@ def eval_attention(
         size: side in pixels that the backbone sees, a multiple of its patch; default: that of its global views.
         device: auto takes the GPU if there is one.
     """
-    from fastdino.data.sources.source import FolderSource
+    from fastdino.data.sources.folder import FolderSource
     from fastdino.eval import Protocol, evaluate_attention
     from fastdino.eval.splits import bank_and_test
 

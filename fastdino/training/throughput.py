@@ -13,7 +13,7 @@ import torch
 from fastdino import distributed
 from fastdino.config import Config
 from fastdino.data import Batch
-from fastdino.data.loader import affordable
+from fastdino.data.workers import affordable
 from fastdino.training.trainer import Trainer
 
 WARMUP_STEPS = 3

@@ -115,9 +115,8 @@ class Trainer:
         return loss
 
     def _groups(self, batch: Batch) -> list[Tensor]:
-        """Normalised views, those of one size together; no local group when there are none."""
-        views = [batch.global_views] + ([batch.local_views] if len(batch.local_views) else [])
-        return [normalize(group, self.config.data.normalize) for group in views]
+        """Normalised views, those of one size together."""
+        return [normalize(group, self.config.data.normalize) for group in batch.views.values()]
 
     def _seed_step(self) -> None:
         """Drop path's randomness is a function of (seed, step, rank), so there is no generator's state to save."""
