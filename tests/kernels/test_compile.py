@@ -47,7 +47,7 @@ def test_fit_for_every_target(case: str) -> None:
 
 
 def test_every_kernel_has_a_case() -> None:
-    sources = "".join(path.read_text() for path in SOURCES.glob("*.py"))
+    sources = "".join(path.read_text() for path in SOURCES.rglob("*.py"))
     kernels = set(re.findall(r"^def (_\w+_kernel)\(", sources, re.MULTILINE))
     assert kernels
     assert kernels == {report.kernel for found in reports().values() for report in found}
@@ -64,9 +64,10 @@ SPOILED = """
 import json
 from dataclasses import asdict
 from unittest import mock
-from fastdino_kernels import ema, offline
+from fastdino_kernels import offline
+from fastdino_kernels.optim import ema_update
 from fastdino_kernels.cases import CASES, NARROW
-with mock.patch.object(ema, "launch_config", lambda _: {config}):
+with mock.patch.object(ema_update, "launch_config", lambda _: {config}):
     reports = offline.compile_reports(CASES["ema_update_ flat"].call, "sm_90")
 print(json.dumps({"spoiled": [asdict(report) for report in reports]}))
 """
