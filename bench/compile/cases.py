@@ -1,4 +1,4 @@
-"""The headline call of every kernel: what the compile gate compiles and the benchmarks time."""
+"""The headline call of every kernel: what the compile gate compiles."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -130,7 +130,7 @@ def _adamw_ema(segments: Segments | None = None) -> None:
         Rates(lr=1e-3, weight_decay=0.04, momentum=0.996),
         grad_scale=_empty() if segments is None else _empty(len(segments.lengths)),
         segments=segments,
-        found_inf=_empty(),
+        found_inf=torch.zeros(()),  # whatever else an uninitialised flag holds, the kernel would return at once
         ema_shadow=_empty(PARAMETERS, dtype=torch.bfloat16),
     )
 
