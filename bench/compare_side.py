@@ -15,7 +15,7 @@ from bench.step import NUM_BATCHES, build
 from bench.step import check as check_step
 from bench.timing import Clock, Work
 from bench.workload import random_batch, step_config
-from fastdino.train import distributed
+from fastdino import distributed
 
 WARMUP = 3
 

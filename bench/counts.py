@@ -24,7 +24,7 @@ from bench.counters import OpCounts, kernels_counted, saved_bytes
 from bench.record import RESULTS, provenance, write
 from bench.workload import build_trainer, nano_config, random_batch
 from fastdino.config import Config
-from fastdino.train.distributed import Ranks
+from fastdino.distributed import Ranks
 
 COUNTS = RESULTS / "counts.json"
 CPU = torch.device("cpu")

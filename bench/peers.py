@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from fastdino.config import Config
 from fastdino.data import Batch
+from fastdino.engine.schedules import Schedules
 from fastdino.model.vit import SIZES
-from fastdino.train.schedules import Schedules
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

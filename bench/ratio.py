@@ -22,8 +22,8 @@ import torch
 from bench.peers import Peer
 from bench.record import RESULTS, provenance, write
 from bench.workload import build_trainer, nano_config, random_batch
-from fastdino.train import distributed
-from fastdino.train.distributed import Ranks
+from fastdino import distributed
+from fastdino.distributed import Ranks
 
 RATIO = RESULTS / "cpu_ratio.json"
 ROUNDS = 15

@@ -22,12 +22,12 @@ from bench.peers import Peer
 from bench.record import add, may_add, provenance, result_path, write
 from bench.timing import Clock, Work, interleave, matmul_flops, paired_ratio
 from bench.workload import build_trainer, flatten_positions, random_batch, step_config, step_flops
+from fastdino import distributed
 from fastdino.config import Config
 from fastdino.data import Batch
+from fastdino.distributed import Ranks
 from fastdino.model import build_network
-from fastdino.train import distributed
-from fastdino.train.distributed import Ranks
-from fastdino.train.trainer import Trainer
+from fastdino.training.trainer import Trainer
 
 OURS = "fastdino"
 ARCHS = {"cuda": ["vit_small", "vit_base"], "cpu": ["vit_tiny"]}

@@ -18,9 +18,9 @@ from fastdino.config import (
     ViewsConfig,
 )
 from fastdino.data import Batch
+from fastdino.distributed import Ranks
 from fastdino.model.vit import SIZES
-from fastdino.train.distributed import Ranks
-from fastdino.train.trainer import Trainer
+from fastdino.training.trainer import Trainer
 
 
 def step_config(

@@ -102,7 +102,7 @@ def _help_of_eval() -> str:
 
 def train(config: Config) -> None:
     """Trains, or resumes, a run."""
-    from fastdino.train import trainer
+    from fastdino.training import trainer
 
     result = trainer.train(config)
     knn = "" if result.knn is None else f", k-NN {result.knn:.1f} %"
@@ -111,7 +111,7 @@ def train(config: Config) -> None:
 
 def bench(config: Config) -> None:
     """Times training steps with the real input pipeline and with views that are already there."""
-    from fastdino.train.throughput import measure
+    from fastdino.training.throughput import measure
 
     measured = measure(config)
     if not _rank():
@@ -142,7 +142,7 @@ def export(
         step: checkpoint to take; default: the newest.
         role: whose weights; the teacher is what DINO evaluates.
     """
-    from fastdino.train.restore import export_run
+    from fastdino.training.export import export_run
 
     print(f"wrote {export_run(run, out=out, step=step, role=role)}")
 
@@ -162,8 +162,8 @@ def eval_knn(
         num_workers: processes that decode; at most as many as there are cores.
         device: auto takes the GPU if there is one.
     """
-    from fastdino.data.splits import bank_and_test
     from fastdino.eval import Protocol, evaluate_knn
+    from fastdino.eval.splits import bank_and_test
 
     backbone, config = _backbone(path, device)
     bank, test = bank_and_test(data, config.data.image_size)
@@ -189,9 +189,9 @@ def eval_attention(
         size: side in pixels that the backbone sees, a multiple of its patch; default: that of its global views.
         device: auto takes the GPU if there is one.
     """
-    from fastdino.data.sources import FolderSource
-    from fastdino.data.splits import bank_and_test
+    from fastdino.data.sources.source import FolderSource
     from fastdino.eval import Protocol, evaluate_attention
+    from fastdino.eval.splits import bank_and_test
 
     backbone, config = _backbone(path, device)
     source = bank_and_test(data, config.data.image_size)[1] if data == "shapes" else FolderSource(data)
@@ -205,7 +205,7 @@ def _backbone(path: Path, device: str) -> tuple[Any, Config]:
     """The backbone of a run or of exported weights, on its device, and the config that it was trained with."""
     import torch
 
-    from fastdino.train.restore import any_backbone
+    from fastdino.training.export import any_backbone
 
     backbone, config = any_backbone(path)
     place = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from fastdino import recipes
 from fastdino.config import Config
-from fastdino.data.shapes import ShapesSource
-from fastdino.data.sources import Source
-from fastdino.data.splits import bank_and_test
+from fastdino.data.sources.shapes import ShapesSource
+from fastdino.data.sources.source import Source
 from fastdino.eval import KNeighbors, evaluate_attention, evaluate_knn
 from fastdino.eval.features import Protocol
+from fastdino.eval.splits import bank_and_test
 from fastdino.model import build_network
-from fastdino.train.restore import run_backbone
-from fastdino.train.trainer import train
+from fastdino.training.export import run_backbone
+from fastdino.training.trainer import train
 
 NUM_INITIALISATIONS = 5  # random backbones that the trained one is compared with
 NUM_NEIGHBORS = 20

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastdino import cli
-from fastdino.train.trainer import Preempted
+from fastdino.training.trainer import Preempted
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -113,7 +113,7 @@ def test_exported_weights_load_in_timm(run, tmp_path):
     import torch
     from safetensors.torch import load_file
 
-    from fastdino.train.restore import run_backbone
+    from fastdino.training.export import run_backbone
 
     weights = tmp_path / "teacher.safetensors"
     fastdino("export", run, "--out", weights)

@@ -1,9 +1,9 @@
 """An image becomes views."""
 
-from fastdino.data.decode import BadImage
 from fastdino.data.loader import BadData, Batch, TrainBatches, WorkerDied, labelled_batches, train_batches
-from fastdino.data.shapes import ShapesSource
-from fastdino.data.sources import FolderSource, Source, open_source
+from fastdino.data.sources.decode import BadImage
+from fastdino.data.sources.shapes import ShapesSource
+from fastdino.data.sources.source import FolderSource, Source, open_source
 from fastdino.data.views import normalize
 
 __all__ = [

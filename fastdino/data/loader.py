@@ -21,10 +21,10 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from fastdino.config import Config, UserError
 from fastdino.data import views
-from fastdino.data.decode import BadImage
 from fastdino.data.draws import Purpose, random_bits
 from fastdino.data.sampler import Key, Plan
-from fastdino.data.sources import Source
+from fastdino.data.sources.decode import BadImage
+from fastdino.data.sources.source import Source
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from fastdino.data.decode import BadImage
-from fastdino.data.sources import Source
+from fastdino.data.sources.decode import BadImage
+from fastdino.data.sources.source import Source
 from fastdino.data.views import normalize
 from fastdino.eval.features import EvaluationError, Protocol, evaluating, home
 from fastdino.model.vit import ViT

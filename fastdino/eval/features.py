@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from fastdino.config import UserError
 from fastdino.data.loader import labelled_batches
-from fastdino.data.sources import Source
+from fastdino.data.sources.source import Source
 from fastdino.data.views import normalize
 
 

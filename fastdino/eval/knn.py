@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdino.config import Config
-from fastdino.data.sources import Source
-from fastdino.data.splits import bank_and_test
+from fastdino.data.sources.source import Source
 from fastdino.eval.features import EvaluationError, Protocol, extract
+from fastdino.eval.splits import bank_and_test
 
 MAX_ELEMENTS = 2**27  # of one block of similarities or votes: 0.5 GB of fp32
 
@@ -114,7 +114,7 @@ def online_knn(backbone: nn.Module, root: str, config: Config) -> dict[str, floa
 
     Args:
         backbone: the teacher's, where it is and in the dtype that it has.
-        root: the word shapes or a folder of class folders, see :func:`fastdino.data.splits.bank_and_test`.
+        root: the word shapes or a folder of class folders, see :func:`fastdino.eval.splits.bank_and_test`.
         config: of the run; sizes, normalisation and workers are read.
     """
     bank, test = bank_and_test(root, config.data.image_size)

@@ -15,8 +15,8 @@ from bench.counters import KeptBytes
 from bench.record import RESULTS
 from bench.timing import Ratio
 from bench.workload import nano_config, random_batch, step_flops
-from fastdino.train import distributed
-from fastdino.train.distributed import Ranks
+from fastdino import distributed
+from fastdino.distributed import Ranks
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fastdino.data.shapes import CLASSES, SILHOUETTES, TEXTURES, ShapesSource
+from fastdino.data.sources.shapes import CLASSES, SILHOUETTES, TEXTURES, ShapesSource
 
 SIZE = 48
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from fastdino.config import ConfigError, DataConfig
 from fastdino.data import BadImage, FolderSource, ShapesSource, open_source
-from fastdino.data.decode import extensions, formats
+from fastdino.data.sources.decode import extensions, formats
 
 
 def pixels(seed: int = 0, size: int = 16) -> Image.Image:

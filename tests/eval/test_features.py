@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastdino.data.decode import BadImage
-from fastdino.data.shapes import ShapesSource
+from fastdino.data.sources.decode import BadImage
+from fastdino.data.sources.shapes import ShapesSource
 from fastdino.data.views import center_view, normalize
 from fastdino.eval import Protocol, extract
 from fastdino.model import ViT

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastdino.config import Config, DataConfig, RunConfig, ViewsConfig
-from fastdino.data.shapes import ShapesSource
+from fastdino.data.sources.shapes import ShapesSource
 from fastdino.eval import KNeighbors, Protocol, evaluate_knn, online_knn
 from fastdino.eval import knn as room
 

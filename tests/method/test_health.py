@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fastdino.train.health import PATIENCE, Health
+from fastdino.method.health import PATIENCE, Health
 
 K = 1024
 LEARNING = {"loss": 4.0, "teacher_entropy": 3.0, "usage_entropy": 5.0, "feature_std": 0.9}

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdino.train import distributed
-from fastdino.train.distributed import _gpu, _place, first_host, init
+from fastdino import distributed
+from fastdino.distributed import _gpu, _place, first_host, init
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import sys
 import torch
-from fastdino.train import distributed
+from fastdino import distributed
 ranks = distributed.init("cpu")
 mean = torch.tensor([float(ranks.rank)])
 work = distributed.all_reduce_mean_(mean, async_op=True)

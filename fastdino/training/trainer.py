@@ -11,20 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastdino import distributed
 from fastdino.config import Config, ConfigError, UserError
 from fastdino.data import Batch, normalize, open_source, train_batches
-from fastdino.data.splits import bank_and_test
+from fastdino.distributed import Ranks
+from fastdino.engine.schedules import Schedules
+from fastdino.engine.zero import build_engine, zero_stage
 from fastdino.eval import online_knn
+from fastdino.eval.splits import bank_and_test
 from fastdino.method.dino import Dino
+from fastdino.method.health import Health
 from fastdino.model import build_network
 from fastdino.model.vit import Attention
-from fastdino.train import checkpoint, distributed
-from fastdino.train.distributed import Ranks
-from fastdino.train.engine import build_engine, zero_stage
-from fastdino.train.health import Health
-from fastdino.train.metrics import Metrics
-from fastdino.train.run_folder import check_run, write_config
-from fastdino.train.schedules import Schedules
+from fastdino.training import checkpoint
+from fastdino.training.metrics import Metrics
+from fastdino.training.run_folder import check_run, write_config
 from fastdino_kernels._backend import use_triton
 
 log = logging.getLogger(__name__)

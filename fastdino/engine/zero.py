@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastdino import distributed
 from fastdino.config import Config
-from fastdino.train import distributed
-from fastdino.train.distributed import Ranks
-from fastdino.train.optim import Shard
-from fastdino.train.schedules import Now
-from fastdino.train.torch_engine import BatchNorm, Engine, Fragment, TorchEngine
+from fastdino.distributed import Ranks
+from fastdino.engine.optimizer import Shard
+from fastdino.engine.schedules import Now
+from fastdino.engine.torch_engine import BatchNorm, Engine, Fragment, TorchEngine
 
 __all__ = ["Engine", "Fragment", "build_engine", "deepspeed_config", "zero_stage"]
 

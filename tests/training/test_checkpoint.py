@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdino.train import checkpoint
-from fastdino.train.checkpoint import CheckpointError
+from fastdino.training import checkpoint
+from fastdino.training.checkpoint import CheckpointError
 
 SHAPES = {"head.v": [7, 5], "head.b": [11]}
 
@@ -132,7 +132,7 @@ def test_full_disk_leaves_older_checkpoints_and_says_so(tmp_path):
 import resource, signal, sys, torch
 sys.path[:0] = {[str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "kernels")]!r}
 from pathlib import Path
-from fastdino.train import checkpoint
+from fastdino.training import checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
 class Part: name, start, stop, tensors = "w", 0, 100000, {{"param": torch.ones(100000)}}
@@ -158,7 +158,7 @@ def test_kill_at_any_point_leaves_the_newest_whole_checkpoint(tmp_path, point, w
 import os, signal, sys, torch
 sys.path[:0] = {[str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "kernels")]!r}
 from pathlib import Path
-from fastdino.train import checkpoint
+from fastdino.training import checkpoint
 home = Path if {point!r} in ("write_text", "rename") else checkpoint
 original = getattr(home, {point!r})
 def killed(*args, **kwargs):

@@ -1,35 +1,15 @@
 """Two labelled sets for an evaluation: a bank that votes and images that are judged."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-
 from fastdino.config import ConfigError
-from fastdino.data.shapes import ShapesSource
-from fastdino.data.sources import FolderSource, Source
+from fastdino.data.sources.shapes import ShapesSource
+from fastdino.data.sources.source import FolderSource, Source
+from fastdino.data.sources.subset import Subset
 
 BANK_SEED, TEST_SEED = 2**31 + 101, 2**31 + 102  # of shapes that are rendered for nothing else
 NUM_SHAPES = 1000  # in each of the two sets
 TEST_STRIDE = 5  # of a folder without a split, every fifth image is judged
-
-
-class Subset:
-    """Some images of a source, under its labels."""
-
-    def __init__(self, source: Source, indices: Sequence[int]) -> None:
-        self.source, self.indices, self.labels = source, indices, source.labels
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        """Image and label, as in the source."""
-        return self.source.read(self.indices[index])
-
-    def name(self, index: int) -> str:
-        """Its name in the source."""
-        return self.source.name(self.indices[index])
 
 
 def bank_and_test(root: str, image_size: int) -> tuple[Source, Source]:

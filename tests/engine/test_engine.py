@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdino.config import Config, EngineConfig
-from fastdino.train.distributed import Ranks
-from fastdino.train.engine import build_engine, deepspeed_config
+from fastdino.distributed import Ranks
+from fastdino.engine.zero import build_engine, deepspeed_config
 
 CASES = Path(__file__).with_name("engine_cases.py")
 ROOT = Path(__file__).parents[2]

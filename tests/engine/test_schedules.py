@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fastdino.config import Config, LossConfig, OptimConfig, RunConfig
-from fastdino.train.schedules import Schedules
+from fastdino.engine.schedules import Schedules
 
 
 def warmup_then_cosine(base: float, final: float, total: int, warmup: int = 0) -> np.ndarray:

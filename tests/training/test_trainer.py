@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdino
+from fastdino import distributed
 from fastdino.config import (
     Config,
     ConfigError,
@@ -28,9 +29,9 @@ from fastdino.config import (
     RunConfig,
     ViewsConfig,
 )
-from fastdino.train import checkpoint, distributed
-from fastdino.train.run_folder import read_config
-from fastdino.train.trainer import Trainer, TrainingDiverged
+from fastdino.training import checkpoint
+from fastdino.training.run_folder import read_config
+from fastdino.training.trainer import Trainer, TrainingDiverged
 
 ROOT = Path(__file__).parents[2]
 STEPS_PER_EPOCH = 5
@@ -75,7 +76,7 @@ def launch(
 import logging, os, signal
 logging.basicConfig(level=logging.INFO)
 from fastdino.config import Config
-from fastdino.train.trainer import Trainer, train
+from fastdino.training.trainer import Trainer, train
 original = Trainer.train_step
 def train_step(self, batches):
     loss = original(self, batches)

@@ -18,9 +18,9 @@ import torch
 
 from bench import counts, ratio
 from bench.workload import nano_config
-from fastdino.train import distributed
-from fastdino.train.distributed import Ranks
-from fastdino.train.trainer import Trainer
+from fastdino import distributed
+from fastdino.distributed import Ranks
+from fastdino.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 PLAIN = nano_config(engine="torch")

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from fastdino.config import ConfigError, DataConfig
-from fastdino.data.decode import decode, extensions
-from fastdino.data.shapes import ShapesSource
+from fastdino.data.sources.decode import decode, extensions
+from fastdino.data.sources.shapes import ShapesSource
 
 
 class Source(Protocol):

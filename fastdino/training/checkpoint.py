@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastdino.config import UserError
-from fastdino.train.distributed import gather_objects
+from fastdino.distributed import gather_objects
 
 FORMAT = 1  # raised when an older fastdino could not read what this one writes
 SHARED = "shared.safetensors"

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdino.config import Config, EngineConfig, HeadConfig, OptimConfig
+from fastdino.distributed import Ranks
+from fastdino.engine.optimizer import Group, parameter_groups, segments
+from fastdino.engine.schedules import Now
+from fastdino.engine.torch_engine import Engine
+from fastdino.engine.zero import build_engine
 from fastdino.model.head import Head
-from fastdino.train.distributed import Ranks
-from fastdino.train.engine import build_engine
-from fastdino.train.optim import Group, parameter_groups, segments
-from fastdino.train.schedules import Now
-from fastdino.train.torch_engine import Engine
 
 
 class Net(nn.Module):

@@ -9,9 +9,9 @@ from torch import nn
 from fastdino.config import Config, ConfigError
 from fastdino.model import build_network, export_backbone, restore_backbone
 from fastdino.model.weights import read_metadata
-from fastdino.train import checkpoint
-from fastdino.train.checkpoint import CheckpointError
-from fastdino.train.run_folder import read_config
+from fastdino.training import checkpoint
+from fastdino.training.checkpoint import CheckpointError
+from fastdino.training.run_folder import read_config
 
 Role = Literal["teacher", "student"]
 

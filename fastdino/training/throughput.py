@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
+from fastdino import distributed
 from fastdino.config import Config
 from fastdino.data import Batch
 from fastdino.data.loader import affordable
-from fastdino.train import distributed
-from fastdino.train.trainer import Trainer
+from fastdino.training.trainer import Trainer
 
 WARMUP_STEPS = 3
 SECONDS = 20.0  # at least three steps, then until this much time has passed
@@ -60,7 +60,7 @@ class Throughput:
 def measure(config: Config) -> Throughput:
     """Trains for about a minute in a temporary run folder; nothing is kept.
 
-    Every rank calls it, under any launcher. Raises what :func:`fastdino.train.trainer.train` raises.
+    Every rank calls it, under any launcher. Raises what :func:`fastdino.training.trainer.train` raises.
     """
     ranks = distributed.init(config.engine.device)
     try:

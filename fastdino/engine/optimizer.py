@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdino.config import OptimConfig
-from fastdino.train.schedules import Now
+from fastdino.engine.schedules import Now
 from fastdino_kernels import Rates, adamw_ema_, ema_update_, make_segments, segment_squares
 
 SGD_MOMENTUM = 0.9  # LARS too

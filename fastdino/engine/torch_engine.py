@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # all of them, SyncBatchNorm too
 
 from fastdino.config import Config
-from fastdino.train.distributed import Ranks
-from fastdino.train.optim import OPTIMIZERS, Shard, parameter_groups, segments
-from fastdino.train.schedules import Now
+from fastdino.distributed import Ranks
+from fastdino.engine.optimizer import OPTIMIZERS, Shard, parameter_groups, segments
+from fastdino.engine.schedules import Now
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastdino import distributed
 from fastdino.config import Config, EngineConfig, HeadConfig, ModelConfig, OptimConfig, RunConfig, ViewsConfig
+from fastdino.engine.schedules import Now
+from fastdino.engine.zero import Engine, build_engine
 from fastdino.model.network import build_network
-from fastdino.train import distributed
-from fastdino.train.engine import Engine, build_engine
-from fastdino.train.schedules import Now
 
 GLOBAL_BATCH, STEPS = 8, 5
 ENGINES = {"torch": ("torch", 1), "zero0": ("deepspeed", 0), "zero1": ("deepspeed", 1), "zero2": ("deepspeed", 2)}

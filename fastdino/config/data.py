@@ -1,0 +1,85 @@
+"""Settings of images and of the views that are made of them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fastdino.config.errors import require, require_range
+
+MAX_VIEWS = 32  # S, student views of one image that the fused loss takes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewsConfig:
+    """Multi-crop: an image becomes 2 global and L local views. Probabilities are DINO v1's."""
+
+    global_size: int = 224
+    """Side of a global view in pixels."""
+    global_scale: tuple[float, float] = (0.4, 1.0)
+    """Share of the image's area that a global view covers. With no local views use 0.14 1."""
+    local_size: int = 96
+    """Side of a local view in pixels."""
+    local_scale: tuple[float, float] = (0.05, 0.4)
+    """Share of the image's area that a local view covers."""
+    num_local: int = 8
+    """L, local views per image; 0 trains on the two global views alone."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    rotate: float = 0.0
+    """Largest rotation in degrees, either way."""
+    jitter: float = 0.8
+    """Probability of colour jitter."""
+    jitter_strength: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    """Colour jitter of brightness, contrast, saturation and hue (hue at most 0.5, the whole circle)."""
+    grayscale: float = 0.2
+    """Probability of losing all colour."""
+    blur: tuple[float, float, float] = (1.0, 0.1, 0.5)
+    """Probability of Gaussian blur in the first global, second global and local views."""
+    solarize: float = 0.2
+    """Probability of solarization in the second global view."""
+
+    def __post_init__(self) -> None:
+        for name in ("global_size", "local_size"):
+            require(getattr(self, name) >= 1, f"views.{name}", getattr(self, name), "a positive size", "pixels")
+        require_range("views.global_scale", self.global_scale)
+        require_range("views.local_scale", self.local_scale)
+        require(
+            0 <= self.num_local <= MAX_VIEWS - 2, "views.num_local", self.num_local, f"in [0, {MAX_VIEWS - 2}]",
+            f"the fused loss holds at most {MAX_VIEWS} views of an image, two of them global",
+        )  # fmt: skip
+        for name in ("flip", "jitter", "grayscale", "solarize"):
+            require(0 <= getattr(self, name) <= 1, f"views.{name}", getattr(self, name), "in [0, 1]", "a probability")
+        require(all(0 <= p <= 1 for p in self.blur), "views.blur", self.blur, "in [0, 1]", "they are probabilities")
+        require(0 <= self.rotate <= 180, "views.rotate", self.rotate, "in [0, 180]", "degrees either way")
+        require(
+            min(self.jitter_strength) >= 0 and self.jitter_strength[3] <= 0.5, "views.jitter_strength",
+            self.jitter_strength, "four numbers >= 0, the last at most 0.5", "a hue shift of 0.5 is the whole circle",
+        )  # fmt: skip
+
+    @property
+    def num_views(self) -> int:
+        """S, student views per image."""
+        return 2 + self.num_local
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where images come from."""
+
+    root: str = ""
+    """A folder of images, in any nesting; or the word shapes: rendered objects that need no download."""
+    num_images: int = 10000
+    """Images per epoch of shapes; a folder has as many as it holds."""
+    image_size: int = 256
+    """Side in pixels at which shapes are rendered."""
+    normalize: Literal["imagenet", "image"] = "imagenet"
+    """Subtract ImageNet's mean and divide by its deviation, or those of each channel of each view (short runs)."""
+    num_workers: int = 10
+    """Processes per rank that decode and augment; 0 works in the training process."""
+    max_bad: float = 0.01
+    """Largest share of an epoch's images that may be unreadable; above it the run stops."""
+
+    def __post_init__(self) -> None:
+        require(self.num_images >= 1, "data.num_images", self.num_images, "at least 1", "an epoch needs images")
+        require(self.image_size >= 8, "data.image_size", self.image_size, "at least 8 pixels", "objects must show")
+        require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more", "it is a count")
+        require(0 <= self.max_bad <= 1, "data.max_bad", self.max_bad, "in [0, 1]", "it is a share")

@@ -1,0 +1,42 @@
+"""Settings of the run: its length, its folder, what it reports."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastdino.config.errors import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Length of the run, where it is kept, what it reports."""
+
+    dir: Path = Path("runs/default")
+    """The run folder: config.json, metrics.jsonl, TensorBoard events, checkpoints/."""
+    epochs: int = 100
+    """Passes over the images."""
+    local_batch: int = 64
+    """B, images per rank in one forward pass. Global batch = local batch * ranks * engine.accumulate."""
+    seed: int = 0
+    """Start of all randomness: initial weights, order of images, views, drop path."""
+    save_every: int = 1
+    """Epochs between checkpoints; the last step is always saved."""
+    save_every_steps: int = 0
+    """Steps between checkpoints within an epoch; 0: only at epochs' ends."""
+    keep: int = 3
+    """Newest checkpoints to keep."""
+    keep_every: int = 20
+    """Epochs between checkpoints that are kept for good (DINO v1: saveckp_freq); 0: none."""
+    log_every: int = 10
+    """Steps between log lines; only these steps read the device."""
+    knn_every: int = 10
+    """Epochs between k-NN evaluations of the teacher; 0: never."""
+    knn_root: str = ""
+    """Class folders for the k-NN, or shapes. Default: shapes when training on shapes, else no k-NN."""
+    max_nonfinite: int = 10
+    """Skipped steps in a row (non-finite loss or gradient) after which the run stops."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "local_batch", "save_every", "keep", "log_every", "max_nonfinite"):
+            require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), "at least 1", "it is a count")
+        for name in ("save_every_steps", "keep_every", "knn_every", "seed"):
+            require(getattr(self, name) >= 0, f"run.{name}", getattr(self, name), "0 or more", "it is a count")

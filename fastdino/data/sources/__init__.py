@@ -1,0 +1,1 @@
+"""Where images come from: an index becomes an RGB image and a label."""

@@ -1,0 +1,25 @@
+"""A part of a source."""
+
+from collections.abc import Sequence
+
+from PIL import Image
+
+from fastdino.data.sources.source import Source
+
+
+class Subset:
+    """Some images of a source, under its labels."""
+
+    def __init__(self, source: Source, indices: Sequence[int]) -> None:
+        self.source, self.indices, self.labels = source, indices, source.labels
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """Image and label, as in the source."""
+        return self.source.read(self.indices[index])
+
+    def name(self, index: int) -> str:
+        """Its name in the source."""
+        return self.source.name(self.indices[index])

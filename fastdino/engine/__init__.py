@@ -1,0 +1,1 @@
+"""A gradient becomes a better student and teacher."""

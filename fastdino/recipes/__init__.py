@@ -1,0 +1,26 @@
+"""Named runs. A recipe is a function that returns a Config; its docstring states command, cost and expected score.
+
+A recipe without a published score says so. Scores are ImageNet-1k top-1 with frozen features of the teacher.
+"""
+
+import difflib
+from collections.abc import Callable
+
+from fastdino.config import Config, ConfigError
+from fastdino.recipes.convnets import resnet50
+from fastdino.recipes.demo import demo
+from fastdino.recipes.dino import vit_base_16, vit_large_16, vit_small_8, vit_small_16, vit_small_16_300
+
+RECIPES: dict[str, Callable[[], Config]] = {
+    recipe.__name__: recipe
+    for recipe in (vit_small_16, vit_small_16_300, vit_small_8, vit_base_16, vit_large_16, resnet50, demo)
+}
+
+
+def get(name: str) -> Config:
+    """The recipe of that name. Raises ConfigError, with the nearest name, for one that does not exist."""
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(RECIPES)}"
+        raise ConfigError(f"no recipe {name!r}: {hint}")
+    return RECIPES[name]()

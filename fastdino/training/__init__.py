@@ -1,0 +1,1 @@
+"""The run: its loop, its folder, what it reports and leaves behind."""
