@@ -20,7 +20,7 @@ MAY_IMPORT = {  # rooms of fastdino that a room may import, besides itself, conf
     "recipes": set(),
     "data": set(),
     "model": set(),
-    "method": {"model"},
+    "method": {"model", "data", "engine"},
     "engine": set(),
     "eval": {"model", "data"},
     "training": {"method", "model", "data", "engine", "eval"},

@@ -74,8 +74,8 @@ def with_extra(original: Callable[..., Any], extra: Callable[[Any], Any]) -> Cal
 @pytest.mark.parametrize(
     ("method", "extra", "counters"),
     [
-        ("_groups", lambda groups: groups[0].double().float(), {"aten_calls", "aten_bytes"}),
-        ("train_step", lambda loss: loss.item(), {"host_syncs", "aten_calls", "aten_bytes"}),
+        ("_normalized", lambda batch: batch.views["global"].double().float(), {"aten_calls", "aten_bytes"}),
+        ("train_step", lambda figures: figures["loss"].item(), {"host_syncs", "aten_calls", "aten_bytes"}),
     ],
     ids=["an extra copy", "an item()"],
 )

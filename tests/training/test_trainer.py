@@ -205,7 +205,7 @@ def test_a_step_never_waits_for_the_device(tmp_path, overrides):
         batches = [[next(trainer.batches) for _ in range(config.engine.accumulate)] for _ in range(2)]
         trainer.train_step(batches[0])
         with _Waits() as waits:
-            loss = trainer.train_step(batches[1])
+            loss = trainer.train_step(batches[1])["loss"]
     assert not waits.found
     with _Waits() as waits:
         loss.item()
