@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastdino.config import OptimConfig
 from fastdino.engine.schedules import Now
-from fastdino_kernels import Rates, adamw_ema_, ema_update_, make_segments, segment_squares
+from fastdino_kernels import AdamWHyper, adamw_ema_, ema_update_, make_segments, segment_squares
 
 SGD_MOMENTUM = 0.9  # LARS too
 LARS_ETA = 0.001
@@ -76,8 +76,8 @@ class Shard:
     param: Tensor  # fp32
     ema: Tensor  # fp32, the teacher
     pieces: list[Segment]
-    param_shadow: Tensor | None  # copies in the precision of the forward pass; None where there is none to write
-    ema_shadow: Tensor | None
+    param_lp: Tensor | None  # copies in the precision of the forward pass; None where there is none to write
+    ema_lp: Tensor | None
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """One view of ``flat``, laid out like the shard, for each piece."""
@@ -169,7 +169,7 @@ class Optimizer(torch.optim.Optimizer):
             shard: Shard = group["shard"]
             param, state = shard.param.detach(), self.state[shard.param]
             if group["frozen"]:  # DINO v1 sets these gradients to None: no moment, no decay, no count either
-                ema_update_(shard.ema, param, self.momentum, shard.ema_shadow)
+                ema_update_(shard.ema, param, self.momentum, shard.ema_lp)
             else:
                 assert shard.param.grad is not None
                 state["step"].add_(self.ok)
@@ -184,9 +184,9 @@ class Optimizer(torch.optim.Optimizer):
             torch._foreach_mul_(group["segments"].split(grad), list(self.scale[group["index"]].unbind()))
 
     def _follow(self, shard: Shard, param: Tensor) -> None:
-        ema_update_(shard.ema, param, self.momentum, shard.ema_shadow)
-        if shard.param_shadow is not None:
-            shard.param_shadow.copy_(param)
+        ema_update_(shard.ema, param, self.momentum, shard.ema_lp)
+        if shard.param_lp is not None:
+            shard.param_lp.copy_(param)
 
 
 class AdamW(Optimizer):
@@ -202,8 +202,8 @@ class AdamW(Optimizer):
         clip = {"grad_scale": self.scale[group["index"]], "segments": group["segments"]} if self.clip else {}
         adamw_ema_(
             param, grad, state["exp_avg"], state["exp_avg_sq"], shard.ema, state["step"],
-            Rates(group["lr"], group["weight_decay"], self.now.momentum),
-            found_inf=self.found_inf, param_shadow=shard.param_shadow, ema_shadow=shard.ema_shadow, **clip,
+            AdamWHyper(group["lr"], group["weight_decay"], self.now.momentum),
+            found_inf=self.found_inf, param_lp=shard.param_lp, ema_lp=shard.ema_lp, **clip,
         )  # fmt: skip
 
 

@@ -124,8 +124,8 @@ class Engine:
             for param in (teacher[name], student[name]):
                 param.copy_(values.view_as(param))
         for group in self.optimizer.param_groups:
-            if group["shard"].ema_shadow is not None:
-                group["shard"].ema_shadow.copy_(group["shard"].ema)
+            if group["shard"].ema_lp is not None:
+                group["shard"].ema_lp.copy_(group["shard"].ema)
         self._gather_teacher()
         self.wait_teacher()
 
@@ -140,14 +140,14 @@ class Engine:
         raise NotImplementedError
 
     @torch.no_grad()
-    def _adopt(self, masters: list[Tensor], shadows: list[Tensor | None], parts: int, part: int) -> None:
+    def _adopt(self, masters: list[Tensor], params_lp: list[Tensor | None], parts: int, part: int) -> None:
         """Takes this rank's masters, slice ``part`` of ``parts`` of each group, and lays the teacher out like them.
 
-        ``shadows`` are the student's weights that our optimizer has to write beside the masters.
+        ``params_lp`` are the student's weights that our optimizer has to write beside the masters.
         """
         teacher, shards = dict(self.teacher.named_parameters()), []
         self._teacher_flats: list[tuple[Tensor, Tensor]] = []  # all of a group, this rank's slice
-        for group, master, shadow in zip(self.groups, masters, shadows, strict=True):
+        for group, master, param_lp in zip(self.groups, masters, params_lp, strict=True):
             size = master.numel()
             flat = torch.zeros(size * parts, dtype=self.dtype, device=master.device)
             point_into(flat, [teacher[name] for name in group.params])
@@ -155,7 +155,7 @@ class Engine:
             ema = mine if self.dtype == torch.float32 else torch.empty_like(master)
             ema.copy_(master)
             pieces = segments(group, part * size, (part + 1) * size)
-            shards.append(Shard(master, ema, pieces, shadow, None if ema is mine else mine))
+            shards.append(Shard(master, ema, pieces, param_lp, None if ema is mine else mine))
             self._teacher_flats.append((flat, mine))
         for name in self._untrained:
             teacher[name].data = teacher[name].data.to(self.dtype)
@@ -239,8 +239,8 @@ class TorchEngine(Engine):
 
     def _publish_student(self) -> None:
         for group in self.optimizer.param_groups:
-            if group["shard"].param_shadow is not None:
-                group["shard"].param_shadow.copy_(group["shard"].param)
+            if group["shard"].param_lp is not None:
+                group["shard"].param_lp.copy_(group["shard"].param)
 
 
 def uses_bf16(config: Config, ranks: Ranks) -> bool:

@@ -184,8 +184,8 @@ class ShardedEngine(Engine):
             start = ranks.rank * master.numel()
             mine = values[start : start + master.numel()]
             master[: mine.numel()].copy_(mine)
-        shadows: list[Tensor | None] = [None] * len(masters)  # DeepSpeed writes the student's weights itself
-        self._adopt(self._zero.single_partition_of_fp32_groups, shadows, ranks.world_size, ranks.rank)
+        params_lp: list[Tensor | None] = [None] * len(masters)  # DeepSpeed writes the student's weights itself
+        self._adopt(self._zero.single_partition_of_fp32_groups, params_lp, ranks.world_size, ranks.rank)
         self._micro_batch = 0
         self.after_load()
 
