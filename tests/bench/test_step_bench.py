@@ -25,8 +25,8 @@ FLAT = {"median": 1.0, "low": 1.0, "high": 1.0}
 
 @pytest.fixture
 def ranks() -> Iterator[Ranks]:
-    yield distributed.init("cpu")
-    distributed.shutdown()
+    with distributed.init("cpu") as ranks:
+        yield ranks
 
 
 def test_peer_trains_like_ours_and_flops_are_counted(
