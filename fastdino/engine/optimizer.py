@@ -15,7 +15,7 @@ from fastdino.distributed import Ranks
 from fastdino.engine.groups import Group
 from fastdino.engine.schedules import Now
 from fastdino.engine.shards import Shard
-from fastdino_kernels import Rates, adamw_ema_, ema_update_, make_segments, segment_squares
+from fastdino_kernels import AdamWHyper, adamw_ema_, ema_update_, make_segments, segment_squares
 
 SGD_MOMENTUM = 0.9  # LARS too
 LARS_ETA = 0.001
@@ -157,8 +157,8 @@ class AdamW(Optimizer):
         clip = {"grad_scale": self.plan.scale[group["index"]], "segments": group["segments"]} if self.clip else {}
         adamw_ema_(
             param, grad, state["exp_avg"], state["exp_avg_sq"], shard.ema, state["step"],
-            Rates(group["lr"], group["weight_decay"], self.plan.now.momentum),
-            found_inf=self.plan.found_inf, param_shadow=shard.param_lp, ema_shadow=shard.ema_lp, **clip,
+            AdamWHyper(group["lr"], group["weight_decay"], self.plan.now.momentum),
+            found_inf=self.plan.found_inf, param_lp=shard.param_lp, ema_lp=shard.ema_lp, **clip,
         )  # fmt: skip
 
 
