@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 # In the order of what rests on what: compile reports, ceilings, kernels, the whole step, the images.
 .NOTPARALLEL:
-BENCHES := static ceilings kernels attention step data
+BENCHES := compile ceilings kernels attention step data
 
 .PHONY: install demo test lint format bench $(BENCHES:%=bench-%) clean
 

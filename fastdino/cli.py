@@ -28,6 +28,7 @@ import tyro
 
 from fastdino import __version__, recipes
 from fastdino.config import Config, ConfigError, UserError
+from fastdino.launch import launched_rank
 
 if TYPE_CHECKING:
     from fastdino.eval import Subject
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if command == "--version":
         print(f"fastdino {__version__}")
         return
-    rank = _rank()
+    rank = launched_rank(os.environ)
     logging.basicConfig(level=logging.ERROR if rank else logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         _run(command, arguments)
@@ -58,11 +59,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(85 if preempted else 2)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _rank() -> int:
-    """Before there is a process group: what the launcher says."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
 def _run(command: str, arguments: list[str]) -> None:
@@ -108,7 +104,7 @@ def bench(config: Config) -> None:
     from fastdino.training.throughput import measure
 
     measured = measure(config)
-    if not _rank():
+    if launched_rank(os.environ) == 0:
         print(measured.table())
 
 

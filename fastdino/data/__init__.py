@@ -1,6 +1,6 @@
 """An image becomes views."""
 
-from fastdino.data.batch import Batch
+from fastdino.data.batch import Batch, Masks
 from fastdino.data.loader import BadData, TrainBatches, labelled_batches, train_batches
 from fastdino.data.sources.decode import BadImage
 from fastdino.data.sources.folder import FolderSource
@@ -14,6 +14,7 @@ __all__ = [
     "BadImage",
     "Batch",
     "FolderSource",
+    "Masks",
     "ShapesSource",
     "Source",
     "TrainBatches",

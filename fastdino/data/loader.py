@@ -37,16 +37,18 @@ class _Views(Dataset[Batch]):
     def __getitems__(self, keys: list[Key]) -> Batch | BadImage:
         """The batch; or as a value, for the training process to raise, what makes the source unusable."""
         config, bad = self.views, list[str]()
-        shapes = ((2, config.global_size), (config.num_local, config.local_size))
-        groups = [torch.empty((v, len(keys), 3, size, size), dtype=torch.uint8) for v, size in shapes]
+        groups = {
+            name: torch.empty((count, len(keys), 3, size, size), dtype=torch.uint8)
+            for name, (count, size) in views.groups(config).items()
+        }
         for position, (epoch, index) in enumerate(keys):
             image = self._read(epoch, index, bad)
             if isinstance(image, BadImage):
                 return image
             params = views.sample_params(self.seed, epoch, index, config, image.size)
-            for group, made in zip(groups, views.apply(image, params, config), strict=True):
-                group[:, position] = made
-        return Batch(groups[0], groups[1], bad)
+            for name, made in views.apply(image, params, config).items():
+                groups[name][:, position] = made
+        return Batch(groups, bad=bad)
 
     def _read(self, epoch: int, index: int, bad: list[str]) -> Image.Image | BadImage:
         """Image ``index``, or the first readable one of a random row; names those that were not in ``bad``."""
@@ -92,8 +94,7 @@ class TrainBatches:
             return self._next_on_host().to(self.device)
         batch = self._ahead or self._upload()
         torch.cuda.current_stream(self.device).wait_stream(self._stream)
-        for tensor in (batch.global_views, batch.local_views):
-            tensor.record_stream(torch.cuda.current_stream(self.device))
+        batch.record_stream(torch.cuda.current_stream(self.device))
         self._ahead = self._upload()
         return batch
 

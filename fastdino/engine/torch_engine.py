@@ -159,7 +159,7 @@ class Engine:
             self._teacher_flats.append((flat, mine))
         for name in self._untrained:
             teacher[name].data = teacher[name].data.to(self.dtype)
-        reduce = dist.all_reduce if self.sharded and self.ranks.world_size > 1 else None
+        reduce = self.ranks.sum_ if self.sharded and self.ranks.world_size > 1 else None
         self.optimizer.bind(shards, reduce)
         self.teacher.register_forward_pre_hook(lambda *_: self.wait_teacher())
 

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastdino import distributed
 from fastdino.config import Config
 from fastdino.distributed import Ranks
 from fastdino.engine.optimizer import Shard
@@ -90,8 +89,9 @@ def deepspeed_config(config: Config, stage: int, bf16: bool) -> dict[str, Any]:
     }
 
 
-def _import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed, quiet, for this device, with nothing compiled."""
+def _import_deepspeed(ranks: Ranks) -> Any:
+    """DeepSpeed, quiet, for the ranks' device, with nothing compiled."""
+    device = ranks.device
     os.environ["DS_ACCELERATOR"] = device.type  # read when it is imported
     import deepspeed
     import deepspeed.ops
@@ -106,13 +106,13 @@ def _import_deepspeed(device: torch.device) -> Any:
         importlib.import_module("deepspeed.accelerator.cuda_accelerator").pynvml = None  # type: ignore[attr-defined]
     if device.type == "cpu":  # a g++ build of a minute that only inference needs; a GPU has none
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    distributed.leave_with(deepspeed.comm.destroy_process_group)  # it keeps groups of its own, stale in a second run
+    ranks.leave_with(deepspeed.comm.destroy_process_group)  # it keeps groups of its own, stale in a second run
     return deepspeed
 
 
 def _initialize(engine: Engine, config: Config, student: nn.Module) -> Any:
     """DeepSpeed's own engine around the student and our optimizer."""
-    deepspeed = _import_deepspeed(engine.ranks.device)
+    deepspeed = _import_deepspeed(engine.ranks)
     log, before = logging.getLogger("DeepSpeed"), os.environ.get("LOCAL_RANK")
     log.setLevel(logging.ERROR)  # it would warn that our optimizer is not tested by them
     os.environ["LOCAL_RANK"] = str(engine.ranks.device.index or 0)  # it insists on it, and takes it for the GPU's index

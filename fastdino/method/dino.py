@@ -8,11 +8,11 @@ import math
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdino.config import LossConfig
+from fastdino.distributed import Ranks
 from fastdino_kernels import center_mean, dino_loss
 
 
@@ -24,19 +24,20 @@ class Dino:
         teacher: a :class:`fastdino.model.Network` with the moving-average weights; takes no gradient.
         config: temperatures and the center's momentum.
         center: (K,) fp32 running mean of teacher logits, updated in place.
+        ranks: whose mean moves the center.
         accumulate: calls of :meth:`loss` per step; the center moves once, by the mean over all of them.
     """
 
     def __init__(
-        self, student: nn.Module, teacher: Any, config: LossConfig, center: Tensor, accumulate: int = 1
+        self, student: nn.Module, teacher: Any, config: LossConfig, center: Tensor, ranks: Ranks, accumulate: int = 1
     ) -> None:
         self.student, self.teacher, self.config, self.center = student, teacher, config, center
-        self.accumulate = accumulate
+        self.ranks, self.accumulate = ranks, accumulate
         self._newest: tuple[Tensor, Tensor] | None = None  # features (T, B, D), logits (T, B, K) of the teacher
         self._mean = torch.zeros_like(center)  # of teacher logits over the calls of this step
         self._calls = 0
         self._prototypes: Tensor | None = None  # the teacher's, normalised once for all calls of this step
-        self._reduction: dist.Work | None = None
+        self._reduction: Any = None
 
     def loss(self, groups: list[Tensor], teacher_temp: float) -> Tensor:
         """Mean cross-entropy over pairs of a teacher view and another student view; fp32 scalar with gradient.
@@ -65,9 +66,8 @@ class Dino:
         """Adds to the step's mean; after the last call its reduction over ranks starts, hidden behind the student."""
         self._mean.add_(center_mean(teacher_logits), alpha=1 / self.accumulate)
         self._calls += 1
-        if self._calls == self.accumulate and dist.is_initialized() and dist.get_world_size() > 1:
-            self._mean.div_(dist.get_world_size())  # gloo has no mean
-            self._reduction = dist.all_reduce(self._mean, async_op=True)
+        if self._calls == self.accumulate:
+            self._reduction = self.ranks.mean_(self._mean, async_op=True)
 
     def update_center(self, finite: Tensor) -> None:
         """Moves the center once per step, after the loss has used the old one (algorithm 1).

@@ -58,11 +58,8 @@ def train(config: Config) -> Result:
     calls it. Raises ConfigError for settings that cannot work, CheckpointError for a checkpoint that cannot be used,
     BadData when too many images are unreadable, TrainingDiverged, and Preempted after SIGTERM or SIGUSR1.
     """
-    ranks = distributed.init(config.engine.device)
-    try:
+    with distributed.init(config.engine.device) as ranks:
         return Trainer(config, ranks).run()
-    finally:
-        distributed.shutdown()
 
 
 class Trainer:
@@ -79,7 +76,8 @@ class Trainer:
         self.shapes = {name: list(p.shape) for name, p in student.named_parameters()}
         self.engine = build_engine(config, student, teacher, ranks)
         center = torch.zeros(config.head.num_prototypes, device=ranks.device)
-        self.dino = Dino(self.engine.student, self.engine.teacher, config.loss, center, config.engine.accumulate)
+        networks = self.engine.student, self.engine.teacher
+        self.dino = Dino(*networks, config.loss, center, ranks, config.engine.accumulate)
         self.global_batch = config.run.local_batch * ranks.world_size * config.engine.accumulate
         self.step = self._restore()
         self.batches = train_batches(
@@ -115,9 +113,8 @@ class Trainer:
         return loss
 
     def _groups(self, batch: Batch) -> list[Tensor]:
-        """Normalised views, those of one size together; no local group when there are none."""
-        views = [batch.global_views] + ([batch.local_views] if len(batch.local_views) else [])
-        return [normalize(group, self.config.data.normalize) for group in views]
+        """Normalised views, those of one size together."""
+        return [normalize(group, self.config.data.normalize) for group in batch.views.values()]
 
     def _seed_step(self) -> None:
         """Drop path's randomness is a function of (seed, step, rank), so there is no generator's state to save."""
@@ -169,7 +166,7 @@ class Trainer:
             raise Preempted(
                 f"stopped by a signal at step {self.step}, saved in {self.save()}: the same command resumes"
             )
-        self._noticed = distributed.ask_ranks(self._notice)
+        self._noticed = self.ranks.ask(self._notice)
 
     def _end_of_epoch(self, metrics: Metrics | None, knn: float | None) -> float | None:
         """Saves and evaluates where the settings ask for it; returns the newest k-NN score."""
@@ -191,7 +188,7 @@ class Trainer:
         now = self.schedules(self.step - 1)
         statistics = {"loss": loss, **self.dino.statistics(now.teacher_temp)}
         packed = torch.stack([value.float() for value in statistics.values()])
-        distributed.all_reduce_mean_(packed)
+        self.ranks.mean_(packed)
         values = dict(zip(statistics, packed.tolist(), strict=True))
         counters = self.engine.counters()
         skipped, in_row, last = (int(counters[k]) for k in ("skipped", "skipped_in_row", "last_skipped"))
@@ -229,7 +226,7 @@ class Trainer:
                 before = score["knn"]
                 metrics.write(self.step, {"epoch": epoch, **score})
                 metrics.say(f"epoch {epoch}: k-NN of the teacher {before:.1f} %")
-        distributed.barrier()
+        self.ranks.barrier()
         return before
 
     def _open_knn(self, config: Config) -> None:
@@ -255,7 +252,7 @@ class Trainer:
                 work(self.config)
             except UserError as error:
                 problem = error
-        if distributed.any_rank(problem is not None):
+        if self.ranks.any(problem is not None):
             raise problem or ConfigError("rank 0 refused the run: its message says why")
 
     def _metrics(self) -> Metrics | None:
@@ -299,8 +296,9 @@ class Trainer:
             "epoch": self.step / self.steps_per_epoch,
         }
         path = checkpoint.save(
-            self._checkpoints, self.step, pieces=pieces, shared=self._shared(), shapes=self.shapes, meta=meta
-        )
+            self._checkpoints, self.step, self.ranks,
+            pieces=pieces, shared=self._shared(), shapes=self.shapes, meta=meta,
+        )  # fmt: skip
         if self.ranks.is_main:
             stride = run.keep_every * self.steps_per_epoch
             checkpoint.prune(self._checkpoints, run.keep, range(stride, self.total_steps + 1, stride) if stride else ())
@@ -308,7 +306,7 @@ class Trainer:
 
     def _restore(self) -> int:
         """Loads the newest checkpoint of the run folder; returns the step at which the run goes on."""
-        found = checkpoint.newest(self._checkpoints)
+        found = checkpoint.newest(self._checkpoints, self.ranks)
         if found is None:
             return 0
         path, manifest = found

@@ -21,19 +21,21 @@ def test_a_batch_holds_the_views_of_its_images(shapes):
     batches = start(config, shapes)
     assert batches.steps_per_epoch == 5
     batch = next(batches)
-    assert batch.global_views.shape == (2, 4, 3, 32, 32)
-    assert batch.local_views.shape == (2, 4, 3, 16, 16)
+    assert {name: group.shape for name, group in batch.views.items()} == {
+        "global": (2, 4, 3, 32, 32),
+        "local": (2, 4, 3, 16, 16),
+    }
+    assert batch.masks is None
     assert batch.bad == []
     for position, (epoch, index) in enumerate(batches.plan.micro_batch(0, 0, 0)):
         image, _ = shapes.read(index)
         params = sample_params(3, epoch, index, config.views, image.size)
-        global_views, local_views = apply(image, params, config.views)
-        assert torch.equal(batch.global_views[:, position], global_views)
-        assert torch.equal(batch.local_views[:, position], local_views)
+        for name, group in apply(image, params, config.views).items():
+            assert torch.equal(batch.views[name][:, position], group)
 
 
 def test_no_local_views(shapes):
-    assert next(start(make_config(num_local=0), shapes)).local_views.shape == (0, 4, 3, 16, 16)
+    assert list(next(start(make_config(num_local=0), shapes)).views) == ["global"]
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -57,14 +59,14 @@ def test_ranks_and_micro_batches_together_make_the_whole_batch(shapes, world_siz
     by_rank = [take(3 * accumulate, config, shapes, rank=rank, world_size=world_size) for rank in range(world_size)]
     for step in range(3):
         parts = [by_rank[rank][step * accumulate + j] for j in range(accumulate) for rank in range(world_size)]
-        assert torch.equal(torch.cat([part.global_views for part in parts], 1), whole[step].global_views)
-        assert torch.equal(torch.cat([part.local_views for part in parts], 1), whole[step].local_views)
+        for name, group in whole[step].views.items():
+            assert torch.equal(torch.cat([part.views[name] for part in parts], 1), group)
 
 
 def test_epochs_differ(shapes):
     batches = take(10, make_config(), shapes)
-    first = {view.numpy().tobytes() for batch in batches[:5] for view in batch.global_views[0]}
-    second = {view.numpy().tobytes() for batch in batches[5:] for view in batch.global_views[0]}
+    first = {view.numpy().tobytes() for batch in batches[:5] for view in batch.views["global"][0]}
+    second = {view.numpy().tobytes() for batch in batches[5:] for view in batch.views["global"][0]}
     assert len(first) == len(second) == 20
     assert not first & second
 
@@ -88,10 +90,10 @@ def test_a_bad_image_is_replaced_and_named(folder, num_workers):
     plan = start(make_config(), source).plan
     for step, (ours, theirs) in enumerate(zip(found, good, strict=True)):
         for position, (_, index) in enumerate(plan.micro_batch(step, 0, 0)):
-            same = torch.equal(ours.global_views[:, position], theirs.global_views[:, position])
+            same = torch.equal(ours.views["global"][:, position], theirs.views["global"][:, position])
             assert same == (index != 7), "only the bad image's place differs"
             if index == 7:
-                assert ours.global_views[:, position].float().std() > 10, "another image stands in"
+                assert ours.views["global"][:, position].float().std() > 10, "another image stands in"
 
 
 def test_the_replacement_varies_with_the_epoch(folder):
@@ -188,15 +190,15 @@ def test_batches_on_a_gpu_are_those_of_the_cpu(shapes, num_workers):
     busy, sums = torch.randn(2048, 2048, device=device), []
     batches = start(make_config(num_workers), shapes, device=device)
     for batch in islice(batches, 15):
-        assert batch.global_views.device == device
+        assert batch.views["global"].device == device
         for _ in range(20):
             busy = torch.nn.functional.normalize(busy @ busy)
-        sums.append((batch.global_views.clone(), batch.local_views.clone()))
+        sums.append({name: group.clone() for name, group in batch.views.items()})
         del batch  # its memory is free while the GPU is still at it
     batches.close()
-    for (global_views, local_views), want in zip(sums, take(15, make_config(0), shapes), strict=True):
-        assert torch.equal(global_views.cpu(), want.global_views)
-        assert torch.equal(local_views.cpu(), want.local_views)
+    for views, want in zip(sums, take(15, make_config(0), shapes), strict=True):
+        for name, group in want.views.items():
+            assert torch.equal(views[name].cpu(), group)
 
 
 def test_a_bad_image_is_an_exception_of_its_own():

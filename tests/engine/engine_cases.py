@@ -123,7 +123,7 @@ class Case:
             total += loss.detach() / self.accumulate
         self.engine.step(now(step), torch.isfinite(total))
         mean = total.clone()
-        distributed.all_reduce_mean_(mean)
+        self.ranks.mean_(mean)
         self.losses.append(mean)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
@@ -228,9 +228,16 @@ def syncs(ranks: distributed.Ranks, engine: str, **changes: Any) -> list[str]:
 
 def main(out: Path, others: Path | None) -> None:
     """Writes the results to ``out``; ``others`` are those of a run with another world size, to go on from."""
-    train(distributed.init("cpu"), "zero1", steps=1)
-    distributed.shutdown()
-    ranks = distributed.init("cpu")  # all that follows is a second run within one process
+    with distributed.init("cpu") as ranks:
+        train(ranks, "zero1", steps=1)
+    with distributed.init("cpu") as ranks:  # a second run within one process
+        results = run_cases(ranks, others)
+        if ranks.is_main:
+            torch.save(results, out)
+
+
+def run_cases(ranks: distributed.Ranks, others: Path | None) -> dict[str, Any]:
+    """Results of every case by its name."""
     results: dict[str, Any] = {"auto": type(Case(ranks, "auto").engine).__name__}
     trained_norm = {"head": dataclasses.replace(BASE.head, freeze_prototype_norm=False)}
     for engine in ENGINES:
@@ -254,9 +261,7 @@ def main(out: Path, others: Path | None) -> None:
     with SyncCount() as control:
         results["fp32/torch"]["losses"].sum().item()
     results["syncs control"] = control.found
-    if ranks.is_main:
-        torch.save(results, out)
-    distributed.shutdown()
+    return results
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdino.config import LossConfig
+from fastdino.distributed import Ranks
 from fastdino.method.dino import Dino
 
 B, D, K = 3, 4, 7
+ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 CONFIG = LossConfig(student_temp=0.1, center_momentum=0.9)
 
 
@@ -69,7 +71,7 @@ def plain_step(student: Tiny, teacher: Tiny, views: list[Tensor], center: np.nda
 
 def test_three_steps_equal_algorithm_1():
     student, teacher, center = Tiny(0), Tiny(1), torch.zeros(K)
-    dino, expected = Dino(student, teacher, CONFIG, center), np.zeros(K)
+    dino, expected = Dino(student, teacher, CONFIG, center, ALONE), np.zeros(K)
     for step in range(3):
         loss = dino.loss(groups(step), teacher_temp=0.05)
         wanted, after = plain_step(student, teacher, groups(step), expected, 0.05)
@@ -82,7 +84,7 @@ def test_three_steps_equal_algorithm_1():
 
 def test_gradient_reaches_the_student_only():
     student, teacher = Tiny(0), Tiny(1)
-    Dino(student, teacher, CONFIG, torch.zeros(K)).loss(groups(0), teacher_temp=0.05).backward()
+    Dino(student, teacher, CONFIG, torch.zeros(K), ALONE).loss(groups(0), teacher_temp=0.05).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in student.parameters())
     assert all(p.grad is None for p in teacher.parameters())
 
@@ -90,7 +92,7 @@ def test_gradient_reaches_the_student_only():
 def test_accumulation_moves_the_center_once_by_the_mean_of_all():
     whole, parts = torch.zeros(K), torch.zeros(K)
     views = groups(0, batch=6)
-    one, two = (Dino(Tiny(0), Tiny(1), CONFIG, center, n) for center, n in ((whole, 1), (parts, 2)))
+    one, two = (Dino(Tiny(0), Tiny(1), CONFIG, center, ALONE, n) for center, n in ((whole, 1), (parts, 2)))
     loss = one.loss(views, teacher_temp=0.05)
     halves = [two.loss([group[:, half] for group in views], teacher_temp=0.05) for half in (slice(3), slice(3, 6))]
     assert not parts.any(), "the center moved within a step"
@@ -102,13 +104,15 @@ def test_accumulation_moves_the_center_once_by_the_mean_of_all():
     with torch.no_grad():
         two.teacher.head.weight.mul_(-1)
     moved = two.loss(views, teacher_temp=0.05)
-    assert abs(moved - Dino(Tiny(0), two.teacher, CONFIG, whole).loss(views, teacher_temp=0.05)) < 1e-6, "stale weights"
+    assert abs(moved - Dino(Tiny(0), two.teacher, CONFIG, whole, ALONE).loss(views, teacher_temp=0.05)) < 1e-6, (
+        "stale weights"
+    )
 
 
 def test_a_skipped_step_leaves_the_center():
     center = torch.randn(K)
     before = center.clone()
-    dino = Dino(Tiny(0), Tiny(1), CONFIG, center)
+    dino = Dino(Tiny(0), Tiny(1), CONFIG, center, ALONE)
     dino.loss([group * torch.nan for group in groups(0)], teacher_temp=0.05)
     dino.update_center(torch.tensor(False))
     assert torch.equal(center, before)
@@ -148,7 +152,7 @@ class Fixed(nn.Module):
     ],
 )
 def test_statistics_tell_the_collapses_apart(logits, entropy, usage):
-    dino = Dino(Tiny(0), Fixed(torch.ones(2, B, D), logits), CONFIG, torch.zeros(K))
+    dino = Dino(Tiny(0), Fixed(torch.ones(2, B, D), logits), CONFIG, torch.zeros(K), ALONE)
     dino.loss(groups(0), teacher_temp=0.05)
     found = {name: value.item() for name, value in dino.statistics(teacher_temp=0.05).items()}
     assert found["teacher_entropy"] == pytest.approx(entropy, abs=1e-4)
@@ -159,6 +163,6 @@ def test_statistics_tell_the_collapses_apart(logits, entropy, usage):
 
 
 def test_feature_std_of_random_directions_is_one():
-    dino = Dino(Tiny(0), Fixed(torch.randn(2, 500, 64), torch.zeros(2, 500, K)), CONFIG, torch.zeros(K))
+    dino = Dino(Tiny(0), Fixed(torch.randn(2, 500, 64), torch.zeros(2, 500, K)), CONFIG, torch.zeros(K), ALONE)
     dino.loss(groups(0, batch=500), teacher_temp=0.05)
     assert dino.statistics(teacher_temp=0.05)["feature_std"].item() == pytest.approx(1, abs=0.02)

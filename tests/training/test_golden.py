@@ -66,11 +66,9 @@ def curve(engine: EngineConfig) -> list[dict[str, Any]]:
     """Per step: loss, gradient norm, and of student and teacher the norm and a checksum of every bit."""
     with tempfile.TemporaryDirectory() as folder:
         settings = config(Path(folder), engine)
-        try:
-            trainer = Trainer(settings, distributed.init("cpu"))
+        with distributed.init("cpu") as ranks:
+            trainer = Trainer(settings, ranks)
             return [_step(trainer) for _ in range(NUM_STEPS)]
-        finally:
-            distributed.shutdown()
 
 
 def _step(trainer: Trainer) -> dict[str, Any]:

@@ -52,14 +52,11 @@ def test_a_step_keeps_pace_with_the_peer(one_thread: None) -> None:
 def ratio_problems(recorded: float, attempts: int) -> list[str]:
     """Of the last attempt; the first one that finds nothing ends it, since other programs disturb but never help."""
     problems: list[str] = []
-    ranks = distributed.init("cpu")
-    try:
+    with distributed.init("cpu") as ranks:
         for _ in range(attempts):
             problems = ratio.problems(ratio.measure(ranks), recorded)
             if not problems:
                 break
-    finally:
-        distributed.shutdown()
     return problems
 
 

@@ -54,6 +54,12 @@ _BLUR_RADIUS = (0.1, 2.0)
 _NUM_DRAWS = 4 * _TRIES + 12
 
 
+def groups(config: ViewsConfig) -> dict[str, tuple[int, int]]:
+    """Views of one size together: (how many, side in pixels) of the global ones and, if there are any, the local."""
+    found = {"global": (2, config.global_size), "local": (config.num_local, config.local_size)}
+    return {name: (count, size) for name, (count, size) in found.items() if count}
+
+
 def sample_params(seed: int, epoch: int, index: int, config: ViewsConfig, image_size: tuple[int, int]) -> Tensor:
     """Draws the views of image ``index`` in ``epoch``: (config.num_views, len(Column)) fp32, global views first.
 

@@ -9,24 +9,23 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
 from fastdino.config import ViewsConfig
-from fastdino.data.views.params import JITTER_ORDERS, SOLARIZE_THRESHOLD, Column
+from fastdino.data.views.params import JITTER_ORDERS, SOLARIZE_THRESHOLD, Column, groups
 
 
-def apply(image: Image.Image, params: Tensor, config: ViewsConfig) -> tuple[Tensor, Tensor]:
-    """The views that ``params`` (num_views, len(Column)) describe: uint8 (2, 3, G, G) and (L, 3, l, l).
+def apply(image: Image.Image, params: Tensor, config: ViewsConfig) -> dict[str, Tensor]:
+    """The views that ``params`` (num_views, len(Column)) describe: uint8 global (2, 3, G, G) and local (L, 3, l, l).
 
     Same library calls, and so the same pixels, as DINO v1's torchvision pipeline on Pillow images.
     """
-    rows = params.tolist()
-    sizes = (config.global_size, config.local_size)
-    groups = []
-    for group, size in zip((rows[:2], rows[2:]), sizes, strict=True):
-        views = np.empty((len(group), 3, size, size), dtype=np.uint8)
-        for out, row in zip(views, group, strict=True):
-            pixels = np.asarray(_view(image, row, size))
+    rows = iter(params.tolist())
+    views = {}
+    for name, (count, size) in groups(config).items():
+        group = np.empty((count, 3, size, size), dtype=np.uint8)
+        for out in group:
+            pixels = np.asarray(_view(image, next(rows), size))
             out[:] = pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels
-        groups.append(torch.from_numpy(views))
-    return groups[0], groups[1]
+        views[name] = torch.from_numpy(group)
+    return views
 
 
 def _view(image: Image.Image, row: list[float], size: int) -> Image.Image:

@@ -46,11 +46,11 @@ def test_pixels_equal_torchvision(size):
     for index in range(12):
         image = photo(*size, seed=index)
         params = sample_params(0, 0, index, config, size)
-        global_views, local_views = apply(image, params, config)
-        assert global_views.shape == (2, 3, 64, 64)
-        assert local_views.shape == (4, 3, 31, 31)
-        assert global_views.dtype == local_views.dtype == torch.uint8
-        for view, row in zip([*global_views, *local_views], params.tolist(), strict=True):
+        views = apply(image, params, config)
+        assert views["global"].shape == (2, 3, 64, 64)
+        assert views["local"].shape == (4, 3, 31, 31)
+        assert {group.dtype for group in views.values()} == {torch.uint8}
+        for view, row in zip([*views["global"], *views["local"]], params.tolist(), strict=True):
             assert torch.equal(view, torchvision_view(image, row, view.shape[-1])), row
 
 
@@ -83,8 +83,7 @@ def test_each_step_alone_equals_torchvision_and_shows(name):
         params[:, column] = value
     for column, value in ONE_STEP[name].items():
         params[1, column] = value
-    views, local_views = apply(image, params, config)
-    assert local_views.shape[0] == 0
+    views = apply(image, params, config)["global"]
     assert torch.equal(views[1], torchvision_view(image, params[1].tolist(), 56))
     assert not torch.equal(views[0], views[1])
 
@@ -95,7 +94,7 @@ def test_jitter_acts_in_the_drawn_order(order):
     params = sample_params(0, 0, 0, config, image.size)
     params[:, Column.ORDER] = order
     params[:, Column.BRIGHTNESS : Column.HUE + 1] = torch.tensor([1.39, 0.62, 1.19, 0.09])
-    views, _ = apply(image, params, config)
+    views = apply(image, params, config)["global"]
     assert torch.equal(views[0], torchvision_view(image, params[0].tolist(), 48))
 
 
@@ -106,7 +105,7 @@ def test_a_hue_shift_of_nothing_still_equals_torchvision_for_every_colour():
         params[:, column] = value
     for shift in np.linspace(-0.5, 0.5, 9):
         params[:, Column.HUE] = shift
-        views, _ = apply(colours, params, ViewsConfig(global_size=64, num_local=0))
+        views = apply(colours, params, ViewsConfig(global_size=64, num_local=0))["global"]
         assert torch.equal(views[0], torchvision_view(colours, params[0].tolist(), 64))
 
 
@@ -118,7 +117,7 @@ def rotated(image: Image.Image, degrees: float) -> torch.Tensor:
     for column, value in NEUTRAL.items():
         params[:, column] = value
     params[:, Column.ROTATE] = degrees
-    return apply(image, params, ViewsConfig(global_size=image.width, num_local=0))[0][0]
+    return apply(image, params, ViewsConfig(global_size=image.width, num_local=0))["global"][0]
 
 
 def test_rotation_is_counter_clockwise_about_the_center():
@@ -145,8 +144,5 @@ def test_rotation_equals_pillow_away_from_the_border():
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 1), (1, 500)], ids=str)
 def test_the_smallest_images_give_views(size):
-    global_views, local_views = apply(
-        Image.new("RGB", size), sample_params(0, 0, 0, ViewsConfig(), size), ViewsConfig()
-    )
-    assert global_views.shape == (2, 3, 224, 224)
-    assert local_views.shape == (8, 3, 96, 96)
+    views = apply(Image.new("RGB", size), sample_params(0, 0, 0, ViewsConfig(), size), ViewsConfig())
+    assert [group.shape for group in views.values()] == [(2, 3, 224, 224), (8, 3, 96, 96)]

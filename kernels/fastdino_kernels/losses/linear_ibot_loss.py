@@ -7,13 +7,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastdino_kernels._backend import compute_dtype, operator, use_triton
-from fastdino_kernels.ibot import ibot_loss_reference
-from fastdino_kernels.row_cross_entropy import row_cross_entropy_
-from fastdino_kernels.soft_cross_entropy import Terms
-from fastdino_kernels.soft_cross_entropy_reference import reference_loss
+from fastdino_kernels.losses.ibot_loss import ibot_loss_reference
+from fastdino_kernels.losses.row_cross_entropy import row_cross_entropy_
+from fastdino_kernels.losses.soft_cross_entropy import Terms
+from fastdino_kernels.losses.soft_cross_entropy_reference import reference_loss
 
 
-def prototype_loss(
+def linear_ibot_loss(
     student: Tensor,
     student_weight: Tensor,
     teacher: Tensor,
@@ -47,10 +47,10 @@ def prototype_loss(
     tensors = (student, student_weight, teacher, teacher_weight, center, weight)
     _check(*tensors, student_temp, teacher_temp)
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in tensors[:2]]
-    return _PrototypeLoss.apply(*tensors, student_temp, teacher_temp, *wanted)
+    return _LinearIbotLoss.apply(*tensors, student_temp, teacher_temp, *wanted)
 
 
-def prototype_loss_reference(
+def linear_ibot_loss_reference(
     student: Tensor,
     student_weight: Tensor,
     teacher: Tensor,
@@ -61,14 +61,14 @@ def prototype_loss_reference(
     student_temp: float,
     teacher_temp: float,
 ) -> Tensor:
-    """:func:`prototype_loss` in plain torch with all logits: what it is tested against. A CPU runs chunks as well."""
+    """:func:`linear_ibot_loss` in plain torch with all logits: what it is tested against. A CPU runs chunks as well."""
     logits, teacher_logits = student @ student_weight.T, teacher @ teacher_weight.T
     return ibot_loss_reference(
         logits, teacher_logits, center, weight, student_temp=student_temp, teacher_temp=teacher_temp
     )
 
 
-class _PrototypeLoss(torch.autograd.Function):
+class _LinearIbotLoss(torch.autograd.Function):
     """Saves the two gradients, complete but for the factor that comes from above."""
 
     @staticmethod
@@ -86,7 +86,7 @@ class _PrototypeLoss(torch.autograd.Function):
         for_weight: bool,
     ) -> Tensor:
         tensors = (student, student_weight, teacher, teacher_weight, center, weight)
-        loss, *grads = prototype_loss_forward(*tensors, student_temp, teacher_temp, for_student, for_weight)
+        loss, *grads = linear_ibot_loss_forward(*tensors, student_temp, teacher_temp, for_student, for_weight)
         ctx.save_for_backward(*grads)
         ctx.wanted, ctx.weight_dtype, ctx.consumed = (for_student, for_weight), student_weight.dtype, False
         return loss
@@ -95,7 +95,7 @@ class _PrototypeLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.consumed:
-            raise RuntimeError("prototype_loss scales its gradients in place: call backward once")
+            raise RuntimeError("linear_ibot_loss scales its gradients in place: call backward once")
         ctx.consumed = True
         grad_student, grad_weight = (
             grad.mul_(grad_loss) if wanted else None for grad, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
@@ -111,7 +111,7 @@ def max_rows(device_type: str) -> int:
 
 
 @operator()
-def prototype_loss_forward(
+def linear_ibot_loss_forward(
     student: Tensor,
     student_weight: Tensor,
     teacher: Tensor,
@@ -150,7 +150,7 @@ def prototype_loss_forward(
     return loss, grad_student, grad_weight
 
 
-@prototype_loss_forward.register_fake
+@linear_ibot_loss_forward.register_fake
 def _(student: Tensor, student_weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     (M, D), K, dtype = student.shape, len(student_weight), compute_dtype(student)
     for_student, for_weight = args[-2:]

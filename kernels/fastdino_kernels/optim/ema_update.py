@@ -59,7 +59,7 @@ def ema_update_reference_(
 
 
 def launch_config(num_elements: int) -> dict[str, int]:
-    """Block size and warps for ``num_elements`` in all; chosen from the compile report of :mod:`bench.static`."""
+    """Block size and warps for ``num_elements`` in all; chosen from the compile report of ``bench.compile``."""
     return {"BLOCK": 1024 if num_elements < 2**20 else 2048, "num_warps": 8}
 
 

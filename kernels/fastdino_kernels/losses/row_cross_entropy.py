@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastdino_kernels._backend import LOG2_E, operator
-from fastdino_kernels.soft_cross_entropy import consume
+from fastdino_kernels.losses.soft_cross_entropy import consume
 
 
 def row_cross_entropy(

@@ -1,6 +1,6 @@
 """What the compiler made of every kernel, and the time that the H200 cannot beat with it. Needs no GPU.
 
-``python -m bench.static`` writes bench/results/static.json; ``--check`` compares with it and writes nothing.
+``python -m bench.compile`` writes bench/results/compile.json; ``--check`` compares with it and writes nothing.
 """
 
 import argparse
@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import triton
 
-from bench.record import commit
-from fastdino_kernels.cases import CASES, NARROW, Case
-from fastdino_kernels.offline import TARGETS, Report, compile_cases
+from bench.compile.cases import CASES, NARROW, Case
+from bench.compile.offline import TARGETS, Report, compile_cases
+from bench.record import RESULTS, commit, write
 
-RESULTS = Path(__file__).parent / "results" / "static.json"
+RECORD = RESULTS / "compile.json"
 # H200: copy bandwidth as measured (of 4.8 TB/s), SMs, clock, warp instructions and exps per clock and SM.
 COPY_BYTES_PER_S = 4.3e12
 SMS, CLOCK_HZ, WARPS_PER_CLOCK, EXPS_PER_CLOCK = 132, 1.98e9, 4, 16
@@ -73,9 +73,9 @@ def regressions(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.compile", description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail on a figure worse than recorded; write nothing")
-    parser.add_argument("--reports", type=Path, help="what fastdino_kernels.offline printed; default: compile")
+    parser.add_argument("--reports", type=Path, help="what bench.compile.offline printed; default: compile")
     args = parser.parse_args()
     versions = {"torch": torch.__version__, "triton": triton.__version__}
     if args.reports:
@@ -85,16 +85,14 @@ def main() -> int:
         reports = compile_cases()
     cases = figures(reports)
     if args.check:
-        recorded = json.loads(RESULTS.read_text())
+        recorded = json.loads(RECORD.read_text())
         found = regressions(recorded["cases"], cases)
         print("\n".join(found) or f"{len(cases)} cases, no figure worse than recorded")
         if found and recorded["versions"] != versions:
             print(f"recorded with {recorded['versions']}, compared with {versions}: the compiler may be why")
         return bool(found)
-    RESULTS.parent.mkdir(exist_ok=True)
-    command = "python -m bench.static"
-    document = {"commit": commit(), "command": command, "versions": versions, "cases": cases}
-    RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+    command = "python -m bench.compile"
+    write(RECORD, {"commit": commit(), "command": command, "versions": versions, "cases": cases})
     return 0
 
 

@@ -1,4 +1,4 @@
-"""prototype_loss, forward and backward: from the features of masked patches, gradients for features and prototypes."""
+"""linear_ibot_loss, forward and backward: features of masked patches, gradients for them and the prototypes."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from bench.kernels import ibot_loss as ibot_bench
 from bench.kernels.case import OURS, PLAIN, Bound, Case, Variant, generator, parse_shape
-from fastdino_kernels import ibot_loss, prototype_loss
-from fastdino_kernels.prototype_loss import prototype_loss_reference
+from fastdino_kernels import ibot_loss, linear_ibot_loss
+from fastdino_kernels.losses.linear_ibot_loss import linear_ibot_loss_reference
 
 TEMPS = ibot_bench.TEMPS
 SHAPES = {  # M, K, D
@@ -46,7 +46,7 @@ def _case(device: torch.device, shape: str, compiled: bool) -> Case:
         return Inputs(*leaves, teacher, teacher_weight, center, weight)
 
     variants = {
-        OURS: Variant(_bind(lambda *x: prototype_loss(*x, **TEMPS))),
+        OURS: Variant(_bind(lambda *x: linear_ibot_loss(*x, **TEMPS))),
         PLAIN: Variant(_bind(_reference)),
         "linear, ibot_loss": Variant(_bind(_whole)),
         "formula": Variant(_bind(_formula)),
@@ -55,11 +55,11 @@ def _case(device: torch.device, shape: str, compiled: bool) -> Case:
         variants["formula, torch.compile"] = Variant(_bind(torch.compile(_formula, dynamic=False)))
     # Both features and weights once, the two gradients; the products, not these bytes, set the pace.
     num_bytes = (3 * M + 3 * K) * D * dtype.itemsize + 4 * (K + M)
-    return Case("prototype_loss", shape, make, _exact, variants, num_bytes)
+    return Case("linear_ibot_loss", shape, make, _exact, variants, num_bytes)
 
 
 def _reference(*inputs: Tensor) -> Tensor:
-    return prototype_loss_reference(*inputs, **TEMPS)
+    return linear_ibot_loss_reference(*inputs, **TEMPS)
 
 
 def _logits(student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdino_kernels import ema
-from fastdino_kernels.ema import ema_update_, ema_update_reference_
+from fastdino_kernels.optim import ema_update as module
+from fastdino_kernels.optim.ema_update import ema_update_, ema_update_reference_
 from fastdino_kernels.testing import assert_no_worse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -27,8 +27,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 64, so that a short tensor has several."""
-    ema._plan.cache_clear()
-    monkeypatch.setattr(ema, "launch_config", lambda num_elements: {"BLOCK": 64, "num_warps": 2})
+    module._plan.cache_clear()
+    monkeypatch.setattr(module, "launch_config", lambda num_elements: {"BLOCK": 64, "num_warps": 2})
 
 
 def guarded(n: int, dtype: torch.dtype, offset: int, outside: float) -> Tensor:
@@ -157,7 +157,7 @@ def test_a_moved_tensor_is_found() -> None:
 
 def test_one_launch_for_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
     launches = []
-    monkeypatch.setattr(ema, "_launch", lambda group, *_: launches.append(group.members))
+    monkeypatch.setattr(module, "_launch", lambda group, *_: launches.append(group.members))
     lengths = (5, 0, 7, 9)
     ema_update_(random_list(lengths, torch.float32, 0), random_list(lengths, torch.bfloat16, 1), 0.5)
     assert launches == [[0, 2, 3]]

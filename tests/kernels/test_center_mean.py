@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdino_kernels import center
-from fastdino_kernels.center import center_mean, center_mean_reference
+from fastdino_kernels.losses import center_mean as module
+from fastdino_kernels.losses.center_mean import center_mean, center_mean_reference
 from fastdino_kernels.testing import assert_no_worse
 
 # Triton's interpreter works with NumPy, which warns of its own conversions.
@@ -22,7 +22,7 @@ SHAPES = [(2, 16, 128), (2, 25, 200), (1, 49, 65), (1, 1, 300), (1, 1, 1)]
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = {"BLOCK_ROWS": 16, "BLOCK_K": 64, "num_warps": 1}
-    monkeypatch.setattr(center, "launch_config", lambda num_prototypes: blocks)
+    monkeypatch.setattr(module, "launch_config", lambda num_prototypes: blocks)
 
 
 def random_logits(shape: tuple[int, int, int], dtype: torch.dtype, scale: float = 1.0) -> Tensor:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdino_kernels import koleo
-from fastdino_kernels.koleo import koleo_forward, koleo_loss, koleo_loss_reference
+from fastdino_kernels.losses import koleo_loss as module
+from fastdino_kernels.losses.koleo_loss import koleo_forward, koleo_loss, koleo_loss_reference
 from fastdino_kernels.testing import assert_no_worse
 
 # Triton's interpreter works with NumPy, which warns of the infinities that these tests are about.
@@ -40,7 +40,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         row = {"BLOCK_D": max(32, 1 << (width - 1).bit_length()), "num_warps": 2}
         return {"product": {"BLOCK": 16, "BLOCK_D": 16, "num_warps": 4}, "row": row, "search": {"BLOCK_B": 8}}
 
-    monkeypatch.setattr(koleo, "launch_config", config)
+    monkeypatch.setattr(module, "launch_config", config)
 
 
 def random_features(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:

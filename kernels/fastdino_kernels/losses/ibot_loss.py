@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from fastdino_kernels import row_cross_entropy
 from fastdino_kernels._backend import use_triton
-from fastdino_kernels.soft_cross_entropy import Terms, dense_rows, soft_cross_entropy
-from fastdino_kernels.soft_cross_entropy_reference import soft_cross_entropy_reference
+from fastdino_kernels.losses import row_cross_entropy
+from fastdino_kernels.losses.soft_cross_entropy import Terms, dense_rows, soft_cross_entropy
+from fastdino_kernels.losses.soft_cross_entropy_reference import soft_cross_entropy_reference
 
 
 def ibot_loss(

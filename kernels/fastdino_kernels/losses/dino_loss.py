@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from fastdino_kernels import grouped_cross_entropy
 from fastdino_kernels._backend import use_triton
-from fastdino_kernels.soft_cross_entropy import Terms, soft_cross_entropy
-from fastdino_kernels.soft_cross_entropy_reference import soft_cross_entropy_reference
+from fastdino_kernels.losses import grouped_cross_entropy
+from fastdino_kernels.losses.soft_cross_entropy import Terms, soft_cross_entropy
+from fastdino_kernels.losses.soft_cross_entropy_reference import soft_cross_entropy_reference
 
 MAX_STUDENT_VIEWS = 32
 

@@ -1,6 +1,5 @@
-"""prototype_loss: chunks against all logits at once in float64, their memory, and what it refuses."""
+"""linear_ibot_loss: chunks against all logits at once in float64, their memory, and what it refuses."""
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +8,11 @@ import torch
 from torch import Tensor
 
 from bench.counters import peak_bytes
-from fastdino_kernels import _backend, _chunks, row_cross_entropy
-from fastdino_kernels.prototype_loss import prototype_loss, prototype_loss_reference
-from fastdino_kernels.sinkhorn import sinkhorn
+from fastdino_kernels import _backend, _chunks
+from fastdino_kernels.losses import linear_ibot_loss as module
+from fastdino_kernels.losses import row_cross_entropy
+from fastdino_kernels.losses.linear_ibot_loss import linear_ibot_loss, linear_ibot_loss_reference
+from fastdino_kernels.losses.sinkhorn import sinkhorn
 from fastdino_kernels.testing import assert_no_worse
 
 # Triton's interpreter works with NumPy, which warns of the infinities that these tests are about.
@@ -20,7 +21,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::Warning:triton.runtime.interpreter"),
 ]
 
-module = importlib.import_module("fastdino_kernels.prototype_loss")  # the package's own attribute is the function
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TEMPS: dict[str, Any] = {"student_temp": 0.1, "teacher_temp": 0.07}
 UPSTREAM = -3.0  # what the loss is multiplied by before backward; neither 1 nor positive
@@ -59,9 +59,9 @@ def loss_and_grads(implementation: Callable[..., Tensor], *inputs: Tensor) -> li
 
 def check(inputs: list[Tensor]) -> None:
     """Judges the loss and both gradients."""
-    exact = loss_and_grads(prototype_loss_reference, *(x.double() for x in inputs))
-    plain = loss_and_grads(prototype_loss_reference, *inputs)
-    for got, ref, want in zip(loss_and_grads(prototype_loss, *inputs), plain, exact, strict=True):
+    exact = loss_and_grads(linear_ibot_loss_reference, *(x.double() for x in inputs))
+    plain = loss_and_grads(linear_ibot_loss_reference, *inputs)
+    for got, ref, want in zip(loss_and_grads(linear_ibot_loss, *inputs), plain, exact, strict=True):
         assert got.dtype == ref.dtype
         if want.numel():
             assert_no_worse(got, ref, want, inputs[0].dtype)
@@ -77,8 +77,8 @@ def test_chunks(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("small_chunks")
 def test_float64_is_exact() -> None:
     inputs = [x.double() for x in random_inputs((17, 200, 16))]
-    want = loss_and_grads(prototype_loss_reference, *inputs)
-    for got, expected in zip(loss_and_grads(prototype_loss, *inputs), want, strict=True):
+    want = loss_and_grads(linear_ibot_loss_reference, *inputs)
+    for got, expected in zip(loss_and_grads(linear_ibot_loss, *inputs), want, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-14)
 
 
@@ -87,8 +87,8 @@ def test_weight_gradient_is_summed_in_fp32() -> None:
     """Hundreds of chunks: a bf16 sum would stand still after some."""
     inputs = random_inputs((1600, 16, 8), torch.bfloat16)
     inputs[5] = torch.ones_like(inputs[5])
-    exact = loss_and_grads(prototype_loss_reference, *(x.double() for x in inputs))[2]
-    got = loss_and_grads(prototype_loss, *inputs)[2].double()
+    exact = loss_and_grads(linear_ibot_loss_reference, *(x.double() for x in inputs))[2]
+    got = loss_and_grads(linear_ibot_loss, *inputs)[2].double()
     assert (got - exact).norm() / exact.norm() < 4e-3
 
 
@@ -97,23 +97,23 @@ def test_one_gradient_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is frozen costs no product; nothing does when nothing is wanted; the inputs stay as they are."""
     inputs = random_inputs((17, 100, 16))
     kept = [x.clone() for x in inputs]
-    value, *both = loss_and_grads(prototype_loss, *inputs)
+    value, *both = loss_and_grads(linear_ibot_loss, *inputs)
     for i in (0, 1):
         leaf = inputs[i].clone().requires_grad_()
-        again = prototype_loss(*inputs[:i], leaf, *inputs[i + 1 :], **TEMPS)
+        again = linear_ibot_loss(*inputs[:i], leaf, *inputs[i + 1 :], **TEMPS)
         assert torch.equal(torch.autograd.grad(again * UPSTREAM, leaf)[0], both[i])
-    assert torch.equal(prototype_loss(*inputs, **TEMPS), value)
+    assert torch.equal(linear_ibot_loss(*inputs, **TEMPS), value)
     monkeypatch.delattr(module, "_add_product_")  # nothing may need it
     with torch.no_grad():
         leaves = [x.clone().requires_grad_() for x in inputs[:2]]
-        assert torch.equal(prototype_loss(*leaves, *inputs[2:], **TEMPS), value)
+        assert torch.equal(linear_ibot_loss(*leaves, *inputs[2:], **TEMPS), value)
     assert all(torch.equal(x, y) for x, y in zip(inputs, kept, strict=True))
 
 
 def test_backward_once() -> None:
     inputs = random_inputs((4, 64, 16))
     leaf = inputs[0].requires_grad_()
-    value = prototype_loss(*inputs, **TEMPS)
+    value = linear_ibot_loss(*inputs, **TEMPS)
     torch.autograd.grad(value, leaf, retain_graph=True)
     with pytest.raises(RuntimeError, match="call backward once"):
         torch.autograd.grad(value, leaf)
@@ -122,9 +122,9 @@ def test_backward_once() -> None:
 @pytest.mark.usefixtures("small_chunks")
 def test_autocast_changes_nothing() -> None:
     inputs = random_inputs((9, 64, 16))
-    want = loss_and_grads(prototype_loss, *inputs)
+    want = loss_and_grads(linear_ibot_loss, *inputs)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        got = loss_and_grads(prototype_loss, *inputs)
+        got = loss_and_grads(linear_ibot_loss, *inputs)
     assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
@@ -137,7 +137,7 @@ def test_targets_from_sinkhorn() -> None:
     q = torch.exp(teacher_logits.double() / 0.07 + row[:, None] + column)
     log_p = torch.log_softmax((inputs[0] @ inputs[1].T).double() / 0.1, 1)
     inputs[4] = -0.07 * column
-    got = prototype_loss(*inputs, **TEMPS)
+    got = linear_ibot_loss(*inputs, **TEMPS)
     torch.testing.assert_close(got.double(), -(inputs[5] * (q * log_p).sum(1)).sum(), rtol=1e-5, atol=0)
 
 
@@ -153,7 +153,7 @@ def test_memory_of_one_chunk(dtype: torch.dtype, wanted: bool, monkeypatch: pyte
         x.requires_grad_(wanted)
 
     def work() -> None:
-        value = prototype_loss(*inputs, **TEMPS)
+        value = linear_ibot_loss(*inputs, **TEMPS)
         if wanted:
             torch.autograd.grad(value, inputs[:2])
 
@@ -185,9 +185,9 @@ def test_refusals(case: str) -> None:
     good: dict[str, Any] = {"student": torch.zeros(4, 8), "student_weight": torch.zeros(5, 8), "weight": torch.zeros(4)}
     good |= {"teacher": torch.zeros(4, 8), "teacher_weight": torch.zeros(5, 8), "center": torch.zeros(5), **TEMPS}
     bad, message = REFUSED[case]
-    prototype_loss(**good)
+    linear_ibot_loss(**good)
     with pytest.raises(ValueError, match=message):
-        prototype_loss(**{**good, **bad})
+        linear_ibot_loss(**{**good, **bad})
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""The headline call of every kernel: what the compile gate compiles and the benchmarks time."""
+"""The headline call of every kernel: what the compile gate compiles."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -7,17 +7,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdino_kernels.adamw_ema import Rates, adamw_ema_
-from fastdino_kernels.center import center_mean
-from fastdino_kernels.ema import ema_update_
-from fastdino_kernels.gather_norm import gather_layer_norm
-from fastdino_kernels.ibot import ibot_loss
-from fastdino_kernels.koleo import koleo_loss
-from fastdino_kernels.loss import dino_loss
-from fastdino_kernels.prototypes import prototype_weight
-from fastdino_kernels.scatter_add import scatter_add_scaled
-from fastdino_kernels.segments import BLOCK, Segments, make_segments, segment_squares
-from fastdino_kernels.sinkhorn import sinkhorn
+from fastdino_kernels.layers.gather_layer_norm import gather_layer_norm
+from fastdino_kernels.layers.prototype_weight import prototype_weight
+from fastdino_kernels.layers.scatter_add_scaled import scatter_add_scaled
+from fastdino_kernels.losses.center_mean import center_mean
+from fastdino_kernels.losses.dino_loss import dino_loss
+from fastdino_kernels.losses.ibot_loss import ibot_loss
+from fastdino_kernels.losses.koleo_loss import koleo_loss
+from fastdino_kernels.losses.sinkhorn import sinkhorn
+from fastdino_kernels.optim.adamw_ema import Rates, adamw_ema_
+from fastdino_kernels.optim.ema_update import ema_update_
+from fastdino_kernels.optim.segment_squares import BLOCK, Segments, make_segments, segment_squares
 
 # DINO v1's headline: 10 student and 2 teacher views of 64 images, 65536 prototypes of 256, ViT-B/16 with its head.
 S, T, B, K, D = 10, 2, 64, 65536, 256
@@ -130,7 +130,7 @@ def _adamw_ema(segments: Segments | None = None) -> None:
         Rates(lr=1e-3, weight_decay=0.04, momentum=0.996),
         grad_scale=_empty() if segments is None else _empty(len(segments.lengths)),
         segments=segments,
-        found_inf=_empty(),
+        found_inf=torch.zeros(()),  # whatever else an uninitialised flag holds, the kernel would return at once
         ema_shadow=_empty(PARAMETERS, dtype=torch.bfloat16),
     )
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fastdino_kernels._backend import operator, use_triton
 from fastdino_kernels._chunks import GPU_CHUNK_ELEMENTS
-from fastdino_kernels.ema import ema_update_reference_, moved
-from fastdino_kernels.segments import BLOCK, Segments, check_divides, load_chunk
+from fastdino_kernels.optim.ema_update import ema_update_reference_, moved
+from fastdino_kernels.optim.segment_squares import BLOCK, Segments, check_divides, load_chunk
 
 PIECE = 2**17  # elements that a CPU works on at a time: several of its passes over them find them in the cache
 
@@ -55,7 +55,7 @@ def adamw_ema_(
         step: 0-d fp32, updates so far with this one. Like every tensor here the host does not wait for it (except in
             fp64 on a GPU).
         grad_scale: fp32 coefficient for clipping: 0-d, or with ``segments`` (num_segments,), one for each.
-        segments: a division of the N elements into parameters, see :func:`~fastdino_kernels.segments.make_segments`.
+        segments: a division of the N elements into parameters, see :func:`~fastdino_kernels.make_segments`.
         found_inf: 0-d fp32; unless it is 0 nothing changes, bit for bit, whatever the gradient holds.
         param_shadow, ema_shadow: (N,) contiguous, of any floating dtype; receive the results.
 
@@ -200,7 +200,7 @@ def _check_scalars(
 
 
 def launch_config() -> dict[str, int]:
-    """Warps for a block of :data:`~fastdino_kernels.segments.BLOCK` elements: 8 elements of each tensor per thread."""
+    """Warps for a block of ``BLOCK`` elements: 8 elements of each tensor per thread."""
     return {"BLOCK": BLOCK, "num_warps": 8}
 
 

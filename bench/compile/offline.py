@@ -1,6 +1,6 @@
 """What the compiler makes of the kernels: compiled for a GPU, with no GPU at hand, and read back as machine code.
 
-``python -m fastdino_kernels.offline [CASE...]`` prints {case: [report, ...]} as JSON, for every target.
+``python -m bench.compile.offline [CASE...]`` prints {case: [report, ...]} as JSON, for every target.
 """
 
 import json
@@ -210,8 +210,8 @@ def _hot(lines: list[str]) -> list[str]:
 
 
 def compile_cases(names: Sequence[str] = ()) -> dict[str, list[Report]]:
-    """The reports of these cases of :mod:`fastdino_kernels.cases`, or of all, for every target."""
-    from fastdino_kernels.cases import CASES
+    """The reports of these cases of :mod:`bench.compile.cases`, or of all, for every target."""
+    from bench.compile.cases import CASES
 
     return {
         name: [report for target in TARGETS for report in compile_reports(CASES[name].call, target)]

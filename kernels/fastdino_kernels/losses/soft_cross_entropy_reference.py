@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from fastdino_kernels._backend import compute_dtype, operator
 from fastdino_kernels._chunks import chunks
-from fastdino_kernels.soft_cross_entropy import Terms, consume, dense_rows
+from fastdino_kernels.losses.soft_cross_entropy import Terms, consume, dense_rows
 
 
 def soft_cross_entropy_reference(

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastdino_kernels.row_cross_entropy import scale_
-from fastdino_kernels.soft_cross_entropy import (
+from fastdino_kernels.losses.row_cross_entropy import scale_
+from fastdino_kernels.losses.soft_cross_entropy import (
     Terms,
     consume,
     dense_rows,
@@ -26,7 +26,7 @@ def images_per_group(num_images: int) -> int:
 
 
 def grouped_cross_entropy(student: Tensor, teacher: Tensor, center: Tensor, terms: Terms, group: int) -> Tensor:
-    """:func:`~fastdino_kernels.soft_cross_entropy.soft_cross_entropy` with the gradient in place, in the forward pass.
+    """``soft_cross_entropy`` with the gradient in place, in the forward pass.
 
     It is taken as if the result's own were 1, and multiplied by that in the backward pass, by launches that look at the
     number on the device and, at 1, leave.

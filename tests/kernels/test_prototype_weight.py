@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdino_kernels import prototypes
-from fastdino_kernels.prototypes import prototype_weight, prototype_weight_reference
+from fastdino_kernels.layers import prototype_weight as module
+from fastdino_kernels.layers.prototype_weight import prototype_weight, prototype_weight_reference
 from fastdino_kernels.testing import assert_no_worse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -60,7 +60,7 @@ def test_kernels(shape: tuple[int, int], dtype: torch.dtype, out: torch.dtype) -
 
 
 def test_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prototypes, "launch_config", lambda _: {"BLOCK_ROWS": 4, "BLOCK_D": 64, "num_warps": 2})
+    monkeypatch.setattr(module, "launch_config", lambda _: {"BLOCK_ROWS": 4, "BLOCK_D": 64, "num_warps": 2})
     check((23, 50), torch.float32, torch.float32)
 
 

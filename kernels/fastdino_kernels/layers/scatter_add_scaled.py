@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastdino_kernels._backend import compute_dtype, operator
-from fastdino_kernels.sample_drop import (
+from fastdino_kernels.layers._sample_drop import (
     check,
     launch_config,
     load_vector,

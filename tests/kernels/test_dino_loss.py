@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdino_kernels import grouped_cross_entropy, soft_cross_entropy
-from fastdino_kernels.loss import dino_loss, dino_loss_reference
+from fastdino_kernels.losses import grouped_cross_entropy, soft_cross_entropy
+from fastdino_kernels.losses.dino_loss import dino_loss, dino_loss_reference
 from fastdino_kernels.testing import assert_no_worse
 
 # Triton's interpreter works with NumPy, which warns of the infinities that these tests are about.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastdino_kernels.segments import BLOCK, make_segments, segment_squares, segment_squares_reference
+from fastdino_kernels.optim.segment_squares import BLOCK, make_segments, segment_squares, segment_squares_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Whole blocks, edges within and across blocks, segments of one and of no element, more than 1024 chunks, nothing.

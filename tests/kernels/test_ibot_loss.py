@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdino_kernels import row_cross_entropy, soft_cross_entropy
-from fastdino_kernels.ibot import ibot_loss, ibot_loss_reference
-from fastdino_kernels.sinkhorn import sinkhorn
+from fastdino_kernels.losses import row_cross_entropy, soft_cross_entropy
+from fastdino_kernels.losses.ibot_loss import ibot_loss, ibot_loss_reference
+from fastdino_kernels.losses.sinkhorn import sinkhorn
 from fastdino_kernels.testing import assert_no_worse
 
 # Triton's interpreter works with NumPy, which warns of the infinities that these tests are about.
