@@ -18,8 +18,7 @@ from fastdino.data import Batch, normalize, open_source, train_batches
 from fastdino.distributed import Ranks
 from fastdino.engine import build_engine, zero_stage
 from fastdino.engine.schedules import Schedules
-from fastdino.eval import online_knn
-from fastdino.eval.splits import bank_and_test
+from fastdino.eval import OnlineKnn, Reading
 from fastdino.method.dino import Dino
 from fastdino.method.health import Health
 from fastdino.method.targets import Centering
@@ -70,9 +69,8 @@ class Trainer:
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         self.source = open_source(config.data.root, config.data)
-        self.knn_root = config.run.knn_root or ("shapes" if config.data.root == "shapes" else "")
-        if config.run.knn_every and self.knn_root:
-            bank_and_test(self.knn_root, config.data.image_size)  # what is wrong with it is said now, not in hours
+        self.online_knn: OnlineKnn | None = None  # on rank 0, where one was asked for
+        self._on_main(self._open_knn)  # what is wrong with its images is said now, not in hours
         self._on_main(check_run)
         torch.manual_seed(config.run.seed)
         student, teacher = build_network(config), build_network(config, teacher=True)
@@ -223,19 +221,29 @@ class Trainer:
         return values["loss"]
 
     def _knn(self, metrics: Metrics | None, epoch: int, before: float | None) -> float | None:
-        """Weighted k-NN of the teacher on rank 0, while the others wait."""
-        if not self.knn_root:
-            return before
-        if self.ranks.is_main:
+        """Weighted k-NN of the teacher on rank 0, while the others wait. One that fails is an alarm, not the end."""
+        if self.online_knn and metrics:
             backbone = self.engine.teacher.backbone
             assert isinstance(backbone, nn.Module)
-            score = online_knn(backbone, self.knn_root, self.config)
-            before = score["knn"]
-            if metrics:
+            try:
+                score = self.online_knn(backbone)
+            except Preempted:
+                raise
+            except Exception as error:  # files that are gone, a worker that died, memory: none of it concerns the step
+                metrics.say(f"epoch {epoch}: the k-NN failed, training goes on: {type(error).__name__}: {error}")
+            else:
+                before = score["knn"]
                 metrics.write(self.step, {"epoch": epoch, **score})
                 metrics.say(f"epoch {epoch}: k-NN of the teacher {before:.1f} %")
         self.ranks.barrier()
         return before
+
+    def _open_knn(self, config: Config) -> None:
+        root = config.run.knn_root or ("shapes" if config.data.root == "shapes" else "")
+        if config.run.knn_every and root:
+            reading = Reading(size=config.views.global_size, normalize=config.data.normalize)
+            batch, workers = config.run.local_batch, config.data.num_workers
+            self.online_knn = OnlineKnn(root, config.data.image_size, reading, batch=batch, num_workers=workers)
 
     def _count_bad(self, batch: Batch) -> Batch:
         self.num_bad += len(batch.bad)
@@ -246,15 +254,15 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ its folder
 
     def _on_main(self, work: Callable[[Config], None]) -> None:
-        """Rank 0 looks after the run folder; what it finds wrong is raised on every rank."""
-        problem: ConfigError | None = None
+        """Rank 0 looks after the run folder and the k-NN; what it finds wrong is raised on every rank."""
+        problem: UserError | None = None
         if self.ranks.is_main:
             try:
                 work(self.config)
-            except ConfigError as error:
+            except UserError as error:
                 problem = error
         if self.ranks.any(problem is not None):
-            raise problem or ConfigError("rank 0 refused the run folder")
+            raise problem or ConfigError("rank 0 refused the run: its message says why")
 
     def _metrics(self) -> Metrics | None:
         if not self.ranks.is_main:
