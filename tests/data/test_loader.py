@@ -30,6 +30,7 @@ from fastdino.data import (
 from fastdino.data.loader import affordable
 from fastdino.data.sampler import epoch_order
 from fastdino.data.views import apply, center_view, sample_params
+from tests.children import environment
 
 CPU = torch.device("cpu")
 
@@ -305,7 +306,7 @@ def test_workers_end_with_the_trainer(number, kind):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        cwd=Path(__file__).parents[2],
+        env=environment(),
     )
     workers = [int(pid) for pid in script.stdout.readline().split()]
     assert workers
