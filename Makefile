@@ -7,7 +7,7 @@ WORKERS ?= 2
 
 # In the order of what rests on what: compile reports, ceilings, kernels, the whole step, the images.
 .NOTPARALLEL:
-BENCHES := static ceilings kernels attention step data
+BENCHES := compile ceilings kernels attention step data
 
 .PHONY: install demo test lint format bench $(BENCHES:%=bench-%) clean
 

@@ -27,6 +27,7 @@ import tyro
 
 from fastdino import __version__, recipes
 from fastdino.config import Config, UserError
+from fastdino.launch import launched_rank
 
 Path_ = Annotated[Path, tyro.conf.Positional]
 
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if command == "--version":
         print(f"fastdino {__version__}")
         return
-    rank = _rank()
+    rank = launched_rank(os.environ)
     logging.basicConfig(level=logging.ERROR if rank else logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         _run(command, arguments)
@@ -54,11 +55,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(85 if preempted else 2)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _rank() -> int:
-    """Before there is a process group: what the launcher says."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
 def _run(command: str, arguments: list[str]) -> None:
@@ -114,7 +110,7 @@ def bench(config: Config) -> None:
     from fastdino.training.throughput import measure
 
     measured = measure(config)
-    if not _rank():
+    if launched_rank(os.environ) == 0:
         print(measured.table())
 
 
@@ -189,7 +185,7 @@ def eval_attention(
         size: side in pixels that the backbone sees, a multiple of its patch; default: that of its global views.
         device: auto takes the GPU if there is one.
     """
-    from fastdino.data.sources.source import FolderSource
+    from fastdino.data.sources.folder import FolderSource
     from fastdino.eval import Protocol, evaluate_attention
     from fastdino.eval.splits import bank_and_test
 

@@ -8,24 +8,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdino import distributed
-from fastdino.distributed import _gpu, _place, first_host, init
+from fastdino.distributed import Ranks, _gpu, init
+from fastdino.launch import first_host, place
 from tests.children import environment
 
 PROGRAM = """
 import sys
 import torch
 from fastdino import distributed
-ranks = distributed.init("cpu")
-mean = torch.tensor([float(ranks.rank)])
-work = distributed.all_reduce_mean_(mean, async_op=True)
-if work is not None:
-    work.wait()
-last = distributed.any_rank(ranks.rank == ranks.world_size - 1)
-seen = (ranks.rank, ranks.world_size, ranks.local_rank, ranks.device, float(mean), last, distributed.any_rank(False))
+for run in range(2):  # one after the other in a process
+    with distributed.init("cpu") as ranks:
+        mean, total = torch.tensor([float(ranks.rank)]), torch.tensor([1.0])
+        work = ranks.mean_(mean, async_op=True)
+        if work is not None:
+            work.wait()
+        ranks.sum_(total)
+        assert total == ranks.world_size
+        assert ranks.gather(str(ranks.rank)) == [str(rank) for rank in range(ranks.world_size)]
+        last = ranks.any(ranks.rank == ranks.world_size - 1)
+        seen = (ranks.rank, ranks.world_size, ranks.local_rank, ranks.device, float(mean), last, ranks.any(False))
 sys.stdout.write(" ".join(map(str, seen)) + "\\n")  # in one piece, because two ranks share a pipe
-distributed.barrier()
-distributed.shutdown()
 """
 LAUNCHER = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
 SLURM = {
@@ -75,29 +77,29 @@ def test_deepspeed_launcher(tmp_path: Path) -> None:
 
 
 def test_launcher_variables() -> None:
-    assert _place(LAUNCHER) == (3, 8, 1, "tcp://host:29500")
-    assert _place(LAUNCHER | {"TORCHELASTIC_RUN_ID": "x"}) == (3, 8, 1, "env://")
-    assert _place(LAUNCHER | SLURM)[:3] == (3, 8, 1), "torchrun within a SLURM job"
-    assert _place({}) == (0, 1, 0, None)
+    assert place(LAUNCHER) == (3, 8, 1, "tcp://host:29500")
+    assert place(LAUNCHER | {"TORCHELASTIC_RUN_ID": "x"}) == (3, 8, 1, "env://")
+    assert place(LAUNCHER | SLURM)[:3] == (3, 8, 1), "torchrun within a SLURM job"
+    assert place({}) == (0, 1, 0, None)
 
 
 def test_slurm_variables() -> None:
-    assert _place(SLURM) == (5, 16, 1, f"tcp://gpu017:{20000 + 123456 % 20000}")
-    assert _place(SLURM | {"SLURM_STEP_NUM_TASKS": "8"})[1] == 8, "srun -n 8 within a job of 16"
-    assert _place(SLURM | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "7"})[3] == "tcp://10.0.0.1:7"
-    assert _place({**SLURM, "SLURM_NTASKS": "1"}) == (0, 1, 0, None)
+    assert place(SLURM) == (5, 16, 1, f"tcp://gpu017:{20000 + 123456 % 20000}")
+    assert place(SLURM | {"SLURM_STEP_NUM_TASKS": "8"})[1] == 8, "srun -n 8 within a job of 16"
+    assert place(SLURM | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "7"})[3] == "tcp://10.0.0.1:7"
+    assert place({**SLURM, "SLURM_NTASKS": "1"}) == (0, 1, 0, None)
 
 
 @pytest.mark.parametrize("name", LAUNCHER)
 def test_half_set_launcher_variables(name: str) -> None:
     env = {key: value for key, value in LAUNCHER.items() if key != name}
     with pytest.raises(RuntimeError, match=f"half set.*{name} missing"):
-        _place(env)
+        place(env)
 
 
 def test_slurm_without_srun() -> None:
     with pytest.raises(RuntimeError, match="srun"):
-        _place({key: value for key, value in SLURM.items() if key != "SLURM_STEP_ID"})
+        place({key: value for key, value in SLURM.items() if key != "SLURM_STEP_ID"})
 
 
 @pytest.mark.parametrize(
@@ -140,16 +142,14 @@ def test_failure_does_not_wait_for_other_ranks(
 ) -> None:
     """Neither at the barrier, nor in nccl's farewell; without a failure a rank leaves as it should."""
     calls: list[str] = []
-    for name, value in (("is_initialized", True), ("get_backend", backend), ("get_world_size", ranks)):
-        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
-    monkeypatch.setattr(distributed, "barrier", lambda: calls.append("barrier"))
-    monkeypatch.setattr(distributed, "_destroy", lambda: calls.append("destroy"))
-    try:
-        raise ValueError
-    except ValueError:
-        distributed.shutdown()
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
+    monkeypatch.setattr(Ranks, "barrier", lambda self: calls.append("barrier"))
+    group = Ranks(0, ranks, 0, torch.device("cpu"))
+    group.leave_with(lambda: calls.append("destroy"))
+    with pytest.raises(ValueError, match="of this rank"), group:
+        raise ValueError("of this rank")
     assert calls == (["destroy"] if left else [])
     calls.clear()
-    monkeypatch.setattr(distributed, "_destroy", lambda: calls.append("destroy"))
-    distributed.shutdown()
+    with group:
+        pass
     assert calls == ["barrier", "destroy"]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.children import ROOT, environment
+from bench.record import ROOT
+from tests.children import environment
 
 PACKAGES = [*ROOT.glob("fastdino/**/*.py"), *ROOT.glob("kernels/**/*.py")]
 HOME = {
@@ -21,7 +22,7 @@ MAY_IMPORT = {  # rooms of fastdino that a room may import, besides itself, conf
     "recipes": set(),
     "data": set(),
     "model": set(),
-    "method": {"model"},
+    "method": {"model", "data", "engine"},
     "engine": set(),
     "eval": {"model", "data"},
     "training": {"method", "model", "data", "engine", "eval"},

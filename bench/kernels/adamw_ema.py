@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bench.kernels.case import OURS, PLAIN, Bound, Case, Variant, generator, parse_shape
 from fastdino_kernels import Rates, adamw_ema_
-from fastdino_kernels.adamw_ema import adamw_ema_reference_
+from fastdino_kernels.optim.adamw_ema import adamw_ema_reference_
 
 RATES = Rates(lr=5e-4, weight_decay=0.04, momentum=0.996)
 STEPS_BEFORE = 10.0

@@ -9,8 +9,9 @@ from lightly.loss import DINOLoss
 from torch import Tensor
 
 from bench.kernels.case import LOGITS_STD, OURS, PLAIN, Bound, Case, Variant, generator, parse_shape
-from fastdino_kernels import dino_loss, grouped_cross_entropy
-from fastdino_kernels.loss import dino_loss_reference
+from fastdino_kernels import dino_loss
+from fastdino_kernels.losses import grouped_cross_entropy
+from fastdino_kernels.losses.dino_loss import dino_loss_reference
 
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.04
 TEMPS: dict[str, Any] = {"student_temp": STUDENT_TEMP, "teacher_temp": TEACHER_TEMP}

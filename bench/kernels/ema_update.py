@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bench.kernels.case import OURS, PLAIN, Bound, Case, Variant, generator, parse_shape
 from fastdino_kernels import ema_update_
-from fastdino_kernels.ema import ema_update_reference_
+from fastdino_kernels.optim.ema_update import ema_update_reference_
 
 MOMENTUM = 0.996
 # Number of tensors (1: a flat buffer, whose bf16 copy is written in the same pass) and of parameters; the student's

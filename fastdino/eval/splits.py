@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from fastdino.config import ConfigError
+from fastdino.data.sources.folder import FolderSource
 from fastdino.data.sources.shapes import ShapesSource
-from fastdino.data.sources.source import FolderSource, Source
+from fastdino.data.sources.source import Source
 from fastdino.data.sources.subset import Subset
 
 BANK_SEED, TEST_SEED = 2**31 + 101, 2**31 + 102  # of shapes that are rendered for nothing else

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fastdino.config import UserError
-from fastdino.distributed import gather_objects
+from fastdino.distributed import Ranks
 
 FORMAT = 1  # raised when an older fastdino could not read what this one writes
 SHARED = "shared.safetensors"
@@ -96,13 +95,10 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, int]:
     return _measure(path)
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
 def save(
     folder: Path,
     step: int,
+    ranks: Ranks,
     *,
     pieces: Iterable[Piece],
     shared: dict[str, Tensor],
@@ -121,32 +117,32 @@ def save(
     Raises CheckpointError on all ranks if any could not write; checkpoints from before stay as they are.
     """
     final, temporary = folder / f"step-{step:08d}", folder / f".writing-{step:08d}"
-    if _rank() == 0:
+    if ranks.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         _clear(folder)
         temporary.mkdir()
-    gather_objects(None)  # the folder is there
-    owned, name, failure, measured = list(pieces), f"rank-{_rank():05d}.safetensors", None, {}
+    ranks.gather(None)  # the folder is there
+    owned, name, failure, measured = list(pieces), f"rank-{ranks.rank:05d}.safetensors", None, {}
     try:
         if owned:
             tensors = {_key(kind, p.name, p.start): tensor for p in owned for kind, tensor in p.tensors.items()}
             measured[name] = _write(temporary / name, tensors)
-        if _rank() == 0:
+        if ranks.is_main:
             measured[SHARED] = _write(temporary / SHARED, shared)
     except (OSError, SafetensorError) as error:
-        failure = f"rank {_rank()}: {error}"
-    reports = gather_objects((failure, measured, {name: [(p.name, p.start, p.stop) for p in owned]} if owned else {}))
-    if _rank() == 0 and not any(report[0] for report in reports):
+        failure = f"rank {ranks.rank}: {error}"
+    reports = ranks.gather((failure, measured, {name: [(p.name, p.start, p.stop) for p in owned]} if owned else {}))
+    if ranks.is_main and not any(report[0] for report in reports):
         failure = _commit(temporary, final, step, reports, shapes, meta)
-    failures = [failure for failure in (*(report[0] for report in reports), *gather_objects(failure)) if failure]
+    failures = [failure for failure in (*(report[0] for report in reports), *ranks.gather(failure)) if failure]
     if failures:
-        if _rank() == 0:
+        if ranks.is_main:
             _clear(folder)
         raise CheckpointError(
             f"could not write checkpoint {final} ({failures[0]}). Older checkpoints are whole: free some room "
             "and run the same command again"
         )
-    if _rank() == 0:
+    if ranks.is_main:
         _clear(folder)
     return final
 
@@ -221,13 +217,15 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def newest(folder: Path) -> tuple[Path, Manifest] | None:
+def newest(folder: Path, ranks: Ranks | None = None) -> tuple[Path, Manifest] | None:
     """The newest whole checkpoint; damaged ones are named in a warning and passed over. None if there is none.
 
-    Rank 0 decides and tells the others, because a network file system may show ranks different folders. Raises
-    CheckpointError if there are checkpoints but none is whole, or the newest is from a newer format.
+    Rank 0 of ``ranks`` decides and tells the others, because a network file system may show them different folders.
+    Raises CheckpointError if there are checkpoints but none is whole, or the newest is from a newer format.
     """
-    chosen = gather_objects(_newest(folder) if _rank() == 0 else None)[0]
+    chosen = _newest(folder) if ranks is None or ranks.is_main else None
+    if ranks is not None:
+        chosen = ranks.gather(chosen)[0]
     if isinstance(chosen, CheckpointError):
         raise chosen
     return chosen

@@ -13,7 +13,7 @@ import torch
 from fastdino import distributed
 from fastdino.config import Config
 from fastdino.data import Batch
-from fastdino.data.loader import affordable
+from fastdino.data.workers import affordable
 from fastdino.training.trainer import Trainer
 
 WARMUP_STEPS = 3
@@ -62,8 +62,7 @@ def measure(config: Config) -> Throughput:
 
     Every rank calls it, under any launcher. Raises what :func:`fastdino.training.trainer.train` raises.
     """
-    ranks = distributed.init(config.engine.device)
-    try:
+    with distributed.init(config.engine.device) as ranks:
         with tempfile.TemporaryDirectory() as folder:
             run = dataclasses.replace(config.run, dir=Path(folder) / "run")  # no checkpoint is written
             trainer = Trainer(dataclasses.replace(config, run=run), ranks)
@@ -77,8 +76,6 @@ def measure(config: Config) -> Throughput:
             pipeline = _rate(fetch, trainer)
         memory = torch.cuda.max_memory_allocated() / 1e9 if ranks.device.type == "cuda" else 0.0
         return Throughput(training, step, pipeline, affordable(config.data.num_workers), memory)
-    finally:
-        distributed.shutdown()
 
 
 def _rate(work: Callable[[], object], trainer: Trainer) -> float:
@@ -87,7 +84,7 @@ def _rate(work: Callable[[], object], trainer: Trainer) -> float:
         work()
     _wait(trainer)
     started, steps = time.perf_counter(), 0
-    while steps < 3 or distributed.any_rank(time.perf_counter() - started < SECONDS):
+    while steps < 3 or trainer.ranks.any(time.perf_counter() - started < SECONDS):
         work()
         steps += 1
     _wait(trainer)
@@ -97,4 +94,4 @@ def _rate(work: Callable[[], object], trainer: Trainer) -> float:
 def _wait(trainer: Trainer) -> None:
     if trainer.ranks.device.type == "cuda":
         torch.cuda.synchronize()
-    distributed.barrier()
+    trainer.ranks.barrier()

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fastdino.config import Config, EngineConfig
 from fastdino.distributed import Ranks
-from fastdino.engine.zero import build_engine, deepspeed_config
+from fastdino.engine import build_engine
+from fastdino.engine.zero import deepspeed_config
 from tests.children import environment
 
 CASES = Path(__file__).with_name("engine_cases.py")

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from fastdino.data.sources.folder import FolderSource
 from fastdino.data.sources.shapes import ShapesSource
-from fastdino.data.sources.source import FolderSource
 from fastdino.eval import Protocol, best_head_iou, draw_sheet, evaluate_attention, head_maps, keep_mass
 from fastdino.model import ViT
 

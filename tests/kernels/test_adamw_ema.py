@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdino_kernels.adamw_ema import Rates, adamw_ema_, adamw_ema_reference_
-from fastdino_kernels.segments import BLOCK, make_segments
+from fastdino_kernels.optim.adamw_ema import Rates, adamw_ema_, adamw_ema_reference_
+from fastdino_kernels.optim.segment_squares import BLOCK, make_segments
 from fastdino_kernels.testing import assert_no_worse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

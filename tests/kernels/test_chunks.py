@@ -13,10 +13,10 @@ from bench.counters import peak_bytes
 from bench.kernels import dino_loss as dino_bench
 from bench.kernels import ibot_loss as ibot_bench
 from fastdino_kernels import Rates, _chunks
-from fastdino_kernels.adamw_ema import adamw_ema_reference_
-from fastdino_kernels.ibot import ibot_loss_reference
-from fastdino_kernels.loss import dino_loss_reference
-from fastdino_kernels.sinkhorn import sinkhorn_reference
+from fastdino_kernels.losses.dino_loss import dino_loss_reference
+from fastdino_kernels.losses.ibot_loss import ibot_loss_reference
+from fastdino_kernels.losses.sinkhorn import sinkhorn_reference
+from fastdino_kernels.optim.adamw_ema import adamw_ema_reference_
 
 CPU = torch.device("cpu")
 TEMPS = dino_bench.TEMPS

@@ -18,10 +18,10 @@ from fastdino_kernels import (
     ibot_loss,
     koleo_loss,
     prototype_weight,
-    row_cross_entropy,
     scatter_add_scaled,
     sinkhorn,
 )
+from fastdino_kernels.losses import row_cross_entropy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # A GPU holds it all; on a CPU the longest tensor has to look affordable, 8.6 GB.

@@ -20,15 +20,15 @@ from fastdino_kernels import (
     gather_layer_norm,
     ibot_loss,
     koleo_loss,
+    linear_ibot_loss,
     make_segments,
-    prototype_loss,
     prototype_weight,
-    row_cross_entropy,
     scatter_add_scaled,
     segment_squares,
     sinkhorn,
 )
-from fastdino_kernels.soft_cross_entropy_reference import scale_reference_
+from fastdino_kernels.losses import row_cross_entropy
+from fastdino_kernels.losses.soft_cross_entropy_reference import scale_reference_
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TEMPS: dict[str, float] = {"student_temp": 0.1, "teacher_temp": 0.04}
@@ -127,7 +127,7 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "ibot_loss in place": (partial(ibot, inplace_grad=True), PATCHES),
     "center_mean": (center_mean, (random(2, 3, 100),)),
     "sinkhorn": (partial(sinkhorn, temp=0.1), (random(5, 100),)),
-    "prototype_loss": (partial(prototype_loss, **TEMPS), FEATURES),
+    "linear_ibot_loss": (partial(linear_ibot_loss, **TEMPS), FEATURES),
     "prototype_weight": (prototype_weight, (random(9, 32).requires_grad_(), random(9, 1))),
     "koleo_loss": (koleo_loss, (random(2, 5, 8).requires_grad_(),)),
     "gather_layer_norm": (gather_layer_norm, (*BRANCH, random(8).requires_grad_(), random(8).requires_grad_())),

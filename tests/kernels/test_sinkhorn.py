@@ -1,6 +1,5 @@
 """sinkhorn: the kernels and the reference against the published algorithm in float64, on one rank and on several."""
 
-import importlib
 import math
 import threading
 from collections.abc import Callable
@@ -10,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdino_kernels.sinkhorn import sinkhorn, sinkhorn_reference
+from fastdino_kernels.losses import sinkhorn as module
+from fastdino_kernels.losses.sinkhorn import sinkhorn, sinkhorn_reference
 from fastdino_kernels.testing import assert_no_worse
 
 # Triton's interpreter works with NumPy, which warns of the infinities that these tests are about.
@@ -19,7 +19,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::Warning:triton.runtime.interpreter"),
 ]
 
-module = importlib.import_module("fastdino_kernels.sinkhorn")  # the package's own attribute is the function
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # (R, K), in groups of 16 rows and tiles of 4 x 64, and slices of 192 columns
 # in tiles of 4 x 64.

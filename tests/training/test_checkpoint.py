@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastdino.distributed import Ranks
 from fastdino.training import checkpoint
 from fastdino.training.checkpoint import CheckpointError
 from tests.children import environment
 
+ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 SHAPES = {"head.v": [7, 5], "head.b": [11]}
 
 
@@ -46,7 +48,7 @@ def random_flat() -> dict[str, torch.Tensor]:
 def write(folder: Path, step: int, flat: dict[str, torch.Tensor], bounds: list[int]) -> Path:
     shared = {"center": torch.arange(3.0)}
     return checkpoint.save(
-        folder, step, pieces=parts(flat, bounds), shared=shared, shapes=SHAPES, meta={"epoch": 2, "note": "x"}
+        folder, step, ALONE, pieces=parts(flat, bounds), shared=shared, shapes=SHAPES, meta={"epoch": 2, "note": "x"}
     )
 
 
@@ -113,7 +115,7 @@ def test_other_model_is_refused_before_anything_changes(tmp_path):
 def test_missing_piece_is_named(tmp_path):
     flat = random_flat()
     path = checkpoint.save(
-        tmp_path, 1, pieces=parts(flat, [35])[:1], shared={"c": torch.ones(1)}, shapes=SHAPES, meta={}
+        tmp_path, 1, ALONE, pieces=parts(flat, [35])[:1], shared={"c": torch.ones(1)}, shapes=SHAPES, meta={}
     )
     with pytest.raises(CheckpointError, match=r"0 of 11 values of head.b"):
         checkpoint.load(path, checkpoint.read_manifest(path), parts(flat, []), SHAPES)
@@ -132,12 +134,14 @@ def test_full_disk_leaves_older_checkpoints_and_says_so(tmp_path):
     script = f"""
 import resource, signal, torch
 from pathlib import Path
+from fastdino.distributed import Ranks
 from fastdino.training import checkpoint
+ALONE = Ranks(0, 1, 0, torch.device('cpu'))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
 class Part: name, start, stop, tensors = "w", 0, 100000, {{"param": torch.ones(100000)}}
 shared, shapes = {{"c": torch.ones(1)}}, {{"w": [100000]}}
-checkpoint.save(Path({str(tmp_path)!r}), 2, pieces=[Part()], shared=shared, shapes=shapes, meta={{}})
+checkpoint.save(Path({str(tmp_path)!r}), 2, ALONE, pieces=[Part()], shared=shared, shapes=shapes, meta={{}})
 """
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=False
@@ -159,7 +163,9 @@ def test_kill_at_any_point_leaves_the_newest_whole_checkpoint(tmp_path, point, w
     script = f"""
 import os, signal, torch
 from pathlib import Path
+from fastdino.distributed import Ranks
 from fastdino.training import checkpoint
+ALONE = Ranks(0, 1, 0, torch.device('cpu'))
 home = Path if {point!r} in ("write_text", "rename") else checkpoint
 original = getattr(home, {point!r})
 def killed(*args, **kwargs):
@@ -168,7 +174,7 @@ def killed(*args, **kwargs):
 setattr(home, {point!r}, killed)
 class Part: name, start, stop, tensors = "head.v", 0, 35, {{"param": torch.ones(35)}}
 shared, shapes = {{"c": torch.ones(1)}}, {{"head.v": [7, 5]}}
-checkpoint.save(Path({str(tmp_path)!r}), 2, pieces=[Part()], shared=shared, shapes=shapes, meta={{}})
+checkpoint.save(Path({str(tmp_path)!r}), 2, ALONE, pieces=[Part()], shared=shared, shapes=shapes, meta={{}})
 """
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=False

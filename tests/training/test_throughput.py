@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from bench import counts, ratio
+from bench.record import ROOT
 from bench.workload import nano_config
 from fastdino import distributed
 from fastdino.distributed import Ranks
 from fastdino.training.trainer import Trainer
-from tests.children import ROOT, environment
+from tests.children import environment
 
 PLAIN = nano_config(engine="torch")
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
@@ -50,14 +51,11 @@ def test_a_step_keeps_pace_with_the_peer(one_thread: None) -> None:
 def ratio_problems(recorded: float, attempts: int) -> list[str]:
     """Of the last attempt; the first one that finds nothing ends it, since other programs disturb but never help."""
     problems: list[str] = []
-    ranks = distributed.init("cpu")
-    try:
+    with distributed.init("cpu") as ranks:
         for _ in range(attempts):
             problems = ratio.problems(ratio.measure(ranks), recorded)
             if not problems:
                 break
-    finally:
-        distributed.shutdown()
     return problems
 
 
@@ -75,8 +73,8 @@ def with_extra(original: Callable[..., Any], extra: Callable[[Any], Any]) -> Cal
 @pytest.mark.parametrize(
     ("method", "extra", "counters"),
     [
-        ("_groups", lambda groups: groups[0].double().float(), {"aten_calls", "aten_bytes"}),
-        ("train_step", lambda loss: loss.item(), {"host_syncs", "aten_calls", "aten_bytes"}),
+        ("_normalized", lambda batch: batch.views["global"].double().float(), {"aten_calls", "aten_bytes"}),
+        ("train_step", lambda figures: figures["loss"].item(), {"host_syncs", "aten_calls", "aten_bytes"}),
     ],
     ids=["an extra copy", "an item()"],
 )

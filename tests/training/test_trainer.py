@@ -197,11 +197,12 @@ class _Waits(TorchDispatchMode):
 ], ids=str)  # fmt: skip
 def test_a_step_never_waits_for_the_device(tmp_path, overrides):
     config = tiny(tmp_path / "run", **overrides)
-    trainer = Trainer(config, distributed.init("cpu"))
-    batches = [[next(trainer.batches) for _ in range(config.engine.accumulate)] for _ in range(2)]
-    trainer.train_step(batches[0])
-    with _Waits() as waits:
-        loss = trainer.train_step(batches[1])
+    with distributed.init("cpu") as ranks:
+        trainer = Trainer(config, ranks)
+        batches = [[next(trainer.batches) for _ in range(config.engine.accumulate)] for _ in range(2)]
+        trainer.train_step(batches[0])
+        with _Waits() as waits:
+            loss = trainer.train_step(batches[1])["loss"]
     assert not waits.found
     with _Waits() as waits:
         loss.item()
