@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from fastdino.data import Interrupted, ShapesSource, WorkerDied, labelled_batches, workers
 from fastdino.data.workers import MadeAhead, affordable
+from tests.children import environment
 from tests.data.batches import children, make_config, start, wait_for
 
 
@@ -229,7 +230,7 @@ def test_workers_end_with_the_trainer(number, kind):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        cwd=Path(__file__).parents[2],
+        env=environment(),
     )
     workers = [int(pid) for pid in script.stdout.readline().split()]
     assert workers
