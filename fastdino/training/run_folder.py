@@ -9,14 +9,14 @@ import os
 import socket
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 from torch import Tensor
 
-from fastdino.config import Config, ConfigError
+from fastdino.config import Config, ConfigError, UserError
 from fastdino.distributed import Ranks
 from fastdino.training import checkpoint
 from fastdino.training.checkpoint import CheckpointError, Manifest, Piece
@@ -76,7 +76,11 @@ class RunFolder:
         self._made: list[Path] = []
 
     def __enter__(self) -> "RunFolder":
-        self._on_main(self._take)
+        try:
+            self.ranks.on_main(self._take)
+        except UserError:
+            self._let_go()
+            raise
         return self
 
     def __exit__(
@@ -94,7 +98,7 @@ class RunFolder:
 
     def write_config(self) -> None:
         """Writes config.json; not before everything else has been found in order, for it claims the folder."""
-        self._on_main(self._write_config)
+        self.ranks.on_main(self._write_config)
 
     def newest(self) -> tuple[Path, Manifest] | None:
         """The newest whole checkpoint; see :func:`fastdino.training.checkpoint.newest`."""
@@ -209,17 +213,6 @@ class RunFolder:
             f"run.dir={str(self.path)!r} cannot be written: {_reason(error)}. Choose another folder with --run.dir, or "
             "make room and rights there"
         )
-
-    def _on_main(self, work: Callable[[], None]) -> None:
-        problem: ConfigError | None = None
-        if self.ranks.is_main:
-            try:
-                work()
-            except ConfigError as error:
-                problem = error
-        if self.ranks.any(problem is not None):
-            self._let_go()
-            raise problem or ConfigError("rank 0 refused the run folder")
 
 
 class Lock:

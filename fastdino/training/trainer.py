@@ -1,9 +1,9 @@
 """The loop: images in, a better teacher out. One step is :meth:`Trainer.train_step`; read that first."""
 
-import dataclasses
 import logging
 import time
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,13 @@ from fastdino import distributed
 from fastdino.config import Config, UserError
 from fastdino.data import Batch, normalize, open_source, train_batches
 from fastdino.distributed import Ranks
+from fastdino.engine import build_engine, zero_stage
 from fastdino.engine.schedules import Schedules
-from fastdino.engine.zero import build_engine, zero_stage
-from fastdino.eval import online_knn
-from fastdino.eval.splits import bank_and_test
+from fastdino.eval import OnlineKnn, Reading
 from fastdino.method.dino import Dino
 from fastdino.method.health import Health
-from fastdino.model import build_network
+from fastdino.method.targets import Centering
+from fastdino.model import Network, build_network
 from fastdino.training import checkpoint
 from fastdino.training.checkpoint import Manifest
 from fastdino.training.metrics import Metrics
@@ -71,19 +71,18 @@ class Trainer:
     def __init__(self, config: Config, ranks: Ranks, folder: RunFolder | None = None) -> None:
         self.config, self.ranks, self.folder = config, ranks, folder
         self.source = open_source(config.data.root, config.data)
-        self.knn_root = config.run.knn_root or ("shapes" if config.data.root == "shapes" else "")
-        if config.run.knn_every and self.knn_root:
-            bank_and_test(self.knn_root, config.data.image_size)  # what is wrong with it is said now, not in hours
+        self.online_knn: OnlineKnn | None = None  # on rank 0, where one was asked for
+        if folder:
+            ranks.on_main(self._open_knn)  # what is wrong with its images is said now, not in hours
         newest = folder.newest() if folder else None
         # A checkpoint holds all weights: those that the run started from may be gone.
-        start = dataclasses.replace(config, model=dataclasses.replace(config.model, weights=None)) if newest else config
+        start = replace(config, model=replace(config.model, weights=None)) if newest else config
         torch.manual_seed(config.run.seed)
         student, teacher = build_network(start), build_network(start, teacher=True)
         self.shapes = {name: list(p.shape) for name, p in student.named_parameters()}
         self.engine = build_engine(config, student, teacher, ranks)
-        center = torch.zeros(config.head.num_prototypes, device=ranks.device)
-        networks = self.engine.student, self.engine.teacher
-        self.dino = Dino(*networks, config.loss, center, ranks, config.engine.accumulate)
+        target = Centering(config.head.num_prototypes, config.loss.center_momentum, config.engine.accumulate, ranks)
+        self.method = Dino(self.engine.student, self.engine.teacher, config.loss, target)
         self.global_batch = config.run.local_batch * ranks.world_size * config.engine.accumulate
         self.step = self._restore(*newest) if newest else 0
         self.batches = train_batches(
@@ -96,28 +95,39 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ one step
 
-    def train_step(self, batches: list[Batch]) -> Tensor:
-        """One update of student, teacher and center; the loss it returns stays on the device.
+    def train_step(self, batches: list[Batch]) -> dict[str, Tensor]:
+        """One update of student, teacher and the method's state.
+
+        Returns figures of this rank that stay on the device: ``loss``, and on logging steps its parts as ``loss_NAME``
+        and the method's statistics.
 
         Args:
             batches: engine.accumulate micro batches. Nothing in here waits for the device.
         """
-        now = self.schedules(self.step)
+        now, logs = self.schedules(self.step), self._logs(self.step + 1)
         self._seed_step()
-        self.engine.wait_teacher()
-        loss = torch.zeros((), device=self.ranks.device)
+        figures: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.ranks.device))
         for batch in batches:
-            part = self.dino.loss(self._groups(batch), now.teacher_temp)
-            self.engine.backward(part)
-            loss += part.detach() / len(batches)
-        self.engine.step(now, loss.isfinite())
-        self.dino.update_center(self.engine.counters()["skipped_in_row"] == 0)
+            loss, parts = self.method.loss(self._normalized(batch), now)
+            self.engine.backward(loss)
+            figures["loss"] += loss.detach() / len(batches)
+            for name, part in parts.items() if logs else ():
+                figures[f"loss_{name}"] += part / len(batches)
+        if logs:
+            figures.update(self.method.statistics())
+        applied = self.engine.step(now, figures["loss"].isfinite())
+        self.method.after_step(applied)
         self.step += 1
-        return loss
+        return figures
 
-    def _groups(self, batch: Batch) -> list[Tensor]:
-        """Normalised views, those of one size together."""
-        return [normalize(group, self.config.data.normalize) for group in batch.views.values()]
+    def _normalized(self, batch: Batch) -> Batch:
+        """The batch with its views as network input."""
+        views = {name: normalize(group, self.config.data.normalize) for name, group in batch.views.items()}
+        return replace(batch, views=views)
+
+    def _logs(self, step: int) -> bool:
+        """True when the figures of ``step``, counted from 1, are reported."""
+        return step % self.config.run.log_every == 0 or step == self.total_steps
 
     def _seed_step(self) -> None:
         """Drop path's randomness is a function of (seed, step, rank), so there is no generator's state to save."""
@@ -137,9 +147,9 @@ class Trainer:
         try:
             with PreemptionNotice() as notice:
                 while self.step < self.total_steps:
-                    step_loss = self._timed_step(metrics, notice)
-                    if self.step % self.config.run.log_every == 0 or self.step == self.total_steps:
-                        loss = self._report(step_loss, metrics, health)
+                    figures = self._timed_step(metrics, notice)
+                    if self._logs(self.step):
+                        loss = self._report(figures, metrics, health)
                     # Asked at every step, because a launcher that was told to stop kills soon (torchrun after 30
                     # seconds); what is answered was asked a step before, so that no host waits.
                     if noticed() and self.step < self.total_steps:
@@ -154,7 +164,7 @@ class Trainer:
                 metrics.close()
         return Result(self.config.run.dir, self.step, loss, knn)
 
-    def _timed_step(self, metrics: Metrics | None, notice: PreemptionNotice) -> Tensor:
+    def _timed_step(self, metrics: Metrics | None, notice: PreemptionNotice) -> dict[str, Tensor]:
         """Waits for images and takes a step."""
         started = time.perf_counter()
         try:
@@ -168,12 +178,12 @@ class Trainer:
                 "the newest checkpoint"
             ) from None
         waited = time.perf_counter() - started
-        loss = self.train_step(batches)
+        figures = self.train_step(batches)
         if metrics:
             if metrics.times(self.step):
-                loss.item()  # waits for the device, so that the time is the step's
+                figures["loss"].item()  # waits for the device, so that the time is the step's
             metrics.advance(self.step, time.perf_counter() - started, waited)
-        return loss
+        return figures
 
     def _preempt(self) -> None:
         """Saves and stops; all ranks at the same step."""
@@ -197,13 +207,12 @@ class Trainer:
             metrics.restart_clock(self.step)
         return knn
 
-    def _report(self, loss: Tensor, metrics: Metrics | None, health: Health) -> float:
-        """The one place that waits for the device: statistics, counters and alarms of a logging step."""
+    def _report(self, figures: dict[str, Tensor], metrics: Metrics | None, health: Health) -> float:
+        """The one place that waits for the device: figures, counters and alarms of a logging step."""
         now = self.schedules(self.step - 1)
-        statistics = {"loss": loss, **self.dino.statistics(now.teacher_temp)}
-        packed = torch.stack([value.float() for value in statistics.values()])
+        packed = torch.stack([value.float() for value in figures.values()])
         self.ranks.mean_(packed)
-        values = dict(zip(statistics, packed.tolist(), strict=True))
+        values = dict(zip(figures, packed.tolist(), strict=True))
         counters = self.engine.counters()
         skipped, in_row, last = (int(counters[k]) for k in ("skipped", "skipped_in_row", "last_skipped"))
         if metrics:
@@ -226,24 +235,31 @@ class Trainer:
         return values["loss"]
 
     def _knn(self, metrics: Metrics | None, epoch: int, before: float | None, notice: PreemptionNotice) -> float | None:
-        """Weighted k-NN of the teacher on rank 0, while the others wait; a notice ends it without a score."""
-        if not self.knn_root:
-            return before
-        self.engine.wait_teacher()
-        if self.ranks.is_main:
+        """Weighted k-NN of the teacher on rank 0, while the others wait. One that fails is an alarm, not the end."""
+        if self.online_knn and metrics:
             backbone = self.engine.teacher.backbone
             assert isinstance(backbone, nn.Module)
             try:
                 with notice.interruptible(grace=0):
-                    score = online_knn(backbone, self.knn_root, self.config)
-                before = score["knn"]
-                if metrics:
-                    metrics.write(self.step, {"epoch": epoch, **score})
-                    metrics.say(f"epoch {epoch}: k-NN of the teacher {before:.1f} %")
+                    score = self.online_knn(backbone)
             except Interrupted:
-                log.warning("a signal ended the evaluation of epoch %d", epoch)
+                metrics.say(f"epoch {epoch}: a signal ended the k-NN")
+            except Exception as error:  # files that are gone, a worker that died, memory: none of it concerns the step
+                metrics.say(f"epoch {epoch}: the k-NN failed, training goes on: {type(error).__name__}: {error}")
+            else:
+                before = score["knn"]
+                metrics.write(self.step, {"epoch": epoch, **score})
+                metrics.say(f"epoch {epoch}: k-NN of the teacher {before:.1f} %")
         self.ranks.barrier()
         return before
+
+    def _open_knn(self) -> None:
+        config = self.config
+        root = config.run.knn_root or ("shapes" if config.data.root == "shapes" else "")
+        if config.run.knn_every and root:
+            reading = Reading(size=config.views.global_size, normalize=config.data.normalize)
+            batch, workers = config.run.local_batch, config.data.num_workers
+            self.online_knn = OnlineKnn(root, config.data.image_size, reading, batch=batch, num_workers=workers)
 
     def _count_bad(self, batch: Batch) -> Batch:
         self.num_bad += len(batch.bad)
@@ -263,12 +279,13 @@ class Trainer:
             len(self.source), self.steps_per_epoch, self.total_steps, self.global_batch,
             run.local_batch, self.ranks.world_size, self.config.engine.accumulate,
         )  # fmt: skip
-        on_gpu = self.ranks.device.type == "cuda"
+        network, on_gpu = self.engine.student_network, self.ranks.device.type == "cuda"
+        assert isinstance(network, Network)
         log.info(
-            "%s, %s on %s, attention by %s, loss and averages by %s",
+            "%s, %s on %s, %s, loss and averages by %s",
             f"{engine} ZeRO {zero_stage(self.config, self.ranks)}" if engine == "deepspeed" else engine,
             str(self.engine.dtype).removeprefix("torch."), self.ranks.device,
-            getattr(self.engine.student_network.backbone, "implementation", "the backbone's own code"),
+            network.backbone.implementation,
             "Triton kernels" if on_gpu else "plain torch",
         )  # fmt: skip
         if self.step < self.total_steps:
@@ -278,13 +295,8 @@ class Trainer:
         return Metrics(run.dir, self.step, self.total_steps, self.global_batch, compiles=on_gpu)
 
     def _shared(self) -> dict[str, Tensor]:
-        """Live tensors that are equal on all ranks and belong into a checkpoint: center, counters, buffers."""
-        shared = {"center": self.dino.center}
-        shared |= {f"counter.{name}": value for name, value in self.engine.counters().items()}
-        for role, network in (("student", self.engine.student_network), ("teacher", self.engine.teacher)):
-            state = network.state_dict().keys()  # a buffer that is made anew with the network is no state
-            shared |= {f"{role}.{name}": buffer for name, buffer in network.named_buffers() if name in state}
-        return shared
+        """Live tensors that are equal on all ranks and belong into a checkpoint."""
+        return {**self.method.state(), **self.engine.state()}
 
     def _meta(self) -> dict[str, Any]:
         """What a resumption has to have in common with this run."""
@@ -309,11 +321,8 @@ class Trainer:
         assert self.folder is not None
         self.folder.check_images(path, manifest, self._meta())
         saved = checkpoint.load(path, manifest, self.engine.fragments(), self.shapes)
-        prefix = "counter."
-        self.engine.load_counters({k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)})
         for name, live in self._shared().items():
-            if not name.startswith(prefix):
-                live.copy_(saved[name])
+            live.copy_(saved[name])
         self.engine.after_load()
         if self.ranks.is_main:
             log.info("resumed from %s", path)

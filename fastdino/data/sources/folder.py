@@ -11,6 +11,39 @@ from PIL import Image
 from fastdino.config import ConfigError
 from fastdino.data.sources.decode import decode, extensions
 
+SPLITS = {
+    "train": "train",
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+"""The split that a folder's name in lower case stands for. Such a name is never that of a class."""
+
+
+def split_folders(root: str | Path) -> dict[str, Path]:
+    """The folders directly below ``root`` that hold a split of the data: "train", "val" and "test", those that exist.
+
+    Raises ConfigError when two folders stand for one split.
+    """
+    found: dict[str, Path] = {}
+    for folder in _folders(Path(root).expanduser()):
+        split = SPLITS.get(folder.name.lower())
+        if split is None:
+            continue
+        if split in found:
+            raise ConfigError(
+                f"{root} holds {found[split].name}/ and {folder.name}/, two folders of one split: rename one of them"
+            )
+        found[split] = folder
+    return found
+
+
+def _folders(root: Path) -> list[Path]:
+    """Those below ``root`` by name; none where it cannot be listed, which reading its images will say."""
+    try:
+        return sorted(path for path in root.iterdir() if path.is_dir())
+    except OSError:
+        return []
+
 
 class FolderSource:
     """Every image under a folder, in any nesting: a folder's own in the order of their names, then its subfolders'.
@@ -46,7 +79,11 @@ class FolderSource:
     def read(self, index: int) -> tuple[Image.Image, int]:
         """RGB image and label (-1: directly under the root); raises BadImage."""
         path = Path(os.fsdecode(os.path.join(self.root, self._relative(index))))
-        return decode(path, self.name(index)), int(self._labels[index])
+        return decode(path, self.name(index)), self.label(index)
+
+    def label(self, index: int) -> int:
+        """The label alone, without reading the image."""
+        return int(self._labels[index])
 
     def name(self, index: int) -> str:
         """Path below the root."""
