@@ -150,8 +150,11 @@ def test_resumes_with_other_ranks_and_stage(tmp_path):
     for step in expected:
         assert found[step] == pytest.approx(expected[step], rel=1e-5), step
     paths = [tmp_path / run / "checkpoints/step-00000010" for run in ("straight", "moved")]
-    shapes = checkpoint.read_manifest(paths[0]).shapes
-    teacher, moved = (checkpoint.read_weights(path, shapes) for path in paths)
+    manifests = [checkpoint.read_manifest(path) for path in paths]
+    teacher, moved = (
+        checkpoint.read_weights(path, manifest, manifests[0].shapes)[0]
+        for path, manifest in zip(paths, manifests, strict=True)
+    )
     for name, weight in teacher.items():
         torch.testing.assert_close(moved[name], weight, atol=2e-5, rtol=1e-4)
 
