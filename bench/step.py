@@ -143,7 +143,7 @@ def build(config: Config, ranks: Ranks, folder: Path, compiled: bool) -> dict[st
 
 
 def _train_step(trainer: Trainer, batch: Batch) -> Tensor:
-    return trainer.train_step([batch])
+    return trainer.train_step([batch])["loss"]
 
 
 def _warm_up(device: torch.device) -> None:

@@ -1,6 +1,5 @@
 """Which rank a process is, under every launcher and none."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -11,8 +10,8 @@ import torch
 
 from fastdino.distributed import Ranks, _gpu, init
 from fastdino.launch import first_host, place
+from tests.children import environment
 
-ROOT = Path(__file__).parents[1]
 PROGRAM = """
 import sys
 import torch
@@ -41,12 +40,6 @@ SLURM = {
 }
 
 
-def bare_environment() -> dict[str, str]:
-    dropped = ("SLURM_", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_")
-    env = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    return env | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-
-
 def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -56,9 +49,7 @@ def free_port() -> str:
 def outputs(environments: list[dict[str, str]]) -> list[str]:
     command = [sys.executable, "-c", PROGRAM]
     processes = [
-        subprocess.Popen(
-            command, env=bare_environment() | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        subprocess.Popen(command, env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for env in environments
     ]
     finished = [process.communicate(timeout=200) for process in processes]
@@ -80,7 +71,7 @@ def test_deepspeed_launcher(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus=2", f"--master_port={free_port()}"]
-    done = subprocess.run([*command, str(program)], env=bare_environment(), capture_output=True, text=True, timeout=200)
+    done = subprocess.run([*command, str(program)], env=environment(), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert {"0 2 0 cpu 0.5 True False", "1 2 1 cpu 0.5 True False"} <= set(done.stdout.splitlines())
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import triton
 
-from bench.compile.cases import CASES, NARROW, Case
+from bench.compile.cases import CASES, Case
 from bench.compile.offline import TARGETS, Report, compile_cases
 from bench.record import RESULTS, commit, write
 
@@ -31,7 +31,7 @@ def figures(reports: dict[str, list[Report]]) -> dict[str, Any]:
     cases: dict[str, Any] = {}
     for name, found in reports.items():
         for report in found:
-            if problems := report.problems(NARROW.get(report.kernel, frozenset())):
+            if problems := report.problems(CASES[name].narrow_accesses(report.kernel)):
                 raise SystemExit("\n".join(problems))
             kernel = cases.setdefault(name, {}).setdefault(report.kernel, {})
             kernel[report.target] = {key: x for key, x in asdict(report).items() if key not in ("kernel", "target")}

@@ -12,16 +12,18 @@ from fastdino_kernels.layers.prototype_weight import prototype_weight
 from fastdino_kernels.layers.scatter_add_scaled import scatter_add_scaled
 from fastdino_kernels.losses.center_mean import center_mean
 from fastdino_kernels.losses.dino_loss import dino_loss
-from fastdino_kernels.losses.ibot_loss import ibot_loss
+from fastdino_kernels.losses.dino_loss import launch_config as dino_loss_config
+from fastdino_kernels.losses.ibot_loss import ibot_loss, ibot_loss_rows_
 from fastdino_kernels.losses.koleo_loss import koleo_loss
+from fastdino_kernels.losses.koleo_loss import launch_config as koleo_loss_config
 from fastdino_kernels.losses.sinkhorn import sinkhorn
-from fastdino_kernels.optim.adamw_ema import Rates, adamw_ema_
+from fastdino_kernels.optim.adamw_ema import AdamWHyper, adamw_ema_
 from fastdino_kernels.optim.ema_update import ema_update_
 from fastdino_kernels.optim.segment_squares import BLOCK, Segments, make_segments, segment_squares
 
 # DINO v1's headline: 10 student and 2 teacher views of 64 images, 65536 prototypes of 256, ViT-B/16 with its head.
 S, T, B, K, D = 10, 2, 64, 65536, 256
-MASKED = 3763  # M, masked patches of 64 images at DINOv2's default rate
+MASKED = 3764  # M, masked patches of 64 images at DINOv2's default rate
 VIEWS, N, WIDTH = 2, 201, 768  # global views, and ViT-B's tokens of each with 4 registers, and features
 KEPT = VIEWS * B * 7 // 10  # images of a branch at a drop rate of 0.3
 PARAMETERS = 85_798_656 + K * D + 5_770_496  # backbone, prototypes, the head's MLP
@@ -46,6 +48,11 @@ class Case(NamedTuple):
     elements: int  # of the tensor that gives the case its size
     bytes: dict[str, int]  # by kernel: what it must read and write at least
     cached: Mapping[str, int] = MappingProxyType({})  # by kernel: what its loop reads besides, from the cache
+    narrow: frozenset[str] = frozenset()  # accesses that no kernel makes 128 bits wide in this call, beside NARROW
+
+    def narrow_accesses(self, kernel: str) -> frozenset[str]:
+        """Of "load" and "store" those of which no 128-bit one is due."""
+        return self.narrow | NARROW.get(kernel, frozenset())
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -58,17 +65,17 @@ def _dino_loss() -> None:
 
 
 def _ibot_loss() -> None:
-    student, teacher = (_empty(MASKED, K, dtype=torch.bfloat16) for _ in range(2))
-    loss = ibot_loss(student.requires_grad_(), teacher, _empty(K), _empty(MASKED), student_temp=0.1, teacher_temp=0.04)
-    loss.backward()
-
-
-def _ibot_loss_rows() -> None:
-    """In place, and with so many rows that each is one program's."""
+    """With the gradient in place."""
     student, teacher = (_empty(MASKED, K, dtype=torch.bfloat16) for _ in range(2))
     rows = student.requires_grad_().view_as(student)
     temps: dict[str, float] = {"student_temp": 0.1, "teacher_temp": 0.04}
     ibot_loss(rows, teacher, _empty(K), _empty(MASKED), **temps, inplace_grad=True).backward()
+
+
+def _ibot_loss_rows(num_grads: int) -> None:
+    """One launch alone: the loss, and of ``num_grads`` 1 its gradient apart from the logits."""
+    student, teacher, *grad = (_empty(MASKED, K, dtype=torch.bfloat16) for _ in range(2 + num_grads))
+    ibot_loss_rows_(grad[0] if grad else None, student, teacher, _empty(K), _empty(MASKED), 0.1, 0.04)
 
 
 def _prototype_weight() -> None:
@@ -79,7 +86,7 @@ def _prototype_weight() -> None:
 def _koleo_loss(num_rows: int) -> Case:
     """The product reads all rows once per block of rows, on either side; a pair's gradient reads both, for both."""
     features = VIEWS * num_rows * WIDTH
-    num_blocks = num_rows // (16 if num_rows <= 256 else 64)
+    num_blocks = num_rows // int(koleo_loss_config(num_rows, WIDTH)["product"]["BLOCK"])
     return Case(
         lambda: koleo_loss(_empty(VIEWS, num_rows, WIDTH, dtype=torch.bfloat16).requires_grad_()).backward(),
         features,
@@ -127,11 +134,11 @@ def _adamw_ema(segments: Segments | None = None) -> None:
         exp_avg_sq,
         ema,
         _empty(),
-        Rates(lr=1e-3, weight_decay=0.04, momentum=0.996),
+        AdamWHyper(lr=1e-3, weight_decay=0.04, momentum=0.996),
         grad_scale=_empty() if segments is None else _empty(len(segments.lengths)),
         segments=segments,
         found_inf=torch.zeros(()),  # whatever else an uninitialised flag holds, the kernel would return at once
-        ema_shadow=_empty(PARAMETERS, dtype=torch.bfloat16),
+        ema_lp=_empty(PARAMETERS, dtype=torch.bfloat16),
     )
 
 
@@ -141,31 +148,33 @@ def _segments() -> Segments:
     return make_segments([*pairs, PARAMETERS - sum(pairs)], "cpu")
 
 
+_SECOND_READING = {"_ibot_loss_kernel": 2 * MASKED * K * 2 + 2 * MASKED * K * 4}  # and the center for both
+
 CASES = {
     "dino_loss": Case(
         _dino_loss,
         S * B * K,
         {
             "_slice_kernel": (S + T) * B * K * 2,
-            "_merge_kernel": 4 * B * (K // 512) * (S * (2 + T) + 2 * T),
+            "_merge_kernel": 4 * B * (K // dino_loss_config(K)["slice"]["BLOCK_K"]) * (S * (2 + T) + 2 * T),
             "_gradient_kernel": (2 * S + T) * B * K * 2,
         },
     ),
     "ibot_loss": Case(
         _ibot_loss,
         MASKED * K,
-        {
-            "_slice_kernel": 2 * MASKED * K * 2,
-            "_merge_kernel": 4 * MASKED * (K // 2048) * (3 + 2),
-            "_gradient_kernel": 3 * MASKED * K * 2,
-        },
+        {"_ibot_loss_kernel": 3 * MASKED * K * 2, "_scale_kernel": 2 * MASKED * K * 2},
+        cached=_SECOND_READING,
     ),
-    "ibot_loss in place": Case(
-        _ibot_loss_rows,
+    "ibot_loss, gradient apart": Case(
+        lambda: _ibot_loss_rows(1), MASKED * K, {"_ibot_loss_kernel": 3 * MASKED * K * 2}, cached=_SECOND_READING
+    ),
+    "ibot_loss, no gradient": Case(
+        lambda: _ibot_loss_rows(0),
         MASKED * K,
-        {"_row_cross_entropy_kernel": 3 * MASKED * K * 2, "_scale_kernel": 2 * MASKED * K * 2},
-        # The second reading, and the center for both.
-        cached={"_row_cross_entropy_kernel": 2 * MASKED * K * 2 + 2 * MASKED * K * 4},
+        {"_ibot_loss_kernel": 2 * MASKED * K * 2},
+        cached={"_ibot_loss_kernel": MASKED * K * 4},  # the center
+        narrow=frozenset({"store"}),
     ),
     "sinkhorn": Case(
         lambda: sinkhorn(_empty(MASKED, K, dtype=torch.bfloat16), temp=0.04, iterations=2),

@@ -7,13 +7,14 @@ from fastdino.data.sources.folder import FolderSource
 from fastdino.data.sources.shapes import ShapesSource
 from fastdino.data.sources.source import Source, open_source
 from fastdino.data.views import normalize
-from fastdino.data.workers import WorkerDied
+from fastdino.data.workers import Interrupted, WorkerDied
 
 __all__ = [
     "BadData",
     "BadImage",
     "Batch",
     "FolderSource",
+    "Interrupted",
     "Masks",
     "ShapesSource",
     "Source",

@@ -1,7 +1,7 @@
 """Batches of views for training, and labelled images for evaluation."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ class TrainBatches:
 
     def __init__(
         self,
-        batches: "MadeAhead",
+        batches: MadeAhead,
         plan: Plan,
         start_step: int,
         max_bad: float,
@@ -89,7 +89,7 @@ class TrainBatches:
         return self
 
     def __next__(self) -> Batch:
-        """The next micro batch, on the device. Raises BadData and WorkerDied."""
+        """The next micro batch, on the device. Raises BadData, WorkerDied and Interrupted."""
         if self._stream is None:
             return self._next_on_host().to(self.device)
         batch = self._ahead or self._upload()
@@ -131,7 +131,14 @@ class TrainBatches:
 
 
 def train_batches(
-    config: Config, source: Source, *, rank: int, world_size: int, start_step: int, device: torch.device
+    config: Config,
+    source: Source,
+    *,
+    rank: int,
+    world_size: int,
+    start_step: int,
+    device: torch.device,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> TrainBatches:
     """This rank's micro batches from ``start_step`` on, ``config.engine.accumulate`` per step, on ``device``, endless.
 
@@ -139,7 +146,11 @@ def train_batches(
     or on where the run was resumed. On a GPU the next batch is copied on a stream of its own while one is in use.
     An unreadable image is replaced by another; its name is in ``Batch.bad``.
 
-    Raises ConfigError when the source does not fill a global batch.
+    Args:
+        interrupted: whether the process was asked to stop. A wait for a batch that goes on for 4 more seconds then ends
+            with Interrupted, so a read that hangs cannot hold up the end; without workers it can.
+
+    Raises ConfigError when the source does not fill a global batch, WorkerDied when no worker can be started.
     """
     plan = Plan(
         num_images=len(source),
@@ -151,8 +162,10 @@ def train_batches(
     keys = plan.micro_batches(rank, start_step)
     num_workers = affordable(config.data.num_workers)
     if num_workers < config.data.num_workers and rank == 0:
-        log.info("data.num_workers=%d lowered to %d, this rank's cores", config.data.num_workers, num_workers)
-    batches = MadeAhead(_Views(config, source), num_workers, batch_sampler=keys, pin_memory=device.type == "cuda")
+        log.info("data.num_workers=%d lowered to %d, what this process can use", config.data.num_workers, num_workers)
+    batches = MadeAhead(
+        _Views(config, source), num_workers, interrupted, batch_sampler=keys, pin_memory=device.type == "cuda"
+    )
     return TrainBatches(batches, plan, start_step, config.data.max_bad, device)
 
 

@@ -4,10 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from torch import nn
-
 from fastdino.config import Config, ConfigError
-from fastdino.model import build_network, export_backbone, restore_backbone
+from fastdino.model import Backbone, build_network, export_backbone, restore_backbone
 from fastdino.model.weights import read_metadata
 from fastdino.training import checkpoint
 from fastdino.training.checkpoint import CheckpointError
@@ -16,7 +14,7 @@ from fastdino.training.run_folder import read_config
 Role = Literal["teacher", "student"]
 
 
-def run_backbone(run: Path, step: int | None = None, role: Role = "teacher") -> tuple[nn.Module, Config, int]:
+def run_backbone(run: Path, step: int | None = None, role: Role = "teacher") -> tuple[Backbone, Config, int]:
     """Backbone of a run's checkpoint (fp32, CPU, evaluation mode), the run's config and the checkpoint's step.
 
     Args:
@@ -57,7 +55,7 @@ def export_run(run: Path, out: Path | None = None, step: int | None = None, role
     return out
 
 
-def any_backbone(path: Path) -> tuple[nn.Module, Config]:
+def any_backbone(path: Path) -> tuple[Backbone, Config]:
     """The teacher's backbone of a run folder, or that of a file that :func:`export_run` wrote, and its run's config."""
     if path.is_dir():
         backbone, config, _ = run_backbone(path)

@@ -3,8 +3,9 @@
 import logging
 import signal
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,13 @@ from fastdino import distributed
 from fastdino.config import Config, ConfigError, UserError
 from fastdino.data import Batch, normalize, open_source, train_batches
 from fastdino.distributed import Ranks
+from fastdino.engine import build_engine, zero_stage
 from fastdino.engine.schedules import Schedules
-from fastdino.engine.zero import build_engine, zero_stage
 from fastdino.eval import OnlineKnn, Reading
 from fastdino.method.dino import Dino
 from fastdino.method.health import Health
-from fastdino.model import build_network
-from fastdino.model.vit import Attention
+from fastdino.method.targets import Centering
+from fastdino.model import Network, build_network
 from fastdino.training import checkpoint
 from fastdino.training.metrics import Metrics
 from fastdino.training.run_folder import check_run, write_config
@@ -75,9 +76,8 @@ class Trainer:
         student, teacher = build_network(config), build_network(config, teacher=True)
         self.shapes = {name: list(p.shape) for name, p in student.named_parameters()}
         self.engine = build_engine(config, student, teacher, ranks)
-        center = torch.zeros(config.head.num_prototypes, device=ranks.device)
-        networks = self.engine.student, self.engine.teacher
-        self.dino = Dino(*networks, config.loss, center, ranks, config.engine.accumulate)
+        target = Centering(config.head.num_prototypes, config.loss.center_momentum, config.engine.accumulate, ranks)
+        self.method = Dino(self.engine.student, self.engine.teacher, config.loss, target)
         self.global_batch = config.run.local_batch * ranks.world_size * config.engine.accumulate
         self.step = self._restore()
         self.batches = train_batches(
@@ -93,28 +93,39 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ one step
 
-    def train_step(self, batches: list[Batch]) -> Tensor:
-        """One update of student, teacher and center; the loss it returns stays on the device.
+    def train_step(self, batches: list[Batch]) -> dict[str, Tensor]:
+        """One update of student, teacher and the method's state.
+
+        Returns figures of this rank that stay on the device: ``loss``, and on logging steps its parts as ``loss_NAME``
+        and the method's statistics.
 
         Args:
             batches: engine.accumulate micro batches. Nothing in here waits for the device.
         """
-        now = self.schedules(self.step)
+        now, logs = self.schedules(self.step), self._logs(self.step + 1)
         self._seed_step()
-        self.engine.wait_teacher()
-        loss = torch.zeros((), device=self.ranks.device)
+        figures: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.ranks.device))
         for batch in batches:
-            part = self.dino.loss(self._groups(batch), now.teacher_temp)
-            self.engine.backward(part)
-            loss += part.detach() / len(batches)
-        self.engine.step(now, loss.isfinite())
-        self.dino.update_center(self.engine.counters()["skipped_in_row"] == 0)
+            loss, parts = self.method.loss(self._normalized(batch), now)
+            self.engine.backward(loss)
+            figures["loss"] += loss.detach() / len(batches)
+            for name, part in parts.items() if logs else ():
+                figures[f"loss_{name}"] += part / len(batches)
+        if logs:
+            figures.update(self.method.statistics())
+        applied = self.engine.step(now, figures["loss"].isfinite())
+        self.method.after_step(applied)
         self.step += 1
-        return loss
+        return figures
 
-    def _groups(self, batch: Batch) -> list[Tensor]:
-        """Normalised views, those of one size together."""
-        return [normalize(group, self.config.data.normalize) for group in batch.views.values()]
+    def _normalized(self, batch: Batch) -> Batch:
+        """The batch with its views as network input."""
+        views = {name: normalize(group, self.config.data.normalize) for name, group in batch.views.items()}
+        return replace(batch, views=views)
+
+    def _logs(self, step: int) -> bool:
+        """True when the figures of ``step``, counted from 1, are reported."""
+        return step % self.config.run.log_every == 0 or step == self.total_steps
 
     def _seed_step(self) -> None:
         """Drop path's randomness is a function of (seed, step, rank), so there is no generator's state to save."""
@@ -134,12 +145,12 @@ class Trainer:
                 started = time.perf_counter()
                 batches = [self._count_bad(next(self.batches)) for _ in range(self.config.engine.accumulate)]
                 waited = time.perf_counter() - started
-                step_loss = self.train_step(batches)
+                figures = self.train_step(batches)
                 if metrics:
                     metrics.waited(waited)
                     metrics.advance()
-                if self.step % self.config.run.log_every == 0 or self.step == self.total_steps:
-                    loss = self._report(step_loss, metrics, health)
+                if self._logs(self.step):
+                    loss = self._report(figures, metrics, health)
                 self._stop_if_asked()
                 knn = self._end_of_epoch(metrics, knn)
         except KeyboardInterrupt:
@@ -183,13 +194,12 @@ class Trainer:
             metrics.restart_clock(self.step)
         return knn
 
-    def _report(self, loss: Tensor, metrics: Metrics | None, health: Health) -> float:
-        """The one place that waits for the device: statistics, counters and alarms of a logging step."""
+    def _report(self, figures: dict[str, Tensor], metrics: Metrics | None, health: Health) -> float:
+        """The one place that waits for the device: figures, counters and alarms of a logging step."""
         now = self.schedules(self.step - 1)
-        statistics = {"loss": loss, **self.dino.statistics(now.teacher_temp)}
-        packed = torch.stack([value.float() for value in statistics.values()])
+        packed = torch.stack([value.float() for value in figures.values()])
         self.ranks.mean_(packed)
-        values = dict(zip(statistics, packed.tolist(), strict=True))
+        values = dict(zip(figures, packed.tolist(), strict=True))
         counters = self.engine.counters()
         skipped, in_row, last = (int(counters[k]) for k in ("skipped", "skipped_in_row", "last_skipped"))
         if metrics:
@@ -212,7 +222,6 @@ class Trainer:
 
     def _knn(self, metrics: Metrics | None, epoch: int, before: float | None) -> float | None:
         """Weighted k-NN of the teacher on rank 0, while the others wait. One that fails is an alarm, not the end."""
-        self.engine.wait_teacher()
         if self.online_knn and metrics:
             backbone = self.engine.teacher.backbone
             assert isinstance(backbone, nn.Module)
@@ -264,13 +273,14 @@ class Trainer:
             self.config.run.local_batch, self.ranks.world_size, self.config.engine.accumulate,
         )  # fmt: skip
         engine, stage = self.config.engine.name, zero_stage(self.config, self.ranks)
-        modules = self.engine.student_network.modules()
+        network = self.engine.student_network
+        assert isinstance(network, Network)
         log.info(
-            "%s, %s on %s, attention by %s, loss and averages by %s",
+            "%s, %s on %s, %s, loss and averages by %s",
             f"{engine} ZeRO {stage}" if engine == "deepspeed" else engine,
             str(self.engine.dtype).removeprefix("torch."), self.ranks.device,
-            next((m.implementation() for m in modules if isinstance(m, Attention)), "the backbone's own code"),
-            "Triton kernels" if use_triton(self.dino.center) else "plain torch",
+            network.backbone.implementation,
+            "Triton kernels" if use_triton(torch.empty(0, device=self.ranks.device)) else "plain torch",
         )  # fmt: skip
         return Metrics(self.config.run.dir, self.step, self.total_steps, self.global_batch)
 
@@ -279,12 +289,8 @@ class Trainer:
         return self.config.run.dir / "checkpoints"
 
     def _shared(self) -> dict[str, Tensor]:
-        """Live tensors that are equal on all ranks and belong into a checkpoint: center, counters, buffers."""
-        shared = {"center": self.dino.center}
-        shared |= {f"counter.{name}": value for name, value in self.engine.counters().items()}
-        for role, network in (("student", self.engine.student_network), ("teacher", self.engine.teacher)):
-            shared |= {f"{role}.{name}": buffer for name, buffer in network.named_buffers()}
-        return shared
+        """Live tensors that are equal on all ranks and belong into a checkpoint."""
+        return {**self.method.state(), **self.engine.state()}
 
     def save(self) -> Path:
         """Writes a checkpoint of the present step and removes those that need not be kept."""
@@ -317,11 +323,8 @@ class Trainer:
                     "as it began. Keep local batch * ranks * engine.accumulate, and the images, as they were"
                 )
         saved = checkpoint.load(path, manifest, self.engine.fragments(), self.shapes)
-        prefix = "counter."
-        self.engine.load_counters({k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)})
         for name, live in self._shared().items():
-            if not name.startswith(prefix):
-                live.copy_(saved[name])
+            live.copy_(saved[name])
         self.engine.after_load()
         if self.ranks.is_main:
             log.info("resumed from %s", path)

@@ -9,12 +9,12 @@ from fastdino_kernels.losses.ibot_loss import ibot_loss
 from fastdino_kernels.losses.koleo_loss import koleo_loss
 from fastdino_kernels.losses.linear_ibot_loss import linear_ibot_loss
 from fastdino_kernels.losses.sinkhorn import sinkhorn
-from fastdino_kernels.optim.adamw_ema import Rates, adamw_ema_
+from fastdino_kernels.optim.adamw_ema import AdamWHyper, adamw_ema_
 from fastdino_kernels.optim.ema_update import ema_update_
 from fastdino_kernels.optim.segment_squares import Segments, make_segments, segment_squares
 
 __all__ = [
-    "Rates",
+    "AdamWHyper",
     "Segments",
     "adamw_ema_",
     "center_mean",

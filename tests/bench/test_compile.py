@@ -11,7 +11,7 @@ import torch
 
 import fastdino_kernels
 from bench.compile import cases
-from bench.compile.cases import CASES, NARROW
+from bench.compile.cases import CASES
 from bench.compile.offline import TARGETS, Report, compile_reports
 from tests.bench.conftest import run_python
 
@@ -37,7 +37,7 @@ def reports() -> Reports:
 def test_fit_for_every_target(case: str, reports: Reports) -> None:
     found = reports[case]
     assert {report.target for report in found} == set(TARGETS)
-    assert [line for report in found for line in report.problems(NARROW.get(report.kernel, frozenset()))] == []
+    assert [line for report in found for line in report.problems(CASES[case].narrow_accesses(report.kernel))] == []
     assert {report.kernel for report in found} == set(CASES[case].bytes)
 
 
@@ -63,7 +63,7 @@ from dataclasses import asdict
 from unittest import mock
 from bench.compile import offline
 from fastdino_kernels.optim import ema_update
-from bench.compile.cases import CASES, NARROW
+from bench.compile.cases import CASES
 with mock.patch.object(ema_update, "launch_config", lambda _: {config}):
     reports = offline.compile_reports(CASES["ema_update_ flat"].call, "sm_90")
 print(json.dumps({"spoiled": [asdict(report) for report in reports]}))

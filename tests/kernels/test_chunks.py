@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.counters import peak_bytes
 from bench.kernels import dino_loss as dino_bench
 from bench.kernels import ibot_loss as ibot_bench
-from fastdino_kernels import Rates, _chunks
+from fastdino_kernels import AdamWHyper, _chunks
 from fastdino_kernels.losses.dino_loss import dino_loss_reference
 from fastdino_kernels.losses.ibot_loss import ibot_loss_reference
 from fastdino_kernels.losses.sinkhorn import sinkhorn_reference
@@ -117,5 +117,5 @@ def test_a_gpu_has_few_launches(name: str, device: str) -> None:
             ibot_loss_reference(logits[0], logits[1], logits[0, 0].float(), logits[0, :, 0].float(), **TEMPS)
         else:
             flat, step = (torch.zeros(size, device=device) for size in ((2**24,), ()))
-            adamw_ema_reference_(flat, flat, flat, flat, flat, step, Rates(1e-3, 0.04, 0.9))
+            adamw_ema_reference_(flat, flat, flat, flat, flat, step, AdamWHyper(1e-3, 0.04, 0.9))
     assert (calls.number < 200) == (device == "cuda"), calls.number

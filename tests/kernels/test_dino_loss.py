@@ -1,13 +1,15 @@
 """dino_loss: the kernels and the reference against float64 and the published formula, and what they refuse."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastdino_kernels.losses import grouped_cross_entropy, soft_cross_entropy
+from bench.kernels.dino_loss_in_groups import dino_loss_in_groups
+from fastdino_kernels.losses import dino_loss as module
 from fastdino_kernels.losses.dino_loss import dino_loss, dino_loss_reference
 from fastdino_kernels.testing import assert_no_worse
 
@@ -38,7 +40,7 @@ SHAPES = [
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 64 and 32, so that a short row has several, and the two passes differ in them."""
     blocks = {"slice": {"BLOCK_K": 64, "num_warps": 1}, "gradient": {"BLOCK_K": 32, "num_warps": 2}}
-    monkeypatch.setattr(soft_cross_entropy, "launch_config", lambda num_prototypes, num_views: blocks)
+    monkeypatch.setattr(module, "launch_config", lambda num_prototypes: blocks)
 
 
 def random_inputs(
@@ -60,12 +62,14 @@ def loss_and_grad(implementation: Callable[..., Tensor], student: Tensor, *args:
     return [value.detach(), leaf.grad]
 
 
-def check(student: Tensor, teacher: Tensor, center: Tensor, **kwargs: Any) -> None:
+def check(
+    student: Tensor, teacher: Tensor, center: Tensor, implementation: Callable[..., Tensor] = dino_loss, **kwargs: Any
+) -> None:
     """Judges loss and gradient of the kernel."""
     dtype = student.dtype
     exact = loss_and_grad(dino_loss_reference, student.double(), teacher.double(), center.double())
     plain = loss_and_grad(dino_loss_reference, student, teacher, center)
-    fused = loss_and_grad(dino_loss, student, teacher, center, **kwargs)
+    fused = loss_and_grad(implementation, student, teacher, center, **kwargs)
     assert [x.dtype for x in fused] == [torch.float32, dtype]
     for got, ref, want in zip(fused, plain, exact, strict=True):
         assert_no_worse(got, ref, want)
@@ -158,14 +162,7 @@ def test_strides(offset: int) -> None:
     check(student[:, :1].expand(S, B, -1), teacher[:1].expand(T, B, -1), center)
 
 
-@pytest.fixture(params=[None, 1, 2], ids=["all images", "one by one", "two by two"])
-def group(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How many images have their gradient taken before the next ones' loss."""
-    if request.param:
-        monkeypatch.setattr(grouped_cross_entropy, "images_per_group", lambda num_images: request.param)
-
-
-@pytest.mark.usefixtures("small_blocks", "group")
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_kernel_inplace(dtype: torch.dtype) -> None:
     check(*random_inputs((4, 2, 3, 200), dtype), inplace_grad=True)
@@ -173,7 +170,14 @@ def test_kernel_inplace(dtype: torch.dtype) -> None:
     check(student.transpose(0, 1).contiguous().transpose(0, 1), teacher, center, inplace_grad=True)
 
 
-@pytest.mark.usefixtures("small_blocks", "group")
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("group", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_variant_in_groups(dtype: torch.dtype, group: int) -> None:
+    check(*random_inputs((4, 2, 3, 200), dtype), implementation=partial(dino_loss_in_groups, group=group))
+
+
+@pytest.mark.usefixtures("small_blocks")
 @BOTH
 def test_inplace_consumes_the_logits(implementation: Callable[..., Tensor]) -> None:
     student, teacher, center = random_inputs((4, 2, 2, 100))
@@ -240,7 +244,7 @@ def test_a_block_of_impossible_prototypes() -> None:
     check(student, teacher, center)
 
 
-@pytest.mark.usefixtures("small_blocks", "group")
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("grad_mode", [True, False])
 @BOTH
 def test_no_gradient_asked_for(implementation: Callable[..., Tensor], grad_mode: bool) -> None:
@@ -295,7 +299,7 @@ def test_refusals(case: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(10, 2, 8, 65536), (12, 2, 3, 65537), (4, 1, 2, 262144), (32, 2, 2, 4096)], ids=str)
 @pytest.mark.parametrize("inplace_grad", [False, True])
-def test_real_sizes(shape: tuple[int, int, int, int], dtype: torch.dtype, inplace_grad: bool, group: None) -> None:
+def test_real_sizes(shape: tuple[int, int, int, int], dtype: torch.dtype, inplace_grad: bool) -> None:
     check(*random_inputs(shape, dtype), inplace_grad=inplace_grad)
 
 

@@ -51,39 +51,41 @@ def on_device(momentum: float, dtype: torch.dtype | None) -> float | Tensor:
     return momentum if dtype is None else torch.tensor(momentum, dtype=dtype, device=DEVICE)
 
 
-def check(teacher: list[Tensor], student: list[Tensor], momentum: float | Tensor, shadow: list[Tensor] | None) -> None:
+def check(
+    teacher: list[Tensor], student: list[Tensor], momentum: float | Tensor, teacher_lp: list[Tensor] | None
+) -> None:
     """Updates by the kernel and judges every tensor; a list of one is passed as a tensor."""
     exact, plain = [t.clone().double() for t in teacher], [t.clone() for t in teacher]
     ema_update_reference_(exact, [s.double() for s in student], float(momentum))
     ema_update_reference_(plain, student, momentum)
     kept = [s.clone() for s in student]
-    args: list[Any] = [x[0] if x is not None and len(x) == 1 else x for x in (teacher, student, shadow)]
+    args: list[Any] = [x[0] if x is not None and len(x) == 1 else x for x in (teacher, student, teacher_lp)]
     ema_update_(args[0], args[1], momentum, args[2])
     for got, ref, want in zip(teacher, plain, exact, strict=True):
         torch.testing.assert_close(ref.double(), want, rtol=1e-6, atol=1e-6)  # by another path for mixed dtypes
         if got.numel():
             assert_no_worse(got, ref, want)
-    for copy, ref, want in zip(shadow or [], plain, exact, strict=shadow is not None):
+    for copy, ref, want in zip(teacher_lp or [], plain, exact, strict=teacher_lp is not None):
         if copy.numel():
             assert_no_worse(copy, ref.to(copy.dtype), want)
     assert all(torch.equal(s, k) for s, k in zip(student, kept, strict=True))
-    for written in [*teacher, *(shadow or [])]:
+    for written in [*teacher, *(teacher_lp or [])]:
         assert written._base is not None
         assert (written._base == 7.0).sum() == GUARD + written.storage_offset(), "wrote outside the tensor"
 
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("offset", [0, 1, 3])
-@pytest.mark.parametrize("shadow_dtype", [None, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("copy_dtype", [None, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("student_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_kernel(
-    lengths: tuple[int, ...], student_dtype: torch.dtype, shadow_dtype: torch.dtype | None, offset: int
+    lengths: tuple[int, ...], student_dtype: torch.dtype, copy_dtype: torch.dtype | None, offset: int
 ) -> None:
     teacher = random_list(lengths, torch.float32, 0, offset)
     student = random_list(lengths, student_dtype, 1, offset)
-    shadow = None if shadow_dtype is None else poisoned(teacher, shadow_dtype, offset)
-    check(teacher, student, 0.9, shadow)
+    teacher_lp = None if copy_dtype is None else poisoned(teacher, copy_dtype, offset)
+    check(teacher, student, 0.9, teacher_lp)
 
 
 @pytest.mark.parametrize("momentum_dtype", [None, torch.float32, torch.float64], ids=str)
@@ -91,8 +93,8 @@ def test_kernel(
 @pytest.mark.parametrize("lengths", [(3000,), (70, 2100)], ids=str)
 def test_momentum(lengths: tuple[int, ...], momentum: float, momentum_dtype: torch.dtype | None) -> None:
     teacher, student = random_list(lengths, torch.float32, 0), random_list(lengths, torch.float32, 1)
-    shadow = poisoned(teacher, torch.bfloat16)
-    check(teacher, student, on_device(momentum, momentum_dtype), shadow)
+    teacher_lp = poisoned(teacher, torch.bfloat16)
+    check(teacher, student, on_device(momentum, momentum_dtype), teacher_lp)
 
 
 @pytest.mark.parametrize("momentum_dtype", [None, torch.float32], ids=str)
@@ -102,10 +104,10 @@ def test_the_ends_are_exact(update: Any, bad: float, momentum_dtype: torch.dtype
     """Momentum 1 keeps the teacher and 0 takes the student, bit for bit, whatever the other one holds."""
     good, other = torch.randn(500, device=DEVICE), torch.full((500,), bad, device=DEVICE)
     for momentum, teacher, student in [(1.0, good.clone(), other), (0.0, other.clone(), good)]:
-        shadow = torch.zeros_like(good)
-        update(teacher, student, on_device(momentum, momentum_dtype), shadow)
+        teacher_lp = torch.zeros_like(good)
+        update(teacher, student, on_device(momentum, momentum_dtype), teacher_lp)
         assert torch.equal(teacher, good)
-        assert torch.equal(shadow, good)
+        assert torch.equal(teacher_lp, good)
 
 
 def test_a_nan_elsewhere_is_not_hidden() -> None:
@@ -173,8 +175,8 @@ REFUSED = {
     "length": (([X], [Y, Z], 0.5), "1 teacher tensors, but 2 of the student"),
     "shape": ((X, Y[:5], 0.5), r"student 0 is \(5,\)"),
     "same elements, other shape": ((X, Y.view(2, 3), 0.5), r"student 0 is \(2, 3\)"),
-    "shadow's shape": ((X, Y, 0.5, Z[:5]), r"shadow 0 is \(5,\)"),
-    "missing shadow": (([X], [Y], 0.5, []), "0 of the shadow"),
+    "teacher_lp's shape": ((X, Y, 0.5, Z[:5]), r"teacher_lp 0 is \(5,\)"),
+    "missing teacher_lp": (([X], [Y], 0.5, []), "0 of the teacher_lp"),
     "device": ((X, Y.to("meta"), 0.5), "on meta"),
     "strides": ((X.view(2, 3).t(), Y.view(3, 2), 0.5), "teacher 0 is not contiguous"),
     "integers": ((X, Y.long(), 0.5), "student 0 is torch.int64"),
@@ -182,7 +184,7 @@ REFUSED = {
     "student is teacher": ((X, X, 0.5), "shares memory"),
     "overlap": ((X[:4], X[2:], 0.5), "shares memory"),
     "teacher twice": (([X, X], [Y, Z], 0.5), "shares memory"),
-    "shadow is student": ((X, Y, 0.5, Y), "shares memory"),
+    "teacher_lp is student": ((X, Y, 0.5, Y), "shares memory"),
     "momentum": ((X, Y, 1.001), "momentum is 1.001"),
     "momentum is NaN": ((X, Y, float("nan")), "momentum is nan"),
     "momentum's shape": ((X, Y, torch.zeros(1)), "0-d tensor"),
@@ -203,8 +205,8 @@ def test_refused(case: str) -> None:
 @pytest.mark.parametrize("lengths", [(50_000_001,), (1_000_003, 65_536 * 256, 768, 589_824)], ids=str)
 def test_real_sizes(lengths: tuple[int, ...], student_dtype: torch.dtype) -> None:
     teacher, student = random_list(lengths, torch.float32, 0), random_list(lengths, student_dtype, 1)
-    shadow = poisoned(teacher, torch.bfloat16)
-    check(teacher, student, on_device(0.996, torch.float32), shadow)
+    teacher_lp = poisoned(teacher, torch.bfloat16)
+    check(teacher, student, on_device(0.996, torch.float32), teacher_lp)
 
 
 @on_gpu

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdino_kernels.losses import row_cross_entropy, soft_cross_entropy
+from fastdino_kernels.losses import ibot_loss as module
 from fastdino_kernels.losses.ibot_loss import ibot_loss, ibot_loss_reference
 from fastdino_kernels.losses.sinkhorn import sinkhorn
 from fastdino_kernels.testing import assert_no_worse
@@ -21,22 +21,14 @@ pytestmark = [
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TEMPS: dict[str, Any] = {"student_temp": 0.1, "teacher_temp": 0.07}
 UPSTREAM = -3.0  # what the loss is multiplied by before backward; neither 1 nor positive
+INPLACE = pytest.mark.parametrize("inplace_grad", [False, True])
 SHAPES = [(5, 192), (9, 257), (4, 7), (1, 200)]  # (M, K), in blocks of 64
 
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 64 and 32, so that a short row has several, and the two passes differ in them."""
-    blocks = {"slice": {"BLOCK_K": 64, "num_warps": 1}, "gradient": {"BLOCK_K": 32, "num_warps": 2}}
-    monkeypatch.setattr(soft_cross_entropy, "launch_config", lambda num_prototypes, num_views: blocks)
-    monkeypatch.setattr(row_cross_entropy, "launch_config", lambda num_prototypes: {"BLOCK_K": 64, "num_warps": 2})
-
-
-@pytest.fixture(params=["slices", "rows"])
-def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which kernels a call with inplace_grad runs; one without runs those of slices."""
-    monkeypatch.setattr(row_cross_entropy, "pays", lambda num_rows, device: request.param == "rows")
-    return str(request.param)
+    """Blocks of 64, so that a short row has several."""
+    monkeypatch.setattr(module, "launch_config", lambda num_prototypes: {"BLOCK_K": 64, "num_warps": 2})
 
 
 def random_inputs(shape: tuple[int, int], dtype: torch.dtype = torch.float32, scale: float = 1.0) -> list[Tensor]:
@@ -102,15 +94,37 @@ def test_published_formula(implementation: Callable[..., Tensor]) -> None:
 @pytest.mark.parametrize("scale", [1, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_kernel(shape: tuple[int, int], dtype: torch.dtype, scale: float, variant: str) -> None:
-    check(random_inputs(shape, dtype, scale), inplace_grad=variant == "rows")
+@INPLACE
+def test_kernel(shape: tuple[int, int], dtype: torch.dtype, scale: float, inplace_grad: bool) -> None:
+    check(random_inputs(shape, dtype, scale), inplace_grad=inplace_grad)
 
 
-def test_kernel_with_its_own_blocks(variant: str) -> None:
-    check(random_inputs((2, 4100)), inplace_grad=variant == "rows")
+@INPLACE
+def test_kernel_with_its_own_blocks(inplace_grad: bool) -> None:
+    check(random_inputs((2, 8300)), inplace_grad=inplace_grad)
 
 
-@pytest.mark.usefixtures("small_blocks", "variant")
+@pytest.mark.usefixtures("small_blocks")
+def test_backward_twice_without_inplace() -> None:
+    student, *others = random_inputs((5, 200))
+    kept = student.clone()
+    value = ibot_loss(student.requires_grad_(), *others, **TEMPS)
+    (scaled,) = torch.autograd.grad(value * UPSTREAM, student, retain_graph=True)
+    (grad,) = torch.autograd.grad(value, student)
+    torch.testing.assert_close(scaled, grad * UPSTREAM, rtol=1e-6, atol=1e-12)
+    assert torch.equal(student.detach(), kept)
+
+
+def test_upstream_gradient_enters_before_rounding() -> None:
+    """A fp16 gradient of 1 / K flushes to zero unless the loss scale is there first."""
+    student, teacher, center, weight = random_inputs((4, 300), torch.float16, 0.01)
+    leaf = student.requires_grad_()
+    value = ibot_loss(leaf, teacher, center, weight, student_temp=100.0, teacher_temp=0.1) * 1e-3
+    (scaled,) = torch.autograd.grad(value * 2.0**16, leaf)
+    assert (scaled[[0, 1, 3]] == 0).float().mean() < 0.01
+
+
+@pytest.mark.usefixtures("small_blocks")
 def test_strides_and_inplace() -> None:
     student, teacher, center, weight = random_inputs((6, 208))
     weight[2] = 1
@@ -125,7 +139,7 @@ def test_strides_and_inplace() -> None:
         torch.autograd.grad(value, logits)
 
 
-@pytest.mark.usefixtures("small_blocks", "variant")
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("implementation", [ibot_loss, ibot_loss_reference], ids=["kernel", "reference"])
 def test_no_grad_leaves_the_logits(implementation: Callable[..., Tensor]) -> None:
     kept, *others = random_inputs((5, 100))
@@ -135,7 +149,7 @@ def test_no_grad_leaves_the_logits(implementation: Callable[..., Tensor]) -> Non
     assert torch.equal(student.detach(), kept)
 
 
-@pytest.mark.usefixtures("small_blocks", "variant")
+@pytest.mark.usefixtures("small_blocks")
 def test_targets_from_sinkhorn() -> None:
     """The column scaling is all that the loss needs: softmax supplies the row's."""
     student, teacher, _, weight = random_inputs((9, 150))
@@ -146,7 +160,7 @@ def test_targets_from_sinkhorn() -> None:
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0)
 
 
-@pytest.mark.usefixtures("small_blocks", "variant")
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("which", [0, 1], ids=["student", "teacher"])
 def test_what_is_not_finite_shows(which: int, value: float) -> None:
@@ -168,11 +182,13 @@ def test_a_gradient_of_one_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(made.double(), exact, rtol=2e-5, atol=1e-6)
 
 
-def test_a_teachers_minus_infinity_is_a_probability_of_zero(small_blocks: None, variant: str) -> None:
+@pytest.mark.usefixtures("small_blocks")
+@INPLACE
+def test_a_teachers_minus_infinity_is_a_probability_of_zero(inplace_grad: bool) -> None:
     """Also where it fills the first block, so that nothing has a maximum yet."""
     student, teacher, center, weight = random_inputs((4, 200))
     teacher[1, :70] = -torch.inf
-    check([student, teacher, center, weight], inplace_grad=variant == "rows")
+    check([student, teacher, center, weight], inplace_grad=inplace_grad)
 
 
 def test_no_masked_patch() -> None:
@@ -211,5 +227,6 @@ def test_refusals(case: str) -> None:
 @pytest.mark.skipif(DEVICE == "cpu", reason="real sizes need a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(500, 65536), (65, 65537), (70000, 1000)], ids=str)
-def test_real_sizes(shape: tuple[int, int], dtype: torch.dtype, variant: str) -> None:
-    check(random_inputs(shape, dtype), inplace_grad=True)
+@INPLACE
+def test_real_sizes(shape: tuple[int, int], dtype: torch.dtype, inplace_grad: bool) -> None:
+    check(random_inputs(shape, dtype), inplace_grad=inplace_grad)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from bench.counters import peak_bytes
 from fastdino_kernels import _backend, _chunks
+from fastdino_kernels.losses import ibot_loss as rows
 from fastdino_kernels.losses import linear_ibot_loss as module
-from fastdino_kernels.losses import row_cross_entropy
 from fastdino_kernels.losses.linear_ibot_loss import linear_ibot_loss, linear_ibot_loss_reference
 from fastdino_kernels.losses.sinkhorn import sinkhorn
 from fastdino_kernels.testing import assert_no_worse
@@ -36,7 +36,7 @@ def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         if DEVICE == "cuda":
             pytest.skip("a GPU always runs the kernels")
         monkeypatch.setattr(_backend, "INTERPRETED", False)
-    monkeypatch.setattr(row_cross_entropy, "launch_config", lambda num_prototypes: {"BLOCK_K": 64, "num_warps": 2})
+    monkeypatch.setattr(rows, "launch_config", lambda num_prototypes: {"BLOCK_K": 64, "num_warps": 2})
     monkeypatch.setattr(module, "max_rows", lambda device_type: 8)
 
 

@@ -14,6 +14,7 @@ import torch
 from fastdino.distributed import Ranks
 from fastdino.training import checkpoint
 from fastdino.training.checkpoint import CheckpointError
+from tests.children import environment
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 SHAPES = {"head.v": [7, 5], "head.b": [11]}
@@ -131,8 +132,7 @@ def test_full_disk_leaves_older_checkpoints_and_says_so(tmp_path):
     """A write that the system refuses: the limit on a file's size stands for the full disk."""
     older = write(tmp_path, 1, random_flat(), [])
     script = f"""
-import resource, signal, sys, torch
-sys.path[:0] = {[str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "kernels")]!r}
+import resource, signal, torch
 from pathlib import Path
 from fastdino.distributed import Ranks
 from fastdino.training import checkpoint
@@ -143,7 +143,9 @@ class Part: name, start, stop, tensors = "w", 0, 100000, {{"param": torch.ones(1
 shared, shapes = {{"c": torch.ones(1)}}, {{"w": [100000]}}
 checkpoint.save(Path({str(tmp_path)!r}), 2, ALONE, pieces=[Part()], shared=shared, shapes=shapes, meta={{}})
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=False
+    )
     assert "CheckpointError" in done.stderr, done.stderr
     assert "Older checkpoints are whole" in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == [older.name]
@@ -159,8 +161,7 @@ def test_kill_at_any_point_leaves_the_newest_whole_checkpoint(tmp_path, point, w
     first = random_flat()
     write(tmp_path, 1, first, [])
     script = f"""
-import os, signal, sys, torch
-sys.path[:0] = {[str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "kernels")]!r}
+import os, signal, torch
 from pathlib import Path
 from fastdino.distributed import Ranks
 from fastdino.training import checkpoint
@@ -175,7 +176,9 @@ class Part: name, start, stop, tensors = "head.v", 0, 35, {{"param": torch.ones(
 shared, shapes = {{"c": torch.ones(1)}}, {{"head.v": [7, 5]}}
 checkpoint.save(Path({str(tmp_path)!r}), 2, ALONE, pieces=[Part()], shared=shared, shapes=shapes, meta={{}})
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=False
+    )
     assert done.returncode == -9, done.stderr
     found = checkpoint.newest(tmp_path)
     assert found is not None

@@ -57,7 +57,7 @@ def search_block(num_rows: int) -> int:
 
 
 @triton.jit
-def place(rows_ptr, image, M, BLOCK_M: tl.constexpr):
+def find_row(rows_ptr, image, M, BLOCK_M: tl.constexpr):
     # The m with rows[m] == image, or -1 where the image was dropped.
     found = -1
     for start in range(0, M, BLOCK_M):

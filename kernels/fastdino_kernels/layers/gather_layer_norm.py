@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from fastdino_kernels._backend import compute_dtype, operator
 from fastdino_kernels.layers._sample_drop import (
     check,
+    find_row,
     launch_config,
     load_vector,
     partial_sums,
-    place,
     search_block,
     takes_kernel,
     tile,
@@ -155,7 +155,7 @@ def _gradient_gather_kernel(
     # gradient comes out as the 0 that is due.
     image = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * TOKENS
-    m = place(rows_ptr, image, M, BLOCK_M).to(tl.int64)
+    m = find_row(rows_ptr, image, M, BLOCK_M).to(tl.int64)
     kept = m >= 0
     weight = load_vector(weight_ptr, D, BLOCK_D)
     grad_weight = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)

@@ -11,10 +11,10 @@ from torch.autograd.function import once_differentiable
 from fastdino_kernels._backend import compute_dtype, operator
 from fastdino_kernels.layers._sample_drop import (
     check,
+    find_row,
     launch_config,
     load_vector,
     partial_sums,
-    place,
     search_block,
     takes_kernel,
     tile,
@@ -160,7 +160,7 @@ def _scatter_add_kernel(
         image = tl.load(rows_ptr + m)
     else:
         image = tl.program_id(0).to(tl.int64)
-        m = place(rows_ptr, image, M, BLOCK_M).to(tl.int64)
+        m = find_row(rows_ptr, image, M, BLOCK_M).to(tl.int64)
     kept = m >= 0
     first = tl.program_id(1) * TOKENS
     factor = scale

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fastdino_kernels._backend import compute_dtype, operator, use_triton
-from fastdino_kernels.losses.soft_cross_entropy import dense_rows
+from fastdino_kernels._backend import compute_dtype, dense_rows, operator, use_triton
 
 MAX_WIDTH = 4096  # a row must fit in the registers of one program; wider ones go to plain torch
 

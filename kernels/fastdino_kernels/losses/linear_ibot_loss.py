@@ -7,10 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastdino_kernels._backend import compute_dtype, operator, use_triton
-from fastdino_kernels.losses.ibot_loss import ibot_loss_reference
-from fastdino_kernels.losses.row_cross_entropy import row_cross_entropy_
-from fastdino_kernels.losses.soft_cross_entropy import Terms
-from fastdino_kernels.losses.soft_cross_entropy_reference import reference_loss
+from fastdino_kernels.losses.ibot_loss import ibot_loss_reference, ibot_loss_rows_
+from fastdino_kernels.losses.soft_cross_entropy_reference import Terms, reference_loss
 
 
 def linear_ibot_loss(
@@ -165,7 +163,7 @@ def _loss_and_grad_(
     if not use_triton(logits) or torch.float64 in (logits.dtype, teacher_logits.dtype):
         return reference_loss(logits, teacher_logits, center, weight, terms, grad=logits if wanted else None)
     grad, student_logits = (logits, None) if wanted else (None, logits)
-    return row_cross_entropy_(grad, student_logits, teacher_logits, center, weight, *terms[:2])
+    return ibot_loss_rows_(grad, student_logits, teacher_logits, center, weight, *terms[:2])
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -1,20 +1,28 @@
 """The soft cross-entropy in plain torch: what defines the losses of DINO and iBOT, and what a CPU runs."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastdino_kernels._backend import compute_dtype, operator
+from fastdino_kernels._backend import check_single_backward, compute_dtype, dense_rows, operator
 from fastdino_kernels._chunks import chunks
-from fastdino_kernels.losses.soft_cross_entropy import Terms, consume, dense_rows
+
+
+class Terms(NamedTuple):
+    """Which cross-entropies are summed, and how."""
+
+    student_temp: float
+    teacher_temp: float
+    scale: float  # of the sum
+    other_views: bool  # only the pairs of different views, s != t
 
 
 def soft_cross_entropy_reference(
     student: Tensor, teacher: Tensor, center: Tensor, weight: Tensor | None, terms: Terms, inplace_grad: bool
 ) -> Tensor:
-    """:func:`soft_cross_entropy` in plain torch, also for fp64, which stays fp64: the tests' truth.
+    """The soft cross-entropy in plain torch, also for fp64, which stays fp64: the tests' truth.
 
     B may be 0, and student and teacher may be (B, K), one view of each.
     """
@@ -54,7 +62,7 @@ class _SoftCrossEntropyReference(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.inplace_grad:
-            consume(ctx)
+            check_single_backward(ctx)
         grad, ctx.grad = ctx.grad, None
         if grad is None:  # the first backward pass gave it away; this is another one, over a graph that was retained
             student, teacher, center, weight = ctx.saved_tensors

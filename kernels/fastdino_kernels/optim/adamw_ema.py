@@ -10,15 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdino_kernels._backend import operator, use_triton
+from fastdino_kernels._backend import lerp, operator, use_triton
 from fastdino_kernels._chunks import GPU_CHUNK_ELEMENTS
-from fastdino_kernels.optim.ema_update import ema_update_reference_, moved
+from fastdino_kernels.optim.ema_update import ema_update_reference_
 from fastdino_kernels.optim.segment_squares import BLOCK, Segments, check_divides, load_chunk
 
 PIECE = 2**17  # elements that a CPU works on at a time: several of its passes over them find them in the cache
 
 
-class Rates(NamedTuple):
+class AdamWHyper(NamedTuple):
     """The numbers of one step."""
 
     lr: float
@@ -35,13 +35,13 @@ def adamw_ema_(
     exp_avg_sq: Tensor,
     ema: Tensor,
     step: Tensor,
-    rates: Rates,
+    hyper: AdamWHyper,
     *,
     grad_scale: Tensor | None = None,
     segments: Segments | None = None,
     found_inf: Tensor | None = None,
-    param_shadow: Tensor | None = None,
-    ema_shadow: Tensor | None = None,
+    param_lp: Tensor | None = None,
+    ema_lp: Tensor | None = None,
 ) -> None:
     """A step of AdamW, then ema <- momentum * ema + (1 - momentum) * param; in place, and ``grad`` is only read.
 
@@ -57,25 +57,25 @@ def adamw_ema_(
         grad_scale: fp32 coefficient for clipping: 0-d, or with ``segments`` (num_segments,), one for each.
         segments: a division of the N elements into parameters, see :func:`~fastdino_kernels.make_segments`.
         found_inf: 0-d fp32; unless it is 0 nothing changes, bit for bit, whatever the gradient holds.
-        param_shadow, ema_shadow: (N,) contiguous, of any floating dtype; receive the results.
+        param_lp, ema_lp: (N,) contiguous, of any floating dtype; receive the results.
 
     Raises ValueError when a tensor's shape, dtype, device or strides do not fit, or a number is out of range.
     Source: Loshchilov and Hutter 2019, algorithm 2; Caron et al. 2021, algorithm 1.
     """
     flat = {"param": param, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema}
-    optional = {"param_shadow": param_shadow, "ema_shadow": ema_shadow}
-    _check_rates(rates)
+    optional = {"param_lp": param_lp, "ema_lp": ema_lp}
+    _check_hyper(hyper)
     _check_flat(flat | {name: x for name, x in optional.items() if x is not None})
     _check_scalars(param, step, found_inf, grad_scale, segments)
     parts = (None, None, None) if segments is None else segments
     with torch.no_grad():
         adamw_ema_flat_(
-            param, grad, exp_avg, exp_avg_sq, ema, step, rates.lr, rates.weight_decay, rates.momentum, rates.betas,
-            rates.eps, grad_scale, *parts, found_inf, param_shadow, ema_shadow,
+            param, grad, exp_avg, exp_avg_sq, ema, step, hyper.lr, hyper.weight_decay, hyper.momentum, hyper.betas,
+            hyper.eps, grad_scale, *parts, found_inf, param_lp, ema_lp,
         )  # fmt: skip
 
 
-@operator("param", "exp_avg", "exp_avg_sq", "ema", "param_shadow", "ema_shadow")
+@operator("param", "exp_avg", "exp_avg_sq", "ema", "param_lp", "ema_lp")
 def adamw_ema_flat_(
     param: Tensor,
     grad: Tensor,
@@ -93,22 +93,22 @@ def adamw_ema_flat_(
     chunks: Tensor | None,
     first_chunk: Tensor | None,
     found_inf: Tensor | None,
-    param_shadow: Tensor | None,
-    ema_shadow: Tensor | None,
+    param_lp: Tensor | None,
+    ema_lp: Tensor | None,
 ) -> None:
     """:func:`adamw_ema_` in the types of an operator. Here the addresses are known."""
-    rates = Rates(lr, weight_decay, momentum, (betas[0], betas[1]), eps)
+    hyper = AdamWHyper(lr, weight_decay, momentum, (betas[0], betas[1]), eps)
     segments = None
     if lengths is not None and chunks is not None and first_chunk is not None:
         segments = Segments(tuple(lengths), chunks, first_chunk)
     _check_apart(
-        param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, ema=ema, param_shadow=param_shadow,
-        ema_shadow=ema_shadow,
+        param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, ema=ema, param_lp=param_lp,
+        ema_lp=ema_lp,
     )  # fmt: skip
     update = _launch if use_triton(param) and param.dtype == torch.float32 else adamw_ema_reference_
     update(
-        param, grad, exp_avg, exp_avg_sq, ema, step, rates,
-        grad_scale=grad_scale, segments=segments, found_inf=found_inf, param_shadow=param_shadow, ema_shadow=ema_shadow,
+        param, grad, exp_avg, exp_avg_sq, ema, step, hyper,
+        grad_scale=grad_scale, segments=segments, found_inf=found_inf, param_lp=param_lp, ema_lp=ema_lp,
     )  # fmt: skip
 
 
@@ -120,13 +120,13 @@ def adamw_ema_reference_(
     exp_avg_sq: Tensor,
     ema: Tensor,
     step: Tensor,
-    rates: Rates,
+    hyper: AdamWHyper,
     *,
     grad_scale: Tensor | None = None,
     segments: Segments | None = None,
     found_inf: Tensor | None = None,
-    param_shadow: Tensor | None = None,
-    ema_shadow: Tensor | None = None,
+    param_lp: Tensor | None = None,
+    ema_lp: Tensor | None = None,
 ) -> None:
     """:func:`adamw_ema_` in plain torch: the CPU path and the definition that the kernel is tested against."""
     if found_inf is not None and found_inf.tolist() != 0:  # on a CPU there is nothing to wait for
@@ -136,13 +136,13 @@ def adamw_ema_reference_(
     for piece, scale in _pieces(lengths, scales, GPU_CHUNK_ELEMENTS if param.is_cuda else PIECE):
         g = grad[piece].to(param.dtype) if scale is None else grad[piece].to(param.dtype) * scale
         torch._fused_adamw_(
-            [param[piece]], [g], [exp_avg[piece]], [exp_avg_sq[piece]], [], [step], lr=rates.lr, beta1=rates.betas[0],
-            beta2=rates.betas[1], weight_decay=rates.weight_decay, eps=rates.eps, amsgrad=False, maximize=False,
+            [param[piece]], [g], [exp_avg[piece]], [exp_avg_sq[piece]], [], [step], lr=hyper.lr, beta1=hyper.betas[0],
+            beta2=hyper.betas[1], weight_decay=hyper.weight_decay, eps=hyper.eps, amsgrad=False, maximize=False,
         )  # fmt: skip
-        shadow = None if ema_shadow is None else ema_shadow[piece]
-        ema_update_reference_(ema[piece], param[piece], rates.momentum, shadow)
-        if param_shadow is not None:
-            param_shadow[piece].copy_(param[piece])
+        copy = None if ema_lp is None else ema_lp[piece]
+        ema_update_reference_(ema[piece], param[piece], hyper.momentum, copy)
+        if param_lp is not None:
+            param_lp[piece].copy_(param[piece])
 
 
 def _pieces(
@@ -156,11 +156,11 @@ def _pieces(
         start += length
 
 
-def _check_rates(rates: Rates) -> None:
-    if not 0 <= rates.momentum <= 1:
-        raise ValueError(f"momentum is {rates.momentum}, but the weight of the old teacher must be in [0, 1]")
-    if not all(0 <= beta < 1 for beta in rates.betas):
-        raise ValueError(f"betas are {rates.betas}, but the weights of the old moments must be in [0, 1)")
+def _check_hyper(hyper: AdamWHyper) -> None:
+    if not 0 <= hyper.momentum <= 1:
+        raise ValueError(f"momentum is {hyper.momentum}, but the weight of the old teacher must be in [0, 1]")
+    if not all(0 <= beta < 1 for beta in hyper.betas):
+        raise ValueError(f"betas are {hyper.betas}, but the weights of the old moments must be in [0, 1)")
 
 
 def _check_flat(tensors: dict[str, Tensor]) -> None:
@@ -172,7 +172,7 @@ def _check_flat(tensors: dict[str, Tensor]) -> None:
                 f"like param, which is {tuple(param.shape)} on {param.device}"
             )
         narrow = (torch.bfloat16, torch.float16, torch.float32)
-        if x.dtype != param.dtype and not (x.dtype in narrow and name in ("grad", "param_shadow", "ema_shadow")):
+        if x.dtype != param.dtype and not (x.dtype in narrow and name in ("grad", "param_lp", "ema_lp")):
             raise ValueError(f"{name} is {x.dtype}, but param is {param.dtype}")
     if param.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"param is {param.dtype}: AdamW and the teacher's average need fp32 or fp64")
@@ -211,25 +211,25 @@ def _launch(
     exp_avg_sq: Tensor,
     ema: Tensor,
     step: Tensor,
-    rates: Rates,
+    hyper: AdamWHyper,
     *,
     grad_scale: Tensor | None,
     segments: Segments | None,
     found_inf: Tensor | None,
-    param_shadow: Tensor | None,
-    ema_shadow: Tensor | None,
+    param_lp: Tensor | None,
+    ema_lp: Tensor | None,
 ) -> None:
     if not param.numel():
         return
-    b1, b2 = rates.betas
+    b1, b2 = hyper.betas
     # What would lose digits in fp32 is computed here.
-    numbers = (rates.lr, rates.lr * rates.weight_decay, 1 - rates.momentum, rates.eps)
+    numbers = (hyper.lr, hyper.lr * hyper.weight_decay, 1 - hyper.momentum, hyper.eps)
     decays = (1 - b1, 1 - b2, math.log(b1) if b1 else -math.inf, math.log(b2) if b2 else -math.inf)
     num_programs = triton.cdiv(param.numel(), BLOCK) if segments is None else len(segments.chunks)
     chunks = None if segments is None else segments.chunks
     with torch.cuda.device_of(param):
         _adamw_ema_kernel[(num_programs,)](
-            (param, grad, exp_avg, exp_avg_sq, ema, param_shadow, ema_shadow),
+            (param, grad, exp_avg, exp_avg_sq, ema, param_lp, ema_lp),
             (step, found_inf, grad_scale, chunks),
             param.numel(), numbers, decays, **launch_config(),
         )  # fmt: skip
@@ -251,8 +251,8 @@ def _adamw_ema_kernel(tensors, control, num_elements, numbers, decays, BLOCK: tl
             scale_ptr += segment
     scale = 1.0 if scale_ptr is None else tl.load(scale_ptr)
     step = tl.load(step_ptr)
-    correction1 = 1 / one_minus_exp(step * decays[2])
-    correction2 = 1 / one_minus_exp(step * decays[3])
+    correction1 = 1 / neg_expm1(step * decays[2])
+    correction2 = 1 / neg_expm1(step * decays[3])
     i = tl.max_contiguous(tl.arange(0, BLOCK), 4)  # 4 elements per thread in every dtype, see _ema_block
     if (low == 0) & (high >= BLOCK):
         _adamw_ema_block(tensors, start, i, None, scale, correction1, correction2, numbers, decays)
@@ -264,29 +264,29 @@ def _adamw_ema_kernel(tensors, control, num_elements, numbers, decays, BLOCK: tl
 @triton.jit
 def _adamw_ema_block(tensors, start, i, mask, scale, correction1, correction2, numbers, decays):
     lr, lr_decay, weight, eps = numbers
-    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, ema_ptr, param_shadow_ptr, ema_shadow_ptr = tensors
+    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, ema_ptr, param_lp_ptr, ema_lp_ptr = tensors
     param = tl.load(param_ptr + start + i, mask=mask)
     grad = tl.load(grad_ptr + start + i, mask=mask).to(tl.float32) * scale
     exp_avg = tl.load(exp_avg_ptr + start + i, mask=mask)
     exp_avg_sq = tl.load(exp_avg_sq_ptr + start + i, mask=mask)
     ema = tl.load(ema_ptr + start + i, mask=mask)
-    exp_avg = moved(exp_avg, grad, decays[0])
-    exp_avg_sq = moved(exp_avg_sq, grad * grad, decays[1])
+    exp_avg = lerp(exp_avg, grad, decays[0])
+    exp_avg_sq = lerp(exp_avg_sq, grad * grad, decays[1])
     param -= lr_decay * param
     param -= lr * correction1 * exp_avg / (tl.sqrt(exp_avg_sq * correction2) + eps)
-    ema = moved(ema, param, weight)
+    ema = lerp(ema, param, weight)
     tl.store(param_ptr + start + i, param, mask=mask)
     tl.store(exp_avg_ptr + start + i, exp_avg, mask=mask)
     tl.store(exp_avg_sq_ptr + start + i, exp_avg_sq, mask=mask)
     tl.store(ema_ptr + start + i, ema, mask=mask)
-    if param_shadow_ptr is not None:
-        tl.store(param_shadow_ptr + start + i, param.to(param_shadow_ptr.dtype.element_ty), mask=mask)
-    if ema_shadow_ptr is not None:
-        tl.store(ema_shadow_ptr + start + i, ema.to(ema_shadow_ptr.dtype.element_ty), mask=mask)
+    if param_lp_ptr is not None:
+        tl.store(param_lp_ptr + start + i, param.to(param_lp_ptr.dtype.element_ty), mask=mask)
+    if ema_lp_ptr is not None:
+        tl.store(ema_lp_ptr + start + i, ema.to(ema_lp_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def one_minus_exp(x):
+def neg_expm1(x):
     # 1 - e^x for x <= 0. Near 0 the difference would cancel: at step 1 and beta2 0.999 fp32 keeps 4 digits of 7.
     series = 1.0 + x * (1 / 8)
     for n in tl.static_range(7, 1, -1):
