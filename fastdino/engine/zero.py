@@ -9,11 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastdino.config import Config
+from fastdino.config import Config, ConfigError
 from fastdino.distributed import Ranks
 from fastdino.engine.optimizer import Shard
 from fastdino.engine.schedules import Now
 from fastdino.engine.torch_engine import BatchNorm, Engine, Fragment, TorchEngine
+from fastdino.launch import LaunchError
 
 __all__ = ["Engine", "Fragment", "build_engine", "deepspeed_config", "zero_stage"]
 
@@ -25,7 +26,7 @@ def build_engine(config: Config, student: nn.Module, teacher: nn.Module, ranks: 
         student, teacher: fp32 networks of equal names and shapes. Both are moved to the device, cast, and start as rank
             0's student, buffers included. Their parameters become views of flat buffers: make no optimizer of them.
 
-    Raises RuntimeError for batch normalisation over several processes without GPUs.
+    Raises ConfigError for batch normalisation over several processes without GPUs.
     """
     student, teacher = (_prepare(network, ranks) for network in (student, teacher))
     if ranks.world_size > 1:
@@ -49,7 +50,7 @@ def _prepare(network: nn.Module, ranks: Ranks) -> nn.Module:
     """On the device, with batch statistics over all ranks where there are any, as in DINO v1."""
     if ranks.world_size > 1 and any(isinstance(m, BatchNorm) for m in network.modules()):
         if ranks.device.type == "cpu":
-            raise RuntimeError(
+            raise ConfigError(
                 f"batch normalisation over {ranks.world_size} processes needs GPUs, because torch's SyncBatchNorm has "
                 "no CPU path: use one process, head.batch_norm=False or a backbone without it"
             )
@@ -98,7 +99,7 @@ def _import_deepspeed(ranks: Ranks) -> Any:
     from deepspeed.accelerator import get_accelerator
 
     if get_accelerator().device_name() != device.type:
-        raise RuntimeError(
+        raise LaunchError(
             f"DeepSpeed was imported for {get_accelerator().device_name()} before the engine asked for {device.type}: "
             f"set DS_ACCELERATOR={device.type}"
         )

@@ -51,6 +51,8 @@ class TrainingDiverged(UserError, RuntimeError):
 class Preempted(UserError, RuntimeError):
     """SIGTERM or SIGUSR1 ended the run after a checkpoint; the same command resumes it."""
 
+    exit_code = 85  # lets a job script tell a notice, after which it requeues, from an error that will come again
+
 
 def train(config: Config) -> Result:
     """Trains the run in ``config.run.dir``, from its newest checkpoint if it has one.
