@@ -33,11 +33,8 @@ LOCAL_BATCH = 16  # so that arithmetic is as much of the step as dispatch
 
 def main() -> int:
     torch.set_num_threads(1)
-    ranks = distributed.init("cpu")
-    try:
+    with distributed.init("cpu") as ranks:
         ratios = sorted(measure(ranks)["ratio"] for _ in range(5))
-    finally:
-        distributed.shutdown()
     where = provenance(ranks.device, "bench.ratio")
     write(RATIO, {"provenance": where, "ratio": ratios[2], "lowest": ratios[0], "highest": ratios[-1]})
     print(ratios)

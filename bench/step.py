@@ -62,13 +62,10 @@ def main() -> int:
     path, where = result_path("step", device), provenance(device, "bench.step")
     changed = options.rounds or options.no_compile or options.out
     part = bool(options.arch) and not changed and may_add(path, "provenance", where)
-    ranks = distributed.init("cuda" if device.type == "cuda" else "cpu")
-    try:
+    with distributed.init("cuda" if device.type == "cuda" else "cpu") as ranks:
         rounds = options.rounds or ROUNDS[device.type]
         archs = options.arch or ARCHS[device.type]
         cases = [measure(arch, ranks, rounds, compiled=not options.no_compile) for arch in archs]
-    finally:
-        distributed.shutdown()
     document = {"provenance": where, "cases": cases}
     if part:
         add(path, document, "provenance", "cases", lambda case: case["arch"])
@@ -146,7 +143,7 @@ def build(config: Config, ranks: Ranks, folder: Path, compiled: bool) -> dict[st
 
 
 def _train_step(trainer: Trainer, batch: Batch) -> Tensor:
-    return trainer.train_step([batch])
+    return trainer.train_step([batch])["loss"]
 
 
 def _warm_up(device: torch.device) -> None:

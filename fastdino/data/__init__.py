@@ -7,14 +7,13 @@ from fastdino.data.sources.folder import FolderSource, split_folders
 from fastdino.data.sources.shapes import ShapesSource
 from fastdino.data.sources.source import Source, open_source
 from fastdino.data.views import normalize
-from fastdino.data.workers import Interrupted, WorkerDied
+from fastdino.data.workers import WorkerDied
 
 __all__ = [
     "BadData",
     "BadImage",
     "Batch",
     "FolderSource",
-    "Interrupted",
     "Masks",
     "ShapesSource",
     "Source",

@@ -1,7 +1,7 @@
 """Batches of views for training, and labelled images for evaluation."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -90,7 +90,7 @@ class TrainBatches:
         return self
 
     def __next__(self) -> Batch:
-        """The next micro batch, on the device. Raises BadData, WorkerDied and Interrupted."""
+        """The next micro batch, on the device. Raises BadData and WorkerDied."""
         if self._stream is None:
             return self._next_on_host().to(self.device)
         batch = self._ahead or self._upload()
@@ -142,17 +142,12 @@ def train_batches(
     world_size: int,
     start_step: int,
     device: torch.device,
-    interrupted: Callable[[], bool] = lambda: False,
 ) -> TrainBatches:
     """This rank's micro batches from ``start_step`` on, ``config.engine.accumulate`` per step, on ``device``, endless.
 
     A batch is a pure function of (config, source, step, micro batch, rank): it does not depend on the number of workers
     or on where the run was resumed. On a GPU the next batch is copied on a stream of its own while one is in use.
     An unreadable image is replaced by another, counted, logged and named in ``Batch.bad``.
-
-    Args:
-        interrupted: whether the process was asked to stop. A wait for a batch that goes on for 4 more seconds then ends
-            with Interrupted, so a read that hangs cannot hold up the end; without workers it can.
 
     Raises ConfigError when the source does not fill a global batch, WorkerDied when no worker can be started.
     """
@@ -167,9 +162,7 @@ def train_batches(
     num_workers = affordable(config.data.num_workers)
     if num_workers < config.data.num_workers and rank == 0:
         log.info("data.num_workers=%d lowered to %d, what this process can use", config.data.num_workers, num_workers)
-    batches = MadeAhead(
-        _Views(config, source), num_workers, interrupted, batch_sampler=keys, pin_memory=device.type == "cuda"
-    )
+    batches = MadeAhead(_Views(config, source), num_workers, batch_sampler=keys, pin_memory=device.type == "cuda")
     return TrainBatches(batches, plan, start_step, config.data.max_bad, device)
 
 

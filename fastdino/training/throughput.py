@@ -1,12 +1,9 @@
 """How fast a recipe trains on this machine, and whether the input pipeline or the step holds it back."""
 
-import dataclasses
 import math
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -58,27 +55,22 @@ class Throughput:
 
 
 def measure(config: Config) -> Throughput:
-    """Trains for about a minute in a temporary run folder; nothing is kept.
+    """Trains for about a minute; nothing is kept.
 
     Every rank calls it, under any launcher. Raises what :func:`fastdino.training.trainer.train` raises.
     """
-    ranks = distributed.init(config.engine.device)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            run = dataclasses.replace(config.run, dir=Path(folder) / "run")  # no checkpoint is written
-            trainer = Trainer(dataclasses.replace(config, run=run), ranks)
+    with distributed.init(config.engine.device) as ranks:
+        trainer = Trainer(config, ranks)
 
-            def fetch() -> list[Batch]:
-                return [next(trainer.batches) for _ in range(config.engine.accumulate)]
+        def fetch() -> list[Batch]:
+            return [next(trainer.batches) for _ in range(config.engine.accumulate)]
 
-            training = _rate(lambda: trainer.train_step(fetch()), trainer)
-            views = fetch()
-            step = _rate(lambda: trainer.train_step(views), trainer)
-            pipeline = _rate(fetch, trainer)
+        training = _rate(lambda: trainer.train_step(fetch()), trainer)
+        views = fetch()
+        step = _rate(lambda: trainer.train_step(views), trainer)
+        pipeline = _rate(fetch, trainer)
         memory = torch.cuda.max_memory_allocated() / 1e9 if ranks.device.type == "cuda" else 0.0
         return Throughput(training, step, pipeline, affordable(config.data.num_workers), memory)
-    finally:
-        distributed.shutdown()
 
 
 def _rate(work: Callable[[], object], trainer: Trainer) -> float:
@@ -87,7 +79,7 @@ def _rate(work: Callable[[], object], trainer: Trainer) -> float:
         work()
     _wait(trainer)
     started, steps = time.perf_counter(), 0
-    while steps < 3 or distributed.any_rank(time.perf_counter() - started < SECONDS):
+    while steps < 3 or trainer.ranks.any(time.perf_counter() - started < SECONDS):
         work()
         steps += 1
     _wait(trainer)
@@ -97,4 +89,4 @@ def _rate(work: Callable[[], object], trainer: Trainer) -> float:
 def _wait(trainer: Trainer) -> None:
     if trainer.ranks.device.type == "cuda":
         torch.cuda.synchronize()
-    distributed.barrier()
+    trainer.ranks.barrier()

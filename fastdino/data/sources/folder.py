@@ -19,17 +19,41 @@ from fastdino.data.sources.decode import MAX_PIXELS, decode, extensions, peak_of
 
 log = logging.getLogger(__name__)
 
-_SPLITS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
-}
 _SAMPLE = 8  # files that are looked at for unused bits
 _UNUSED_BELOW = 4096  # a 16-bit image without a value from here on uses 12 bits or fewer
+
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+"""The split that a folder's name in lower case stands for. Such a name is never that of a class."""
+
+
+def split_folders(root: str | Path) -> dict[str, Path]:
+    """The folders directly below ``root`` that hold a split of the data: "train", "val" and "test", those that exist.
+
+    Raises ConfigError when two folders stand for one split.
+    """
+    found: dict[str, Path] = {}
+    for folder in _folders(Path(os.path.expanduser(root))):
+        split = SPLITS.get(folder.name.lower())
+        if split is None:
+            continue
+        if split in found:
+            raise ConfigError(
+                f"{root} holds {found[split].name}/ and {folder.name}/, two folders of one split: rename one of them"
+            )
+        found[split] = folder
+    return found
+
+
+def _folders(root: Path) -> list[Path]:
+    """Those below ``root`` by name; none where it cannot be listed, which reading its images will say."""
+    try:
+        return sorted(path for path in root.iterdir() if path.is_dir())
+    except (OSError, ValueError):
+        return []
 
 
 class FolderSource:
@@ -70,7 +94,11 @@ class FolderSource:
     def read(self, index: int) -> tuple[Image.Image, int]:
         """RGB image and label (-1: directly under the root); raises BadImage."""
         image = decode(self._path(index), self.name(index), self._max_pixels, self._bits)
-        return image, int(self._labels[index])
+        return image, self.label(index)
+
+    def label(self, index: int) -> int:
+        """The label alone, without reading the image."""
+        return int(self._labels[index])
 
     def name(self, index: int) -> str:
         """Path below the root."""
@@ -100,26 +128,6 @@ class FolderSource:
             "16-bit images of %s hold no value over %d of 65535 (%d looked at), so they are nearly black: %s",
             _printable(self.root), highest, len(peaks), remedy,
         )  # fmt: skip
-
-
-def split_folders(root: str | Path) -> dict[str, Path]:
-    """Folders directly below ``root`` that are named like a part of a data set: ``train``, ``val`` and ``test``, those
-    that are there. These names, in any case, are no classes; empty when there is none or ``root`` cannot be listed.
-
-    Raises ConfigError when two folders claim the same part.
-    """
-    found: dict[str, Path] = {}
-    try:
-        folders = sorted(path for path in Path(os.path.expanduser(root)).iterdir() if path.is_dir())
-    except (OSError, ValueError):
-        return {}  # FolderSource says what is wrong with it
-    for path in folders:
-        part = _SPLITS.get(path.name.lower())
-        if part in found:
-            raise ConfigError(f"{root} holds {found[part].name}/ and {path.name}/: which is meant? Rename one")
-        if part:
-            found[part] = path
-    return found
 
 
 def _check_folder(root: bytes) -> None:

@@ -21,6 +21,9 @@ class Source(Protocol):
     def read(self, index: int) -> tuple[Image.Image, int]:
         """RGB image and class (-1: none). Raises BadImage when the image cannot be read."""
 
+    def label(self, index: int) -> int:
+        """The class alone (-1: none), at no cost."""
+
     def name(self, index: int) -> str:
         """What to call the image in a message."""
 

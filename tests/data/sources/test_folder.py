@@ -256,13 +256,6 @@ def test_split_folders(tmp_path, names, found):
     assert len(open_source(str(tmp_path / found["train"]), DataConfig())) == 1
 
 
-def test_two_folders_for_one_part(tmp_path):
-    for name in ("val", "Validation"):
-        (tmp_path / name).mkdir()
-    with pytest.raises(ConfigError, match="holds Validation/ and val/: which is meant"):
-        split_folders(tmp_path)
-
-
 def test_a_home_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "x" / "train" / "a.png")
