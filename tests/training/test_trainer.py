@@ -28,6 +28,7 @@ from fastdino.config import (
     RunConfig,
     ViewsConfig,
 )
+from fastdino.data import Batch
 from fastdino.training import checkpoint
 from fastdino.training.run_folder import read_config
 from fastdino.training.trainer import Trainer, TrainingDiverged
@@ -215,12 +216,13 @@ def test_a_step_never_waits_for_the_device(tmp_path, overrides):
 def test_a_run_that_diverges_stops_and_names_the_step(tmp_path, monkeypatch):
     """Views of NaN from step 3 on: those steps change nothing, are counted, and end the run."""
     config = tiny(tmp_path / "run", run__max_nonfinite=3)
-    original = Trainer._groups
-    monkeypatch.setattr(
-        Trainer,
-        "_groups",
-        lambda self, batch: [g * (torch.nan if self.step >= 3 else 1) for g in original(self, batch)],
-    )
+    original = Trainer._normalized
+
+    def spoilt(self: Trainer, batch: Batch) -> Batch:
+        views = original(self, batch).views
+        return Batch({name: group * (torch.nan if self.step >= 3 else 1) for name, group in views.items()})
+
+    monkeypatch.setattr(Trainer, "_normalized", spoilt)
     with pytest.raises(TrainingDiverged, match=r"3 steps in a row up to step 5 .*max_nonfinite=3"):
         fastdino.train(config)
     monkeypatch.undo()
