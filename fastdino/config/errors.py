@@ -2,7 +2,9 @@
 
 
 class UserError(Exception):
-    """Something that a user can mend; the message says what, where and what to do. The command exits with code 2."""
+    """Something that a user can mend; the message says what, where and what to do. The command ends with it."""
+
+    exit_code = 2
 
 
 class ConfigError(UserError, ValueError):

@@ -1,5 +1,6 @@
 """What the CLS token looks at: attention per head, pictures of it, and how well it covers the objects."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,7 +166,7 @@ class AttentionMaps(Evaluation):
 
     def _sheet(self, folder: Path) -> Path:
         out = folder if self.out is None else self.out.expanduser()
-        if out.is_dir():
+        if os.path.isdir(out):  # unlike Path.is_dir, false whatever the file system answers
             return out / "attention.png"
         if out.suffix.lower() != ".png":
             raise ConfigError(f"--out={str(out)!r} must end in .png: the sheet is a PNG; or name a folder that exists")

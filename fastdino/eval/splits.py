@@ -78,18 +78,20 @@ def _check(sets: Sets, root: str) -> None:
             f"{root} holds {sets.bank.labels} where folders of classes should be: give the one with these"
         )
     if differ := sorted(set(sets.bank.labels) ^ set(sets.test.labels)):
-        some = ", ".join(differ[:4]) + (", ..." if len(differ) > 4 else "")
-        raise ConfigError(f"bank and test images of {root} must be of the same classes; only one of them has {some}")
-    for source in sets[:2]:
-        astray = [index for index in range(len(source)) if source.label(index) < 0]
-        if astray:
-            some = ", ".join(map(source.name, astray[:4])) + (", ..." if len(astray) > 4 else "")
-            raise ConfigError(
-                f"{len(astray)} images of {root} are in no class folder ({some}): move them into one or take them out"
-            )
+        raise ConfigError(f"bank and test images of {root} must be of the same classes; one lacks {_some(differ)}")
+    both = sets.bank, sets.test
+    if astray := [source.name(i) for source in both for i in range(len(source)) if source.label(i) < 0]:
+        raise ConfigError(
+            f"in no class folder of {root}: {_some(astray)} ({len(astray)} in all). Move them into one or take them out"
+        )
+    for source in both:
         _check_readable(source, root)
     if len({sets.bank.label(index) for index in range(len(sets.bank))}) < 2:
         raise ConfigError(f"the bank of {root} has images of one class only: k-NN needs 2 or more")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def _check_readable(source: Source, root: str) -> None:
