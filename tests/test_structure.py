@@ -123,6 +123,12 @@ def test_no_package_or_module_is_named_kernels():
     assert not [p for folder in ("fastdino", "kernels", "bench", "tests") for p in (ROOT / folder).rglob("kernels.py")]
 
 
+def test_children_of_tests_inherit_the_path():
+    """A machine may keep its packages on PYTHONPATH: tests.children adds to it, nobody replaces it."""
+    users = {path.name for path in ROOT.glob("tests/**/*.py") if "PYTHONPATH" in path.read_text()}
+    assert users == {"children.py", "test_record.py", Path(__file__).name}
+
+
 def test_text_is_ascii_and_names_no_package_registry():
     for path in [*PACKAGES, *ROOT.glob("tests/**/*.py"), *ROOT.glob("bench/**/*.py"), *ROOT.glob("*.md")]:
         text = path.read_text()
