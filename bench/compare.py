@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from bench.record import ROOT
+from bench.record import ROOT, python_path
 from bench.timing import Ratio, paired_ratio
 
 SLOWER = 1.05  # the interval's lower end above it is a regression, if a second run agrees
@@ -33,7 +33,7 @@ class Side:
 
     def __init__(self, tree: Path, device: str, case: str) -> None:
         command = [sys.executable, "-m", "bench.compare_side", device, case]
-        env = os.environ | {"PYTHONPATH": f"{tree}:{tree / 'kernels'}"}
+        env = os.environ | {"PYTHONPATH": python_path(tree)}
         self.process = subprocess.Popen(
             command, cwd=tree, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

@@ -106,7 +106,7 @@ def check(paths: list[Path], config: ViewsConfig) -> None:
     for index, path in enumerate(paths):
         image = data_peers.read_pil(path)
         params = sample_params(0, 0, index, config, image.size)
-        ours.append([view for group in apply(image, params, config) for view in group])
+        ours.append([view for group in apply(image, params, config).values() for view in group])
         for number, (a, b) in enumerate(zip(ours[-1], data_peers.same_draws(image, params, config), strict=True)):
             assert torch.equal(a, b), f"no figure: view {number} of image {index} differs from torchvision's"
     data_peers.seed_all(0)

@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from fastdino.config import ViewsConfig
-from fastdino.data.views import JITTER, JITTER_ORDERS, SOLARIZE_THRESHOLD, Column
+from fastdino.data.views.params import JITTER, JITTER_ORDERS, SOLARIZE_THRESHOLD, Column
 
 BICUBIC = v2.InterpolationMode.BICUBIC
 BLUR_RADIUS = (0.1, 2.0)

@@ -98,7 +98,7 @@ class Peer:
 
     def forward(self, batch: Batch, teacher_temp: float) -> Tensor:
         """Forward passes and the loss, which moves the center."""
-        groups = [batch.global_views] + ([batch.local_views] if len(batch.local_views) else [])
+        groups = list(batch.views.values())
         views = [((x.flatten(0, 1).float() / 255) - self.mean) / self.std for x in groups]
         size = groups[0].shape[1]
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import subprocess
@@ -45,6 +46,11 @@ def provenance(device: torch.device, module: str) -> dict[str, Any]:
         "command": " ".join(["python -m", module, *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def python_path(tree: Path = ROOT) -> str:
+    """PYTHONPATH of a child: ``tree``'s code, then what this process was given, where its packages may be."""
+    return os.pathsep.join(filter(None, [str(tree), str(tree / "kernels"), os.environ.get("PYTHONPATH")]))
 
 
 def commit() -> str:

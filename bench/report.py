@@ -78,9 +78,9 @@ def counts_table(results: Path) -> str:
     return _table(header, rows)
 
 
-def static_table(results: Path) -> str:
+def compile_table(results: Path) -> str:
     """What the compiler reports of each kernel for sm_90, and the bound that follows on an H200."""
-    document = json.loads((results / "static.json").read_text())
+    document = json.loads((results / "compile.json").read_text())
     rows = []
     for case, kernels in document["cases"].items():
         for kernel, reports in kernels.items():
@@ -188,7 +188,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "kernels": kernels_table,
     "step": step_table,
     "counts": counts_table,
-    "static": static_table,
+    "compile": compile_table,
     "demo": demo_table,
     "ceilings": ceilings_table,
     "attention": attention_table,

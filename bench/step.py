@@ -105,7 +105,7 @@ def measure(arch: str, ranks: Ranks, rounds: int, compiled: bool) -> dict[str, A
 def _figures(
     contender: Contender, name: str, config: Config, seconds: dict[str, list[float]], batch: Batch, peak_flops: float
 ) -> dict[str, Any]:
-    device = batch.global_views.device
+    device = batch.views["global"].device
     median = statistics.median(seconds[name])
     with OpCounts() as counts:
         contender.step(batch)
@@ -143,7 +143,7 @@ def build(config: Config, ranks: Ranks, folder: Path, compiled: bool) -> dict[st
 
 
 def _train_step(trainer: Trainer, batch: Batch) -> Tensor:
-    return trainer.train_step([batch])
+    return trainer.train_step([batch])["loss"]
 
 
 def _warm_up(device: torch.device) -> None:

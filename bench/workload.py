@@ -18,6 +18,7 @@ from fastdino.config import (
     ViewsConfig,
 )
 from fastdino.data import Batch
+from fastdino.data.views import groups
 from fastdino.distributed import Ranks
 from fastdino.model.vit import SIZES
 from fastdino.training.trainer import Trainer
@@ -71,12 +72,15 @@ def nano_config(
 
 def random_batch(config: Config, device: torch.device, seed: int) -> Batch:
     """Views of noise, as the loader would hand them over."""
-    sides, size = (config.views.global_size, config.views.local_size), config.run.local_batch
-    counts = (2, config.views.num_local)
-    shapes = [(count, size, 3, side, side) for count, side in zip(counts, sides, strict=True)]
+    size = config.run.local_batch
+    shapes = {name: (count, size, 3, side, side) for name, (count, side) in groups(config.views).items()}
     generator = torch.Generator(device).manual_seed(seed)
-    views = [torch.randint(256, s, generator=generator, device=device, dtype=torch.uint8) for s in shapes]
-    return Batch(views[0], views[1])
+    return Batch(
+        {
+            name: torch.randint(256, shape, generator=generator, device=device, dtype=torch.uint8)
+            for name, shape in shapes.items()
+        }
+    )
 
 
 def build_trainer(config: Config, ranks: Ranks, folder: Path) -> Trainer:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdino.config import ConfigError
+from fastdino.config import ConfigError, UserError
 from fastdino.launch import LaunchError, Place, place
 
 # Hosts wait as long as one of them works: rank 0 evaluates and writes. One that died shows by its closed connection.
@@ -95,6 +95,17 @@ class Ranks:
             return bool(told)
 
         return answer
+
+    def on_main(self, work: Callable[[], None]) -> None:
+        """``work`` on rank 0, while the others wait; a UserError that it raises ends them all."""
+        problem: UserError | None = None
+        if self.is_main:
+            try:
+                work()
+            except UserError as error:
+                problem = error
+        if self.any(problem is not None):
+            raise problem or UserError("rank 0 refused the run: its message says why")
 
     def leave_with(self, destroy: Callable[[], None]) -> None:
         """Leaves the group through ``destroy`` in the end, which forgets more than torch's own does."""

@@ -1,7 +1,6 @@
 """The command as a user meets it: what it says to a wrong word, and the path from training to weights in timm."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,8 +10,8 @@ import pytest
 
 from fastdino import cli
 from fastdino.training.trainer import Preempted
+from tests.children import environment
 
-ROOT = Path(__file__).parents[1]
 TINY = [
     *("--model.arch", "vit_nano", "--model.patch-size", 8, "--model.pos-embed", "sincos"),
     *("--views.global-size", 32, "--views.local-size", 16, "--views.num-local", 2),
@@ -25,8 +24,7 @@ TINY = [
 
 def fastdino(*arguments: object, code: int = 0, **variables: str) -> subprocess.CompletedProcess:
     """The command in a process; ``variables`` are added to its environment."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", "COLUMNS": "80"} | variables
+    env = environment(**{"COLUMNS": "80", **variables})
     command = [sys.executable, "-m", "fastdino", *map(str, arguments)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == code, done.stderr

@@ -1,6 +1,5 @@
 """Ranks that come together under every launcher and none, talk, and leave; and what they say when they cannot."""
 
-import os
 import signal
 import socket
 import subprocess
@@ -15,8 +14,8 @@ from fastdino import distributed
 from fastdino.config import ConfigError
 from fastdino.distributed import Ranks, _gpu, _rendezvous, init
 from fastdino.launch import LaunchError, Place
+from tests.children import environment
 
-ROOT = Path(__file__).parents[1]
 PROGRAM = """
 import sys
 import torch
@@ -45,12 +44,6 @@ SLURM = {
 }
 
 
-def bare_environment() -> dict[str, str]:
-    dropped = ("SLURM_", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_", "OMPI_", "PMI")
-    env = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    return env | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-
-
 def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -60,9 +53,7 @@ def free_port() -> str:
 def outputs(environments: list[dict[str, str]]) -> list[str]:
     command = [sys.executable, "-c", PROGRAM]
     processes = [
-        subprocess.Popen(
-            command, env=bare_environment() | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        subprocess.Popen(command, env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for env in environments
     ]
     finished = [process.communicate(timeout=200) for process in processes]
@@ -84,7 +75,7 @@ def test_deepspeed_launcher(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus=2", f"--master_port={free_port()}"]
-    done = subprocess.run([*command, str(program)], env=bare_environment(), capture_output=True, text=True, timeout=200)
+    done = subprocess.run([*command, str(program)], env=environment(), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert {"0 2 0 cpu 0.5 True False", "1 2 1 cpu 0.5 True False"} <= set(done.stdout.splitlines())
 
@@ -128,7 +119,7 @@ def test_ranks_that_do_not_come_are_named(
 
 
 def test_a_rank_that_waits_hears_ctrl_c() -> None:
-    env = bare_environment() | {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+    env = environment() | {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
     code = "import logging; logging.basicConfig(level=20)\n" + PROGRAM
     waiting = subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.PIPE, text=True)
     assert waiting.stderr is not None

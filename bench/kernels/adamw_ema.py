@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from bench.kernels.case import OURS, PLAIN, Bound, Case, Variant, generator, parse_shape
-from fastdino_kernels import Rates, adamw_ema_
-from fastdino_kernels.adamw_ema import adamw_ema_reference_
+from fastdino_kernels import AdamWHyper, adamw_ema_
+from fastdino_kernels.optim.adamw_ema import adamw_ema_reference_
 
-RATES = Rates(lr=5e-4, weight_decay=0.04, momentum=0.996)
+HYPER = AdamWHyper(lr=5e-4, weight_decay=0.04, momentum=0.996)
 STEPS_BEFORE = 10.0
 # Number of tensors, which the peers see, and of parameters. ViT-S, ViT-B, ViT-L; on a CPU a tenth of ViT-S.
 SHAPES = {"cuda": ["150,22000000", "150,86000000", "294,304000000"], "cpu": ["150,2200000"]}
@@ -23,7 +23,7 @@ class Inputs(NamedTuple):
     exp_avg: Tensor
     exp_avg_sq: Tensor
     ema: Tensor
-    shadow: Tensor  # bf16
+    ema_lp: Tensor  # bf16
     step: Tensor
     scale: Tensor
     pieces: int
@@ -40,8 +40,8 @@ def _case(device: torch.device, shape: str, compiled: bool) -> Case:
     def make(seed: int) -> Inputs:
         random: dict[str, Any] = {"generator": generator(device, seed), "device": device}
         param, grad, exp_avg, exp_avg_sq, ema = (torch.randn(size, **random) for _ in range(5))
-        shadow, step = torch.empty_like(ema, dtype=torch.bfloat16), torch.tensor(STEPS_BEFORE, device=device)
-        return Inputs(param, grad, exp_avg, exp_avg_sq.square_(), ema, shadow, step, torch.ones_like(step), count)
+        ema_lp, step = torch.empty_like(ema, dtype=torch.bfloat16), torch.tensor(STEPS_BEFORE, device=device)
+        return Inputs(param, grad, exp_avg, exp_avg_sq.square_(), ema, ema_lp, step, torch.ones_like(step), count)
 
     variants = {
         OURS: Variant(lambda inputs: _bind(adamw_ema_, inputs)),
@@ -56,7 +56,7 @@ def _case(device: torch.device, shape: str, compiled: bool) -> Case:
 def _bind(implementation: Any, inputs: Inputs) -> Bound:
     def call() -> list[Tensor]:
         inputs.step.add_(1)
-        implementation(*inputs[:5], inputs.step, RATES, grad_scale=inputs.scale, ema_shadow=inputs.shadow)
+        implementation(*inputs[:5], inputs.step, HYPER, grad_scale=inputs.scale, ema_lp=inputs.ema_lp)
         return _judged(inputs)
 
     return call
@@ -68,9 +68,9 @@ def _judged(inputs: Inputs) -> list[Tensor]:
 
 def _torch_fused(inputs: Inputs) -> Bound:
     """What a careful user writes, on a list of tensors."""
-    params, grads, exp_avgs, exp_avg_sqs, emas, shadows = (x.chunk(inputs.pieces) for x in inputs[:6])
+    params, grads, exp_avgs, exp_avg_sqs, emas, emas_lp = (x.chunk(inputs.pieces) for x in inputs[:6])
     leaves = [torch.nn.Parameter(p) for p in params]
-    optimizer = torch.optim.AdamW(leaves, lr=RATES.lr, weight_decay=RATES.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(leaves, lr=HYPER.lr, weight_decay=HYPER.weight_decay, fused=True)
     for leaf, grad, exp_avg, exp_avg_sq in zip(leaves, grads, exp_avgs, exp_avg_sqs, strict=True):
         leaf.grad = grad
         optimizer.state[leaf] = {"step": inputs.step.clone(), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
@@ -79,8 +79,8 @@ def _torch_fused(inputs: Inputs) -> Bound:
     def call() -> list[Tensor]:
         torch._foreach_mul_(grads, inputs.scale)
         optimizer.step()
-        torch._foreach_lerp_(emas, params, 1 - RATES.momentum)
-        torch._foreach_copy_(shadows, emas)
+        torch._foreach_lerp_(emas, params, 1 - HYPER.momentum)
+        torch._foreach_copy_(emas_lp, emas)
         return _judged(inputs)
 
     return call
@@ -88,19 +88,19 @@ def _torch_fused(inputs: Inputs) -> Bound:
 
 @torch.compile(dynamic=False)
 def _step(
-    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ema: Tensor, shadow: Tensor, step: Tensor,
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ema: Tensor, ema_lp: Tensor, step: Tensor,
     scale: Tensor,
 ) -> None:  # fmt: skip
     """The formulas on the flat tensors, for the compiler to fuse."""
     step += 1
     g = grad * scale
-    exp_avg.lerp_(g, 1 - RATES.betas[0])
-    exp_avg_sq.mul_(RATES.betas[1]).addcmul_(g, g, value=1 - RATES.betas[1])
-    first, second = 1 - RATES.betas[0] ** step, 1 - RATES.betas[1] ** step
-    update = exp_avg / first / ((exp_avg_sq / second).sqrt() + RATES.eps)
-    param.mul_(1 - RATES.lr * RATES.weight_decay).sub_(RATES.lr * update)
-    ema.lerp_(param, 1 - RATES.momentum)
-    shadow.copy_(ema)
+    exp_avg.lerp_(g, 1 - HYPER.betas[0])
+    exp_avg_sq.mul_(HYPER.betas[1]).addcmul_(g, g, value=1 - HYPER.betas[1])
+    first, second = 1 - HYPER.betas[0] ** step, 1 - HYPER.betas[1] ** step
+    update = exp_avg / first / ((exp_avg_sq / second).sqrt() + HYPER.eps)
+    param.mul_(1 - HYPER.lr * HYPER.weight_decay).sub_(HYPER.lr * update)
+    ema.lerp_(param, 1 - HYPER.momentum)
+    ema_lp.copy_(ema)
 
 
 def _compiled(inputs: Inputs) -> Bound:
@@ -113,5 +113,5 @@ def _compiled(inputs: Inputs) -> Bound:
 
 def _exact(inputs: Inputs) -> list[Tensor]:
     param, grad, exp_avg, exp_avg_sq, ema = (x.double() for x in inputs[:5])
-    adamw_ema_reference_(param, grad, exp_avg, exp_avg_sq, ema, inputs.step + 1, RATES)
+    adamw_ema_reference_(param, grad, exp_avg, exp_avg_sq, ema, inputs.step + 1, HYPER)
     return [param, exp_avg, exp_avg_sq, ema]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bench.kernels.case import OURS, PLAIN, Bound, Case, Variant, generator, parse_shape
 from fastdino_kernels import center_mean
-from fastdino_kernels.center import center_mean_reference
+from fastdino_kernels.losses.center_mean import center_mean_reference
 
 SHAPES = {  # T, B, K
     "cuda": ["2,64,65536,bf16", "2,64,262144,bf16"],

@@ -1,16 +1,17 @@
 """dino_loss, forward and backward: all pairs of views, the gradient for the student's logits."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from lightly.loss import DINOLoss
 from torch import Tensor
 
 from bench.kernels.case import LOGITS_STD, OURS, PLAIN, Bound, Case, Variant, generator, parse_shape
-from fastdino_kernels import dino_loss, grouped_cross_entropy
-from fastdino_kernels.loss import dino_loss_reference
+from bench.kernels.dino_loss_in_groups import dino_loss_in_groups
+from fastdino_kernels import dino_loss
+from fastdino_kernels.losses.dino_loss import dino_loss_reference
 
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.04
 TEMPS: dict[str, Any] = {"student_temp": STUDENT_TEMP, "teacher_temp": TEACHER_TEMP}
@@ -48,13 +49,6 @@ def _case(device: torch.device, shape: str, compiled: bool) -> Case:
     def in_place(*args: Tensor) -> Tensor:
         return dino_loss(*args, **TEMPS, inplace_grad=True)
 
-    def in_groups(group: int) -> Callable[..., Tensor]:
-        def call(*args: Tensor) -> Tensor:
-            with mock.patch.object(grouped_cross_entropy, "images_per_group", return_value=group):
-                return in_place(*args)
-
-        return call
-
     def reference(*args: Tensor) -> Tensor:
         return dino_loss_reference(*args, **TEMPS)
 
@@ -67,7 +61,9 @@ def _case(device: torch.device, shape: str, compiled: bool) -> Case:
     }
     if device.type == "cuda":  # a CPU has no such groups
         groups = [group for group in (8, 16, 32) if group < B]
-        variants |= {f"{OURS}, groups of {group}": Variant(_bind(in_groups(group)), refill) for group in groups}
+        for group in groups:
+            call = partial(dino_loss_in_groups, **TEMPS, group=group)
+            variants[f"{OURS}, groups of {group}"] = Variant(_bind(call), refill)
     if compiled:
         variants["formula, torch.compile"] = Variant(_bind(torch.compile(formula, dynamic=False)))
     num_bytes = (2 * S + T) * B * K * dtype.itemsize + 4 * K

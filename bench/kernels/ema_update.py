@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bench.kernels.case import OURS, PLAIN, Bound, Case, Variant, generator, parse_shape
 from fastdino_kernels import ema_update_
-from fastdino_kernels.ema import ema_update_reference_
+from fastdino_kernels.optim.ema_update import ema_update_reference_
 
 MOMENTUM = 0.996
 # Number of tensors (1: a flat buffer, whose bf16 copy is written in the same pass) and of parameters; the student's
@@ -27,7 +27,7 @@ SHAPES = {
 class Inputs(NamedTuple):
     teacher: list[Tensor]
     student: list[Tensor]
-    shadow: list[Tensor] | None
+    teacher_lp: list[Tensor] | None
 
 
 def cases(device: torch.device, shapes: list[str], compiled: bool) -> list[Case]:
@@ -42,8 +42,8 @@ def _case(device: torch.device, shape: str, compiled: bool) -> Case:
         random: dict[str, Any] = {"generator": generator(device, seed), "device": device}
         teacher = [torch.randn(size, **random) for _ in range(count)]
         student = [torch.randn(size, **random).to(dtype) for _ in range(count)]
-        shadow = [torch.empty(size, dtype=torch.bfloat16, device=device)] if count == 1 else None
-        return Inputs(teacher, student, shadow)
+        teacher_lp = [torch.empty(size, dtype=torch.bfloat16, device=device)] if count == 1 else None
+        return Inputs(teacher, student, teacher_lp)
 
     variants = {OURS: Variant(_bind(ema_update_)), PLAIN: Variant(_bind(ema_update_reference_))}
     if dtype == torch.float32:  # it raises on other students
@@ -61,13 +61,13 @@ def _exact(inputs: Inputs) -> list[Tensor]:
     ]
 
 
-def _call(inputs: Inputs, update: Callable[[], object], writes_shadow: bool = False) -> Bound:
+def _call(inputs: Inputs, update: Callable[[], object], writes_copy: bool = False) -> Bound:
     """``update``, and where there is a rounded copy that it does not write, that copy."""
 
     def call() -> list[Tensor]:
         update()
-        if inputs.shadow is not None and not writes_shadow:
-            torch._foreach_copy_(inputs.shadow, inputs.teacher)
+        if inputs.teacher_lp is not None and not writes_copy:
+            torch._foreach_copy_(inputs.teacher_lp, inputs.teacher)
         return inputs.teacher
 
     return call
@@ -75,7 +75,7 @@ def _call(inputs: Inputs, update: Callable[[], object], writes_shadow: bool = Fa
 
 def _bind(implementation: Callable[..., None]) -> Callable[[Inputs], Bound]:
     return lambda inputs: _call(
-        inputs, lambda: implementation(inputs.teacher, inputs.student, MOMENTUM, inputs.shadow), writes_shadow=True
+        inputs, lambda: implementation(inputs.teacher, inputs.student, MOMENTUM, inputs.teacher_lp), writes_copy=True
     )
 
 
@@ -100,12 +100,12 @@ def _timm(inputs: Inputs) -> Bound:
 
 
 @torch.compile(dynamic=False)
-def _lerp_and_copy(teacher: Tensor, student: Tensor, shadow: Tensor) -> None:
+def _lerp_and_copy(teacher: Tensor, student: Tensor, teacher_lp: Tensor) -> None:
     teacher.lerp_(student.float(), 1 - MOMENTUM)
-    shadow.copy_(teacher)
+    teacher_lp.copy_(teacher)
 
 
 def _compiled(inputs: Inputs) -> Bound:
-    assert inputs.shadow is not None
-    teacher, student, shadow = inputs.teacher[0], inputs.student[0], inputs.shadow[0]
-    return _call(inputs, lambda: _lerp_and_copy(teacher, student, shadow), writes_shadow=True)
+    assert inputs.teacher_lp is not None
+    teacher, student, teacher_lp = inputs.teacher[0], inputs.student[0], inputs.teacher_lp[0]
+    return _call(inputs, lambda: _lerp_and_copy(teacher, student, teacher_lp), writes_copy=True)

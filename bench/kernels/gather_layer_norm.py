@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from bench.kernels.case import OURS, PLAIN, Bound, Case, Variant, generator, parse_shape
 from fastdino_kernels import gather_layer_norm
-from fastdino_kernels.gather_norm import gather_layer_norm_reference
+from fastdino_kernels.layers.gather_layer_norm import gather_layer_norm_reference
 
 # B, M, N, D: two global views of 64 images at a drop rate of 0.3, eight local ones; ViT-B, ViT-L
 SHAPES = {

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench.kernels.case import LOGITS_STD, OURS, PLAIN, Bound, Case, Variant, generator, parse_shape
 from bench.kernels.peers_triton import RowLoss, entropy, row_losses
-from fastdino_kernels.ibot import ibot_loss, ibot_loss_reference
+from fastdino_kernels.losses.ibot_loss import ibot_loss, ibot_loss_reference
 
 TEMPS: dict[str, Any] = {"student_temp": 0.1, "teacher_temp": 0.04}
 IMAGES = 4  # M is a multiple of it

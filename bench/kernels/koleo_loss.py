@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bench.kernels.case import OURS, PLAIN, Bound, Case, Variant, generator, parse_shape
 from fastdino_kernels import koleo_loss
-from fastdino_kernels.koleo import koleo_loss_reference
+from fastdino_kernels.losses.koleo_loss import koleo_loss_reference
 
 # G, B, D
 SHAPES = {"cuda": ["2,64,1024,bf16", "2,64,384", "2,1024,1024,bf16"], "cpu": ["2,64,384", "2,64,1024,bf16"]}

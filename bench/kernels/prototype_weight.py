@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bench.kernels.case import OURS, PLAIN, Bound, Case, Variant, generator, parse_shape
 from fastdino_kernels import prototype_weight
-from fastdino_kernels.prototypes import prototype_weight_reference
+from fastdino_kernels.layers.prototype_weight import prototype_weight_reference
 
 SHAPES = {"cuda": ["65536,256,bf16", "65536,256", "262144,512,bf16"], "cpu": ["4096,256"]}  # K, D, dtype of the result
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bench.kernels.case import OURS, PLAIN, Bound, Case, Variant, generator, parse_shape
 from fastdino_kernels import scatter_add_scaled
-from fastdino_kernels.scatter_add import scatter_add_scaled_reference
+from fastdino_kernels.layers.scatter_add_scaled import scatter_add_scaled_reference
 
 # B, M, N, D: two global views of 64 images at a drop rate of 0.3, eight local ones; ViT-B, ViT-L
 SHAPES = {

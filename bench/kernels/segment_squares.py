@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bench.kernels.case import OURS, PLAIN, Bound, Case, Variant, generator, parse_shape
 from fastdino_kernels import Segments, make_segments, segment_squares
-from fastdino_kernels.segments import segment_squares_reference
+from fastdino_kernels.optim.segment_squares import segment_squares_reference
 
 SHAPES = {"cuda": ["150,22000000", "150,86000000", "294,304000000"], "cpu": ["150,2200000"]}  # segments, elements
 

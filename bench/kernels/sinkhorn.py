@@ -7,7 +7,7 @@ from lightly.loss.swav_loss import sinkhorn as lightly_sinkhorn
 from torch import Tensor
 
 from bench.kernels.case import LOGITS_STD, OURS, PLAIN, Bound, Case, Variant, generator, parse_shape
-from fastdino_kernels.sinkhorn import sinkhorn, sinkhorn_reference
+from fastdino_kernels.losses.sinkhorn import sinkhorn, sinkhorn_reference
 
 TEMP, ITERATIONS = 0.07, 3
 SHAPES = {"cuda": ["3764,65536,bf16", "4096,131072,bf16"], "cpu": ["64,4096", "64,4096,bf16", "512,16384"]}  # R, K

@@ -1,16 +1,21 @@
 """An image becomes views."""
 
-from fastdino.data.loader import BadData, Batch, TrainBatches, WorkerDied, labelled_batches, train_batches
+from fastdino.data.batch import Batch, Masks
+from fastdino.data.loader import BadData, TrainBatches, labelled_batches, train_batches
 from fastdino.data.sources.decode import BadImage
+from fastdino.data.sources.folder import FolderSource
 from fastdino.data.sources.shapes import ShapesSource
-from fastdino.data.sources.source import FolderSource, Source, open_source
+from fastdino.data.sources.source import Source, open_source
 from fastdino.data.views import normalize
+from fastdino.data.workers import Interrupted, WorkerDied
 
 __all__ = [
     "BadData",
     "BadImage",
     "Batch",
     "FolderSource",
+    "Interrupted",
+    "Masks",
     "ShapesSource",
     "Source",
     "TrainBatches",

@@ -1,30 +1,22 @@
 """Batches of views for training, and labelled images for evaluation."""
 
 import logging
-import os
-import signal
-import sys
-import threading
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+from torch.utils.data import Dataset
 
 from fastdino.config import Config, UserError
 from fastdino.data import views
+from fastdino.data.batch import Batch
 from fastdino.data.draws import Purpose, random_bits
 from fastdino.data.sampler import Key, Plan
 from fastdino.data.sources.decode import BadImage
 from fastdino.data.sources.source import Source
+from fastdino.data.workers import MadeAhead, affordable
 
 log = logging.getLogger(__name__)
 
@@ -36,31 +28,6 @@ class BadData(UserError, RuntimeError):
     """More images are unreadable than data.max_bad allows."""
 
 
-class WorkerDied(UserError, RuntimeError):
-    """A process that makes views ended before its time."""
-
-
-@dataclass
-class Batch:
-    """The views of ``local_batch`` images, as bytes."""
-
-    global_views: Tensor
-    """uint8 (2, B, 3, G, G)"""
-    local_views: Tensor
-    """uint8 (L, B, 3, l, l); L may be 0"""
-    bad: list[str] = field(default_factory=list)
-    """Names of images that could not be read; others stand in for them."""
-
-    def pin_memory(self) -> "Batch":
-        """The same in page-locked memory, from which a GPU copies while it computes. DataLoader calls this."""
-        return Batch(self.global_views.pin_memory(), self.local_views.pin_memory(), self.bad)
-
-    def to(self, device: torch.device) -> "Batch":
-        """The same on ``device``; from page-locked memory the copy does not wait."""
-        global_views, local_views = (x.to(device, non_blocking=True) for x in (self.global_views, self.local_views))
-        return Batch(global_views, local_views, self.bad)
-
-
 class _Views(Dataset[Batch]):
     """Keys (epoch, index) become one Batch: a pure function, wherever and in whatever order it runs."""
 
@@ -70,16 +37,18 @@ class _Views(Dataset[Batch]):
     def __getitems__(self, keys: list[Key]) -> Batch | BadImage:
         """The batch; or as a value, for the training process to raise, what makes the source unusable."""
         config, bad = self.views, list[str]()
-        shapes = ((2, config.global_size), (config.num_local, config.local_size))
-        groups = [torch.empty((v, len(keys), 3, size, size), dtype=torch.uint8) for v, size in shapes]
+        groups = {
+            name: torch.empty((count, len(keys), 3, size, size), dtype=torch.uint8)
+            for name, (count, size) in views.groups(config).items()
+        }
         for position, (epoch, index) in enumerate(keys):
             image = self._read(epoch, index, bad)
             if isinstance(image, BadImage):
                 return image
             params = views.sample_params(self.seed, epoch, index, config, image.size)
-            for group, made in zip(groups, views.apply(image, params, config), strict=True):
-                group[:, position] = made
-        return Batch(groups[0], groups[1], bad)
+            for name, made in views.apply(image, params, config).items():
+                groups[name][:, position] = made
+        return Batch(groups, bad=bad)
 
     def _read(self, epoch: int, index: int, bad: list[str]) -> Image.Image | BadImage:
         """Image ``index``, or the first readable one of a random row; names those that were not in ``bad``."""
@@ -102,7 +71,7 @@ class TrainBatches:
 
     def __init__(
         self,
-        batches: "_MadeAhead",
+        batches: MadeAhead,
         plan: Plan,
         start_step: int,
         max_bad: float,
@@ -120,13 +89,12 @@ class TrainBatches:
         return self
 
     def __next__(self) -> Batch:
-        """The next micro batch, on the device. Raises BadData and WorkerDied."""
+        """The next micro batch, on the device. Raises BadData, WorkerDied and Interrupted."""
         if self._stream is None:
             return self._next_on_host().to(self.device)
         batch = self._ahead or self._upload()
         torch.cuda.current_stream(self.device).wait_stream(self._stream)
-        for tensor in (batch.global_views, batch.local_views):
-            tensor.record_stream(torch.cuda.current_stream(self.device))
+        batch.record_stream(torch.cuda.current_stream(self.device))
         self._ahead = self._upload()
         return batch
 
@@ -163,7 +131,14 @@ class TrainBatches:
 
 
 def train_batches(
-    config: Config, source: Source, *, rank: int, world_size: int, start_step: int, device: torch.device
+    config: Config,
+    source: Source,
+    *,
+    rank: int,
+    world_size: int,
+    start_step: int,
+    device: torch.device,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> TrainBatches:
     """This rank's micro batches from ``start_step`` on, ``config.engine.accumulate`` per step, on ``device``, endless.
 
@@ -171,7 +146,11 @@ def train_batches(
     or on where the run was resumed. On a GPU the next batch is copied on a stream of its own while one is in use.
     An unreadable image is replaced by another; its name is in ``Batch.bad``.
 
-    Raises ConfigError when the source does not fill a global batch.
+    Args:
+        interrupted: whether the process was asked to stop. A wait for a batch that goes on for 4 more seconds then ends
+            with Interrupted, so a read that hangs cannot hold up the end; without workers it can.
+
+    Raises ConfigError when the source does not fill a global batch, WorkerDied when no worker can be started.
     """
     plan = Plan(
         num_images=len(source),
@@ -183,8 +162,10 @@ def train_batches(
     keys = plan.micro_batches(rank, start_step)
     num_workers = affordable(config.data.num_workers)
     if num_workers < config.data.num_workers and rank == 0:
-        log.info("data.num_workers=%d lowered to %d, this rank's cores", config.data.num_workers, num_workers)
-    batches = _MadeAhead(_Views(config, source), num_workers, batch_sampler=keys, pin_memory=device.type == "cuda")
+        log.info("data.num_workers=%d lowered to %d, what this process can use", config.data.num_workers, num_workers)
+    batches = MadeAhead(
+        _Views(config, source), num_workers, interrupted, batch_sampler=keys, pin_memory=device.type == "cuda"
+    )
     return TrainBatches(batches, plan, start_step, config.data.max_bad, device)
 
 
@@ -219,89 +200,9 @@ def labelled_batches(source: Source, size: int, batch_size: int, num_workers: in
 
     DINO v1's evaluation transform. Images that cannot be read are left out, with a warning that names them.
     """
-    batches = _MadeAhead(_Labelled(source, size), affordable(num_workers), batch_size=batch_size)
+    batches = MadeAhead(_Labelled(source, size), affordable(num_workers), batch_size=batch_size)
     for pixels, labels, bad in batches:
         for message in bad:
             log.warning("left out of the evaluation: %s", message)
         if len(labels):
             yield pixels, labels
-
-
-def affordable(wanted: int) -> int:
-    """``wanted`` workers, or as many as this rank has cores: more would only take turns."""
-    # torchrun's name for the ranks of this machine, and the deepspeed launcher's
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-    cores = len(os.sched_getaffinity(0))
-    return min(wanted, max(1, cores // ranks_here))
-
-
-class _MadeAhead:
-    """Iterator over a dataset's batches, made by ``num_workers`` processes that start now, not at the first batch.
-
-    They end when it is closed, dropped, or at the latest when this process ends.
-    """
-
-    def __init__(self, dataset: "Dataset[Any]", num_workers: int, **options: Any) -> None:
-        loader = DataLoader(
-            dataset,
-            num_workers=num_workers,
-            collate_fn=_as_is,
-            worker_init_fn=_set_up_worker,
-            # fork, so that workers share the source's memory; they never touch the GPU.
-            multiprocessing_context="fork" if num_workers else None,
-            **options,
-        )
-        with _unchanged(signal.SIGCHLD):
-            self._batches = iter(loader)
-        self.close = weakref.finalize(self, _end, self._batches)
-
-    def __iter__(self) -> "_MadeAhead":
-        return self
-
-    def __next__(self) -> Any:
-        try:
-            return next(self._batches)
-        except RuntimeError as error:
-            if "DataLoader worker (pid" not in str(error):
-                raise
-            raise WorkerDied(
-                "a data worker died. Most often memory ran out, or shared memory did (a container's /dev/shm: docker "
-                "run --shm-size). Give it more, or lower data.num_workers or run.local_batch"
-            ) from error
-
-
-@contextmanager
-def _unchanged(number: signal.Signals) -> Iterator[None]:
-    """Takes back torch's handler, which raises wherever the trainer happens to be when a worker dies.
-
-    Without it the next batch reports the death, within 5 seconds.
-    """
-    handler = signal.getsignal(number)
-    yield
-    if threading.current_thread() is threading.main_thread():  # no other may set one, and then torch did not
-        signal.signal(number, handler or signal.SIG_DFL)
-
-
-def _end(batches: Any) -> None:
-    """Ends the workers of a DataLoader's iterator, also of one that a traceback still holds."""
-    if isinstance(batches, _MultiProcessingDataLoaderIter):
-        batches._shutdown_workers()
-        for worker in batches._workers:
-            worker.kill()  # one that hangs in a read; they do not listen to SIGTERM
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
-
-
-def _set_up_worker(_: int) -> None:
-    """Ctrl-C and a cluster's notice reach the whole process group; the trainer finishes its step first, on our data."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.excepthook = _tell_unless_hung_up
-
-
-def _tell_unless_hung_up(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Silent when the trainer was interrupted while it took a batch: it tells, and a worker's thread need not."""
-    if not issubclass(kind, (ConnectionError, EOFError)):
-        sys.__excepthook__(kind, error, trace)

@@ -1,20 +1,20 @@
 """Fused Triton kernels for self-distillation, each beside the plain-torch reference that defines it."""
 
-from fastdino_kernels.adamw_ema import Rates, adamw_ema_
-from fastdino_kernels.center import center_mean
-from fastdino_kernels.ema import ema_update_
-from fastdino_kernels.gather_norm import gather_layer_norm
-from fastdino_kernels.ibot import ibot_loss
-from fastdino_kernels.koleo import koleo_loss
-from fastdino_kernels.loss import dino_loss
-from fastdino_kernels.prototype_loss import prototype_loss
-from fastdino_kernels.prototypes import prototype_weight
-from fastdino_kernels.scatter_add import scatter_add_scaled
-from fastdino_kernels.segments import Segments, make_segments, segment_squares
-from fastdino_kernels.sinkhorn import sinkhorn
+from fastdino_kernels.layers.gather_layer_norm import gather_layer_norm
+from fastdino_kernels.layers.prototype_weight import prototype_weight
+from fastdino_kernels.layers.scatter_add_scaled import scatter_add_scaled
+from fastdino_kernels.losses.center_mean import center_mean
+from fastdino_kernels.losses.dino_loss import dino_loss
+from fastdino_kernels.losses.ibot_loss import ibot_loss
+from fastdino_kernels.losses.koleo_loss import koleo_loss
+from fastdino_kernels.losses.linear_ibot_loss import linear_ibot_loss
+from fastdino_kernels.losses.sinkhorn import sinkhorn
+from fastdino_kernels.optim.adamw_ema import AdamWHyper, adamw_ema_
+from fastdino_kernels.optim.ema_update import ema_update_
+from fastdino_kernels.optim.segment_squares import Segments, make_segments, segment_squares
 
 __all__ = [
-    "Rates",
+    "AdamWHyper",
     "Segments",
     "adamw_ema_",
     "center_mean",
@@ -23,8 +23,8 @@ __all__ = [
     "gather_layer_norm",
     "ibot_loss",
     "koleo_loss",
+    "linear_ibot_loss",
     "make_segments",
-    "prototype_loss",
     "prototype_weight",
     "scatter_add_scaled",
     "segment_squares",

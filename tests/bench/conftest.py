@@ -1,26 +1,23 @@
 """Commands of bench as a user runs them: in a process of their own, without Triton's interpreter."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from bench.record import ROOT
+from tests.children import environment
+
 Python = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def run_python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs python with the arguments given, and environment variables by name."""
+    command, env = [sys.executable, *arguments], environment(**variables)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.fixture
 def python() -> Python:
-    """Runs python with the arguments given, and environment variables by name."""
-
-    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-        env |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", **variables}
-        return subprocess.run(
-            [sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False
-        )
-
-    return run
+    return run_python

@@ -20,7 +20,7 @@ SMALL = {
     "segment_squares": ["5,400", "5,400,bf16"],
     "prototype_weight": ["50,32", "50,32,bf16"],
     "ibot_loss": ["8,100", "8,100,bf16"],
-    "prototype_loss": ["8,100,16", "8,100,16,bf16"],
+    "linear_ibot_loss": ["8,100,16", "8,100,16,bf16"],
     "sinkhorn": ["8,100", "8,100,bf16"],
     "koleo_loss": ["2,10,32", "1,9,40,bf16"],
     "gather_layer_norm": ["4,2,5,32", "4,3,5,32,bf16"],

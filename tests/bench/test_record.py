@@ -52,6 +52,13 @@ def test_the_driver_may_be_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     record._printed.cache_clear()
 
 
+def test_a_child_finds_what_its_parent_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, python: Python) -> None:
+    (tmp_path / "only_on_the_path.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = python("-c", "import only_on_the_path, bench, fastdino_kernels; print(bench.__file__)")
+    assert done.stdout.strip() == str(record.ROOT / "bench" / "__init__.py"), done.stderr
+
+
 def test_kernels_write_their_file_without_git(tmp_path: Path, python: Python) -> None:
     """pytest-benchmark asks git too."""
     out = tmp_path / "out.json"

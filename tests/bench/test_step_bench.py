@@ -137,14 +137,14 @@ def two_gpus(folder: Path) -> None:
 
 
 def test_targets_of_an_h200_are_judged_by_its_figures_alone(tmp_path: Path) -> None:
-    (tmp_path / "static.json").write_text((RESULTS / "static.json").read_text())
+    (tmp_path / "compile.json").write_text((RESULTS / "compile.json").read_text())
     two_gpus(tmp_path)
     first = report.targets_table(tmp_path).splitlines()[2]
     assert first.endswith("| 80 % | yes |"), "0.8 of the H200, and not 0.4 of the H100"
-    assert "| 200.0 |\n" in report.static_table(tmp_path)
+    assert "| 200.0 |\n" in report.compile_table(tmp_path)
     tables = report.kernels_table(tmp_path)
     assert [tables.count(f"{name} (driver 1)") for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H200")] == [1, 1]
     assert [file.stem for file in plots.files(tmp_path)] == ["sweep-nvidia-h200", "sweep-nvidia-h100-80gb-hbm3"]
     (tmp_path / "kernels-nvidia-h200.json").unlink()
     assert report.targets_table(tmp_path).splitlines()[2].endswith("| not measured | - |")
-    assert "| 100.0 |\n" not in report.static_table(tmp_path)
+    assert "| 100.0 |\n" not in report.compile_table(tmp_path)

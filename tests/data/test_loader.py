@@ -1,97 +1,17 @@
-"""Batches: the same bits for any number of workers and any place to resume; bad images and dead workers are told."""
+"""Batches: the same bits for any number of workers and any place to resume; bad images are told."""
 
-import logging
 import os
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 from itertools import islice
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from fastdino.config import Config, ConfigError, DataConfig, EngineConfig, ModelConfig, RunConfig, ViewsConfig
-from fastdino.data import (
-    BadData,
-    BadImage,
-    Batch,
-    FolderSource,
-    ShapesSource,
-    Source,
-    WorkerDied,
-    labelled_batches,
-    train_batches,
-)
-from fastdino.data.loader import affordable
+from fastdino.config import ConfigError
+from fastdino.data import BadData, BadImage, FolderSource, labelled_batches
 from fastdino.data.sampler import epoch_order
 from fastdino.data.views import apply, center_view, sample_params
-
-CPU = torch.device("cpu")
-
-
-def make_config(
-    num_workers: int = 0, local_batch: int = 4, accumulate: int = 1, max_bad: float = 1.0, num_local: int = 2
-) -> Config:
-    return Config(
-        model=ModelConfig(patch_size=8),
-        views=ViewsConfig(global_size=32, local_size=16, num_local=num_local),
-        data=DataConfig(num_workers=num_workers, max_bad=max_bad),
-        engine=EngineConfig(accumulate=accumulate),
-        run=RunConfig(local_batch=local_batch, seed=3),
-    )
-
-
-def start(
-    config: Config, source: Source, step: int = 0, rank: int = 0, world_size: int = 1, device: torch.device = CPU
-):
-    return train_batches(config, source, rank=rank, world_size=world_size, start_step=step, device=device)
-
-
-def take(count: int, *args, **options) -> list[Batch]:
-    batches = start(*args, **options)
-    found = list(islice(batches, count))
-    batches.close()
-    return found
-
-
-def assert_equal(one: list[Batch], other: list[Batch]) -> None:
-    for a, b in zip(one, other, strict=True):
-        assert torch.equal(a.global_views, b.global_views)
-        assert torch.equal(a.local_views, b.local_views)
-        assert a.bad == b.bad
-
-
-@pytest.fixture(scope="module")
-def shapes() -> ShapesSource:
-    return ShapesSource(22, 40)
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """20 readable images."""
-    for i in range(20):
-        image = np.random.default_rng(i).integers(0, 256, (30, 40, 3), dtype=np.uint8)
-        Image.fromarray(image).save(tmp_path / f"{i:02d}.png")
-    return tmp_path
-
-
-def children() -> set[int]:
-    """Living processes that this one started."""
-    found = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    return {int(pid) for pid in found if "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][:3]}
-
-
-def wait_for(condition, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.05)
-
+from tests.data.batches import assert_equal, make_config, start, take
 
 # ------------------------------------------------------------------------------------------------ the right views
 
@@ -101,19 +21,21 @@ def test_a_batch_holds_the_views_of_its_images(shapes):
     batches = start(config, shapes)
     assert batches.steps_per_epoch == 5
     batch = next(batches)
-    assert batch.global_views.shape == (2, 4, 3, 32, 32)
-    assert batch.local_views.shape == (2, 4, 3, 16, 16)
+    assert {name: group.shape for name, group in batch.views.items()} == {
+        "global": (2, 4, 3, 32, 32),
+        "local": (2, 4, 3, 16, 16),
+    }
+    assert batch.masks is None
     assert batch.bad == []
     for position, (epoch, index) in enumerate(batches.plan.micro_batch(0, 0, 0)):
         image, _ = shapes.read(index)
         params = sample_params(3, epoch, index, config.views, image.size)
-        global_views, local_views = apply(image, params, config.views)
-        assert torch.equal(batch.global_views[:, position], global_views)
-        assert torch.equal(batch.local_views[:, position], local_views)
+        for name, group in apply(image, params, config.views).items():
+            assert torch.equal(batch.views[name][:, position], group)
 
 
 def test_no_local_views(shapes):
-    assert next(start(make_config(num_local=0), shapes)).local_views.shape == (0, 4, 3, 16, 16)
+    assert list(next(start(make_config(num_local=0), shapes)).views) == ["global"]
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -137,14 +59,14 @@ def test_ranks_and_micro_batches_together_make_the_whole_batch(shapes, world_siz
     by_rank = [take(3 * accumulate, config, shapes, rank=rank, world_size=world_size) for rank in range(world_size)]
     for step in range(3):
         parts = [by_rank[rank][step * accumulate + j] for j in range(accumulate) for rank in range(world_size)]
-        assert torch.equal(torch.cat([part.global_views for part in parts], 1), whole[step].global_views)
-        assert torch.equal(torch.cat([part.local_views for part in parts], 1), whole[step].local_views)
+        for name, group in whole[step].views.items():
+            assert torch.equal(torch.cat([part.views[name] for part in parts], 1), group)
 
 
 def test_epochs_differ(shapes):
     batches = take(10, make_config(), shapes)
-    first = {view.numpy().tobytes() for batch in batches[:5] for view in batch.global_views[0]}
-    second = {view.numpy().tobytes() for batch in batches[5:] for view in batch.global_views[0]}
+    first = {view.numpy().tobytes() for batch in batches[:5] for view in batch.views["global"][0]}
+    second = {view.numpy().tobytes() for batch in batches[5:] for view in batch.views["global"][0]}
     assert len(first) == len(second) == 20
     assert not first & second
 
@@ -168,10 +90,10 @@ def test_a_bad_image_is_replaced_and_named(folder, num_workers):
     plan = start(make_config(), source).plan
     for step, (ours, theirs) in enumerate(zip(found, good, strict=True)):
         for position, (_, index) in enumerate(plan.micro_batch(step, 0, 0)):
-            same = torch.equal(ours.global_views[:, position], theirs.global_views[:, position])
+            same = torch.equal(ours.views["global"][:, position], theirs.views["global"][:, position])
             assert same == (index != 7), "only the bad image's place differs"
             if index == 7:
-                assert ours.global_views[:, position].float().std() > 10, "another image stands in"
+                assert ours.views["global"][:, position].float().std() > 10, "another image stands in"
 
 
 def test_the_replacement_varies_with_the_epoch(folder):
@@ -229,118 +151,6 @@ def test_a_source_that_is_gone_is_an_error_whatever_is_allowed(folder, num_worke
         next(start(make_config(num_workers, max_bad=1.0), source))
 
 
-# ------------------------------------------------------------------------------------------------------- workers
-
-
-def test_a_killed_worker_is_told_by_the_next_batch_and_nowhere_else(shapes):
-    before, heard = children(), signal.getsignal(signal.SIGCHLD)
-    batches = start(make_config(num_workers=1), shapes)
-    assert signal.getsignal(signal.SIGCHLD) == heard
-    next(batches)
-    (worker,) = children() - before
-    os.kill(worker, signal.SIGKILL)
-    time.sleep(0.5)  # nothing raises here
-    with pytest.raises(WorkerDied, match=r"memory.*--shm-size.*data\.num_workers"):
-        list(islice(batches, 100))
-
-
-def test_closing_ends_the_workers(shapes):
-    before = children()
-    batches = start(make_config(num_workers=2), shapes)
-    next(batches)
-    assert children() - before
-    batches.close()
-    wait_for(lambda: not children() - before)
-
-
-def test_dropping_the_iterator_ends_the_workers(shapes):
-    before = children()
-    batches = start(make_config(num_workers=1), shapes)
-    next(batches)
-    del batches
-    wait_for(lambda: not children() - before)
-
-
-def test_workers_leave_signals_to_the_trainer(shapes):
-    before = children()
-    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, in a shell's background job
-    batches = start(make_config(num_workers=1), shapes)
-    signal.signal(signal.SIGINT, heard)
-    next(batches)
-    (worker,) = children() - before
-    for number in (signal.SIGINT, signal.SIGTERM):
-        os.kill(worker, number)
-    for _ in range(20):
-        next(batches)
-    assert children() - before == {worker}
-    batches.close()
-
-
-SCRIPT = """
-    import signal, sys, torch
-    from fastdino.config import Config, DataConfig, RunConfig, ViewsConfig
-    from fastdino.data import ShapesSource, labelled_batches, train_batches
-    config = Config(data=DataConfig(num_workers=1), run=RunConfig(local_batch=4))
-    source = ShapesSource(100000, 40)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
-    if sys.argv[1] == "train":
-        batches = train_batches(config, source, rank=0, world_size=1, start_step=0, device=torch.device("cpu"))
-    else:
-        batches = labelled_batches(source, 32, 4, num_workers=1)
-    next(batches)
-    print(open(f"/proc/self/task/{__import__('os').getpid()}/children").read(), flush=True)
-    while True:
-        next(batches)
-"""
-
-
-@pytest.mark.parametrize(
-    ("number", "kind"), [(signal.SIGINT, "train"), (signal.SIGINT, "labelled"), (signal.SIGKILL, "train")]
-)
-def test_workers_end_with_the_trainer(number, kind):
-    """Ctrl-C reaches the whole group; a kill only the trainer. Neither leaves a worker or a second traceback."""
-    script = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(SCRIPT), kind],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        cwd=Path(__file__).parents[2],
-    )
-    workers = [int(pid) for pid in script.stdout.readline().split()]
-    assert workers
-    os.killpg(script.pid, number) if number == signal.SIGINT else os.kill(script.pid, number)
-    _, errors = script.communicate(timeout=120)
-    if number == signal.SIGINT:
-        assert errors.count("Traceback") == 1, errors
-        assert "KeyboardInterrupt" in errors
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
-
-
-def test_workers_are_no_more_than_the_cores(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
-    assert affordable(10) == 10
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert affordable(10) == 2
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
-    assert affordable(10) == 1
-    assert affordable(0) == 0
-    monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    monkeypatch.setenv("LOCAL_SIZE", "8")  # the deepspeed launcher's
-    assert affordable(10) == 2
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_fewer_workers_are_noted_once_over_all_ranks(shapes, monkeypatch, caplog, rank):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(1))
-    before = children()
-    with caplog.at_level(logging.INFO):
-        batches = start(make_config(num_workers=3), shapes, rank=rank, world_size=2)
-    assert len(children() - before) == 1
-    assert ("data.num_workers=3 lowered to 1" in caplog.text) == (rank == 0)
-    batches.close()
-
-
 # ---------------------------------------------------------------------------------------------------- evaluation
 
 
@@ -380,15 +190,15 @@ def test_batches_on_a_gpu_are_those_of_the_cpu(shapes, num_workers):
     busy, sums = torch.randn(2048, 2048, device=device), []
     batches = start(make_config(num_workers), shapes, device=device)
     for batch in islice(batches, 15):
-        assert batch.global_views.device == device
+        assert batch.views["global"].device == device
         for _ in range(20):
             busy = torch.nn.functional.normalize(busy @ busy)
-        sums.append((batch.global_views.clone(), batch.local_views.clone()))
+        sums.append({name: group.clone() for name, group in batch.views.items()})
         del batch  # its memory is free while the GPU is still at it
     batches.close()
-    for (global_views, local_views), want in zip(sums, take(15, make_config(0), shapes), strict=True):
-        assert torch.equal(global_views.cpu(), want.global_views)
-        assert torch.equal(local_views.cpu(), want.local_views)
+    for views, want in zip(sums, take(15, make_config(0), shapes), strict=True):
+        for name, group in want.views.items():
+            assert torch.equal(views[name].cpu(), group)
 
 
 def test_a_bad_image_is_an_exception_of_its_own():

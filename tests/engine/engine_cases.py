@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdino import distributed
 from fastdino.config import Config, EngineConfig, HeadConfig, ModelConfig, OptimConfig, RunConfig, ViewsConfig
+from fastdino.engine import build_engine
+from fastdino.engine.engine import Engine
 from fastdino.engine.schedules import Now
-from fastdino.engine.zero import Engine, build_engine
-from fastdino.model.network import build_network
+from fastdino.model import Outputs, build_network
 
 GLOBAL_BATCH, STEPS = 8, 5
 ENGINES = {"torch": ("torch", 1), "zero0": ("deepspeed", 0), "zero1": ("deepspeed", 1), "zero2": ("deepspeed", 2)}
@@ -78,6 +79,10 @@ def now(step: int) -> Now:
                freeze_last_layer=step < 2)  # fmt: skip
 
 
+def logits(made: Outputs) -> Tensor:
+    return F.linear(made.cls_points, made.prototypes).float()
+
+
 class Case:
     """An engine on the toy task, fed with this rank's share of the same global batches."""
 
@@ -96,7 +101,7 @@ class Case:
         self.engine: Engine = build_engine(self.config, student, teacher, ranks)
         self.losses: list[Tensor] = []
 
-    def batch(self, step: int, micro: int) -> list[Tensor]:
+    def batch(self, step: int, micro: int) -> dict[str, Tensor]:
         """Global and local views of the images of one micro batch on this rank."""
         generator = torch.Generator().manual_seed(step)
         size = GLOBAL_BATCH // self.ranks.world_size // self.accumulate
@@ -104,14 +109,15 @@ class Case:
         images = torch.randn(GLOBAL_BATCH, 3, 16, 16, generator=generator)
         noise = torch.randn(2, GLOBAL_BATCH, 3, 16, 16, generator=generator)
         views = (images + 0.5 * noise)[:, first : first + size]
-        return [views, views[..., 4:12, 4:12]]
+        return {"global": views, "local": views[..., 4:12, 4:12]}
 
     def loss(self, step: int, micro: int) -> Tensor:
         """DINO's loss with a center of zero, in plain torch."""
-        groups = self.batch(step, micro)
+        views = self.batch(step, micro)
         with torch.no_grad():
-            targets = torch.softmax(self.engine.teacher(groups[:1]).float() / now(step).teacher_temp, dim=-1)
-        log_q = F.log_softmax(self.engine.student(groups).float() / 0.1, dim=-1)
+            seen = self.engine.teacher({"global": views["global"]})
+            targets = torch.softmax(logits(seen) / now(step).teacher_temp, dim=-1)
+        log_q = F.log_softmax(logits(self.engine.student(views)) / 0.1, dim=-1)
         pairs = [(t, s) for t in range(2) for s in range(4) if t != s]
         return -torch.stack([(targets[t] * log_q[s]).sum(-1).mean() for t, s in pairs]).mean()
 
@@ -150,12 +156,13 @@ class Case:
         for f in self.engine.fragments():
             for kind, view in f.tensors.items():
                 view.copy_(state[kind][f.name][f.start : f.stop])
-        self.engine.load_counters(counters)
+        for name, live in self.engine.counters().items():
+            live.copy_(counters[name])
         self.engine.after_load()
 
     def networks(self) -> dict[str, dict[str, Tensor]]:
         """The weights that student and teacher compute with."""
-        self.engine.wait_teacher()
+        self.engine._wait_teacher()
         networks = {"student": self.engine.student_network, "teacher": self.engine.teacher}
         weights = {role: {n: p.detach().clone() for n, p in net.named_parameters()} for role, net in networks.items()}
         everyone: list[Any] = [None] * self.ranks.world_size

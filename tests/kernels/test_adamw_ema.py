@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdino_kernels.adamw_ema import Rates, adamw_ema_, adamw_ema_reference_
-from fastdino_kernels.segments import BLOCK, make_segments
+from fastdino_kernels.optim.adamw_ema import AdamWHyper, adamw_ema_, adamw_ema_reference_
+from fastdino_kernels.optim.segment_squares import BLOCK, make_segments
 from fastdino_kernels.testing import assert_no_worse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GUARD, OUTSIDE = 8, 77.0
-RATES = Rates(lr=1e-2, weight_decay=0.04, momentum=0.9)
+HYPER = AdamWHyper(lr=1e-2, weight_decay=0.04, momentum=0.9)
 NAMES = ("param", "grad", "exp_avg", "exp_avg_sq", "ema")
 UPDATES = [pytest.param(adamw_ema_, id="kernel"), pytest.param(adamw_ema_reference_, id="reference")]
 
@@ -50,21 +50,23 @@ def bits(tensors: dict[str, Tensor]) -> dict[str, list[int]]:
     return {name: x.view(torch.int32).tolist() for name, x in tensors.items()}
 
 
-def check(tensors: dict[str, Tensor], rates: Rates = RATES, steps: int = 1, first: int = 1, **options: Any) -> None:
+def check(
+    tensors: dict[str, Tensor], hyper: AdamWHyper = HYPER, steps: int = 1, first: int = 1, **options: Any
+) -> None:
     """Steps by the kernel, by plain torch and in float64; judges what is written, and that the rest is as it was."""
     exact, plain, grad = widened(tensors), {k: x.clone() for k, x in tensors.items()}, tensors["grad"].clone()
     for i in range(first, first + steps):
-        shadows = {f"{name}_shadow": torch.full_like(grad, torch.nan).bfloat16() for name in ("param", "ema")}
-        adamw_ema_(**tensors, step=scalar(float(i)), rates=rates, **options, **shadows)
-        adamw_ema_reference_(**plain, step=scalar(float(i)), rates=rates, **options)
-        adamw_ema_reference_(**exact, step=scalar(float(i)), rates=rates, **options)
+        copies = {f"{name}_lp": torch.full_like(grad, torch.nan).bfloat16() for name in ("param", "ema")}
+        adamw_ema_(**tensors, step=scalar(float(i)), hyper=hyper, **options, **copies)
+        adamw_ema_reference_(**plain, step=scalar(float(i)), hyper=hyper, **options)
+        adamw_ema_reference_(**exact, step=scalar(float(i)), hyper=hyper, **options)
     for name in ("param", "exp_avg", "exp_avg_sq", "ema"):
         assert_no_worse(tensors[name], plain[name], exact[name])
         base = tensors[name]._base
         assert base is None or (base == OUTSIDE).sum() == GUARD + tensors[name].storage_offset()
-    for name, shadow in shadows.items():
-        name = name.removesuffix("_shadow")
-        assert_no_worse(shadow, plain[name].bfloat16(), exact[name])
+    for name, copy in copies.items():
+        name = name.removesuffix("_lp")
+        assert_no_worse(copy, plain[name].bfloat16(), exact[name])
     assert torch.equal(tensors["grad"], grad)
 
 
@@ -85,18 +87,18 @@ def test_the_update_itself(first: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "rates",
+    "hyper",
     [
-        Rates(lr=1e-3, weight_decay=0.0, momentum=0.996),
-        Rates(lr=1e-3, weight_decay=0.4, momentum=0.0),
-        Rates(lr=1e-2, weight_decay=0.1, momentum=1.0, betas=(0.8, 0.95), eps=1e-3),
-        Rates(lr=0.0, weight_decay=0.1, momentum=0.5),
-        Rates(lr=1e-3, weight_decay=0.04, momentum=0.5, betas=(0.0, 0.99)),
+        AdamWHyper(lr=1e-3, weight_decay=0.0, momentum=0.996),
+        AdamWHyper(lr=1e-3, weight_decay=0.4, momentum=0.0),
+        AdamWHyper(lr=1e-2, weight_decay=0.1, momentum=1.0, betas=(0.8, 0.95), eps=1e-3),
+        AdamWHyper(lr=0.0, weight_decay=0.1, momentum=0.5),
+        AdamWHyper(lr=1e-3, weight_decay=0.04, momentum=0.5, betas=(0.0, 0.99)),
     ],
     ids=str,
 )
-def test_rates(rates: Rates) -> None:
-    check(shard(2500), rates, steps=3)
+def test_hyperparameters(hyper: AdamWHyper) -> None:
+    check(shard(2500), hyper, steps=3)
 
 
 @pytest.mark.parametrize("offset", [0, 3])
@@ -118,13 +120,13 @@ def test_against_torch(update: Any) -> None:
     for name in ("exp_avg", "exp_avg_sq"):
         tensors[name].zero_()
     param, ema = tensors["param"].clone().requires_grad_(), tensors["ema"].clone()
-    optimizer = torch.optim.AdamW([param], lr=RATES.lr, weight_decay=RATES.weight_decay, foreach=False, fused=False)
+    optimizer = torch.optim.AdamW([param], lr=HYPER.lr, weight_decay=HYPER.weight_decay, foreach=False, fused=False)
     for i in range(1, 6):
         tensors["grad"].copy_(torch.randn(2100, generator=torch.Generator().manual_seed(i)))
         param.grad = tensors["grad"].clone()
         optimizer.step()
-        ema.lerp_(param.detach(), 1 - RATES.momentum)
-        update(**tensors, step=scalar(float(i)), rates=RATES)
+        ema.lerp_(param.detach(), 1 - HYPER.momentum)
+        update(**tensors, step=scalar(float(i)), hyper=HYPER)
     torch.testing.assert_close(tensors["param"], param.detach(), rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(tensors["ema"], ema, rtol=2e-6, atol=2e-6)
     for name in ("exp_avg", "exp_avg_sq"):
@@ -143,7 +145,7 @@ def test_a_skipped_step_changes_no_bit(update: Any, bad: float, segmented: bool)
     scale = torch.full((2,), torch.nan, device=DEVICE) if segmented else scalar(torch.nan)
     segments = make_segments([1200, 1300], DEVICE) if segmented else None
     found = {"found_inf": scalar(1.0), "grad_scale": scale, "segments": segments}
-    update(**tensors, step=scalar(0.0), rates=RATES, **found)
+    update(**tensors, step=scalar(0.0), hyper=HYPER, **found)
     assert bits(tensors) == before
 
 
@@ -152,14 +154,14 @@ def test_not_skipped_when_found_inf_is_zero() -> None:
 
 
 def test_nothing_to_update() -> None:
-    adamw_ema_(**shard(0), step=scalar(1.0), rates=RATES)
+    adamw_ema_(**shard(0), step=scalar(1.0), hyper=HYPER)
 
 
 def test_fp64() -> None:
     tensors = widened(shard(50))
     other = {name: x.clone() for name, x in tensors.items()}
-    adamw_ema_(**tensors, step=scalar(1.0), rates=RATES)
-    adamw_ema_reference_(**other, step=scalar(1.0), rates=RATES)
+    adamw_ema_(**tensors, step=scalar(1.0), hyper=HYPER)
+    adamw_ema_reference_(**other, step=scalar(1.0), hyper=HYPER)
     assert all(torch.equal(tensors[name], other[name]) for name in NAMES)
     assert not torch.equal(tensors["ema"], tensors["ema"].float().double())
 
@@ -176,8 +178,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "scale": ({"grad_scale": torch.zeros(2)}, "grad_scale"),
     "scales": ({"grad_scale": torch.zeros(()), "segments": make_segments([6], "cpu")}, r"expected .* \(1,\)"),
     "segments": ({"segments": make_segments([5], "cpu")}, "divide 5 elements"),
-    "momentum": ({"rates": RATES._replace(momentum=1.5)}, "momentum is 1.5"),
-    "betas": ({"rates": RATES._replace(betas=(0.9, 1.0))}, r"betas are \(0.9, 1.0\)"),
+    "momentum": ({"hyper": HYPER._replace(momentum=1.5)}, "momentum is 1.5"),
+    "betas": ({"hyper": HYPER._replace(betas=(0.9, 1.0))}, r"betas are \(0.9, 1.0\)"),
 }
 
 
@@ -186,16 +188,16 @@ def test_refused(case: str) -> None:
     arguments: dict[str, Any] = {name: torch.zeros(6) for name in NAMES}
     changed, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
-        adamw_ema_(**(arguments | {"step": torch.ones(()), "rates": RATES} | changed))
+        adamw_ema_(**(arguments | {"step": torch.ones(()), "hyper": HYPER} | changed))
 
 
 def test_shared_memory_is_refused() -> None:
     memory = torch.zeros(20)
     tensors: dict[str, Any] = {name: torch.zeros(6) for name in NAMES} | {"param": memory[:6], "ema": memory[5:11]}
     with pytest.raises(ValueError, match="param and ema share memory"):
-        adamw_ema_(**tensors, step=torch.ones(()), rates=RATES)
+        adamw_ema_(**tensors, step=torch.ones(()), hyper=HYPER)
     with pytest.raises(ValueError, match="need fp32"):
-        adamw_ema_(**{name: torch.zeros(6).bfloat16() for name in NAMES}, step=torch.ones(()), rates=RATES)
+        adamw_ema_(**{name: torch.zeros(6).bfloat16() for name in NAMES}, step=torch.ones(()), hyper=HYPER)
 
 
 @pytest.mark.gpu

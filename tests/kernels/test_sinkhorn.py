@@ -1,7 +1,5 @@
 """sinkhorn: the kernels and the reference against the published algorithm in float64, on one rank and on several."""
 
-import importlib
-import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdino_kernels.sinkhorn import sinkhorn, sinkhorn_reference
+from fastdino_kernels.losses import sinkhorn as module
+from fastdino_kernels.losses.sinkhorn import sinkhorn, sinkhorn_reference
 from fastdino_kernels.testing import assert_no_worse
 
 # Triton's interpreter works with NumPy, which warns of the infinities that these tests are about.
@@ -19,7 +18,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::Warning:triton.runtime.interpreter"),
 ]
 
-module = importlib.import_module("fastdino_kernels.sinkhorn")  # the package's own attribute is the function
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # (R, K), in groups of 16 rows and tiles of 4 x 64, and slices of 192 columns
 # in tiles of 4 x 64.
@@ -202,16 +200,3 @@ def test_real_sizes(shape: tuple[int, int]) -> None:
     plain = sinkhorn_reference(logits, temp=0.07)
     for got, ref, want in zip(sinkhorn(logits, temp=0.07), plain, exact, strict=True):
         assert_no_worse(got, ref, want)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_no_subnormals(dtype: torch.dtype) -> None:
-    """Not one in the softmax of logits that are far apart, which changes by less than the dtype's rounding error."""
-    info = torch.finfo(dtype)
-    x = torch.linspace(0, -2 * abs(math.log(info.tiny)), 1000, dtype=dtype) - 1000
-    p, plain = (torch.softmax(z, dim=-1) for z in (module.without_subnormals_(x.clone(), x.amax()), x))
-    assert (p >= info.tiny).all()
-    assert ((plain > 0) & (plain < info.tiny)).any()
-    torch.testing.assert_close(p, plain, rtol=0, atol=info.eps**2)
-    nothing = torch.full((3,), -math.inf, dtype=dtype)
-    assert torch.isneginf(module.without_subnormals_(nothing, nothing.amax())).all()

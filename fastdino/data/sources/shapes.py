@@ -55,7 +55,11 @@ class ShapesSource:
     def read(self, index: int) -> tuple[Image.Image, int]:
         """RGB image (image_size, image_size) and its label."""
         pixels, _ = self._render(index)
-        return Image.fromarray(pixels), index % len(CLASSES)
+        return Image.fromarray(pixels), self.label(index)
+
+    def label(self, index: int) -> int:
+        """The label alone, without rendering the image."""
+        return index % len(CLASSES)
 
     def mask(self, index: int) -> np.ndarray:
         """(image_size, image_size) bool: where the object is."""

@@ -20,6 +20,10 @@ class Subset:
         """Image and label, as in the source."""
         return self.source.read(self.indices[index])
 
+    def label(self, index: int) -> int:
+        """As in the source."""
+        return self.source.label(self.indices[index])
+
     def name(self, index: int) -> str:
         """Its name in the source."""
         return self.source.name(self.indices[index])

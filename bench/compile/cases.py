@@ -1,0 +1,230 @@
+"""The headline call of every kernel: what the compile gate compiles."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdino_kernels.layers.gather_layer_norm import gather_layer_norm
+from fastdino_kernels.layers.prototype_weight import prototype_weight
+from fastdino_kernels.layers.scatter_add_scaled import scatter_add_scaled
+from fastdino_kernels.losses.center_mean import center_mean
+from fastdino_kernels.losses.dino_loss import dino_loss
+from fastdino_kernels.losses.dino_loss import launch_config as dino_loss_config
+from fastdino_kernels.losses.ibot_loss import ibot_loss, ibot_loss_rows_
+from fastdino_kernels.losses.koleo_loss import koleo_loss
+from fastdino_kernels.losses.koleo_loss import launch_config as koleo_loss_config
+from fastdino_kernels.losses.sinkhorn import sinkhorn
+from fastdino_kernels.optim.adamw_ema import AdamWHyper, adamw_ema_
+from fastdino_kernels.optim.ema_update import ema_update_
+from fastdino_kernels.optim.segment_squares import BLOCK, Segments, make_segments, segment_squares
+
+# DINO v1's headline: 10 student and 2 teacher views of 64 images, 65536 prototypes of 256, ViT-B/16 with its head.
+S, T, B, K, D = 10, 2, 64, 65536, 256
+MASKED = 3764  # M, masked patches of 64 images at DINOv2's default rate
+VIEWS, N, WIDTH = 2, 201, 768  # global views, and ViT-B's tokens of each with 4 registers, and features
+KEPT = VIEWS * B * 7 // 10  # images of a branch at a drop rate of 0.3
+PARAMETERS = 85_798_656 + K * D + 5_770_496  # backbone, prototypes, the head's MLP
+
+# Kernels that load or store no more than a few numbers per row or column there: no 128-bit access to expect.
+NARROW = {
+    "_slice_kernel": frozenset({"store"}),
+    "_merge_kernel": frozenset({"load", "store"}),
+    "_row_kernel": frozenset({"store"}),
+    "_center_mean_kernel": frozenset({"store"}),
+    "_koleo_product_kernel": frozenset({"store"}),
+    "_koleo_distance_kernel": frozenset({"store"}),
+    "_partial_squares_kernel": frozenset({"store"}),
+    "_segment_squares_kernel": frozenset({"load", "store"}),
+}
+
+
+class Case(NamedTuple):
+    """One call at its real shapes, on uninitialised CPU tensors: for compiling, where no kernel runs."""
+
+    call: Callable[[], object]
+    elements: int  # of the tensor that gives the case its size
+    bytes: dict[str, int]  # by kernel: what it must read and write at least
+    cached: Mapping[str, int] = MappingProxyType({})  # by kernel: what its loop reads besides, from the cache
+    narrow: frozenset[str] = frozenset()  # accesses that no kernel makes 128 bits wide in this call, beside NARROW
+
+    def narrow_accesses(self, kernel: str) -> frozenset[str]:
+        """Of "load" and "store" those of which no 128-bit one is due."""
+        return self.narrow | NARROW.get(kernel, frozenset())
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def _dino_loss() -> None:
+    student, teacher = (_empty(views, B, K, dtype=torch.bfloat16) for views in (S, T))
+    dino_loss(student.requires_grad_(), teacher, _empty(K), student_temp=0.1, teacher_temp=0.04).backward()
+
+
+def _ibot_loss() -> None:
+    """With the gradient in place."""
+    student, teacher = (_empty(MASKED, K, dtype=torch.bfloat16) for _ in range(2))
+    rows = student.requires_grad_().view_as(student)
+    temps: dict[str, float] = {"student_temp": 0.1, "teacher_temp": 0.04}
+    ibot_loss(rows, teacher, _empty(K), _empty(MASKED), **temps, inplace_grad=True).backward()
+
+
+def _ibot_loss_rows(num_grads: int) -> None:
+    """One launch alone: the loss, and of ``num_grads`` 1 its gradient apart from the logits."""
+    student, teacher, *grad = (_empty(MASKED, K, dtype=torch.bfloat16) for _ in range(2 + num_grads))
+    ibot_loss_rows_(grad[0] if grad else None, student, teacher, _empty(K), _empty(MASKED), 0.1, 0.04)
+
+
+def _prototype_weight() -> None:
+    weight = prototype_weight(_empty(K, D).requires_grad_(), _empty(K, 1), torch.bfloat16)
+    weight.backward(_empty(K, D, dtype=torch.bfloat16))
+
+
+def _koleo_loss(num_rows: int) -> Case:
+    """The product reads all rows once per block of rows, on either side; a pair's gradient reads both, for both."""
+    features = VIEWS * num_rows * WIDTH
+    num_blocks = num_rows // int(koleo_loss_config(num_rows, WIDTH)["product"]["BLOCK"])
+    return Case(
+        lambda: koleo_loss(_empty(VIEWS, num_rows, WIDTH, dtype=torch.bfloat16).requires_grad_()).backward(),
+        features,
+        {
+            "_koleo_product_kernel": features * 2,
+            "_koleo_distance_kernel": 2 * features * 2,
+            "_koleo_gradient_kernel": 4 * features * 2,
+        },
+        cached={"_koleo_product_kernel": (2 * num_blocks - 1) * features * 2},
+    )
+
+
+def _gather_layer_norm() -> None:
+    x, rows, vector = (
+        _empty(VIEWS * B, N, WIDTH, dtype=torch.bfloat16),
+        _empty(KEPT, dtype=torch.int64),
+        _empty(WIDTH),
+    )
+    y = gather_layer_norm(x.requires_grad_(), rows, vector.requires_grad_(), vector.clone().requires_grad_())
+    y.backward(torch.empty_like(y))
+
+
+def _scatter_add_scaled() -> None:
+    x, branch = (_empty(images, N, WIDTH, dtype=torch.bfloat16).requires_grad_() for images in (VIEWS * B, KEPT))
+    out = scatter_add_scaled(x, _empty(KEPT, dtype=torch.int64), branch, _empty(WIDTH).requires_grad_(), 1 / 0.7)
+    out.backward(torch.empty_like(out))
+
+
+def _ema_list() -> None:
+    """As many tensors as ViT-B with its head has, cut equally."""
+    count = 160
+    teacher, student = (
+        [_empty(PARAMETERS // count, dtype=dtype) for _ in range(count)] for dtype in (torch.float32, torch.bfloat16)
+    )
+    ema_update_(teacher, student, 0.996)
+
+
+def _adamw_ema(segments: Segments | None = None) -> None:
+    """Clipped, guarded, and with the rounded teacher that the next step computes with."""
+    param, grad, exp_avg, exp_avg_sq, ema = (_empty(PARAMETERS) for _ in range(5))
+    adamw_ema_(
+        param,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        ema,
+        _empty(),
+        AdamWHyper(lr=1e-3, weight_decay=0.04, momentum=0.996),
+        grad_scale=_empty() if segments is None else _empty(len(segments.lengths)),
+        segments=segments,
+        found_inf=torch.zeros(()),  # whatever else an uninitialised flag holds, the kernel would return at once
+        ema_lp=_empty(PARAMETERS, dtype=torch.bfloat16),
+    )
+
+
+def _segments() -> Segments:
+    """As many as ViT-B with its head has tensors; one in two is a bias."""
+    pairs = [n for _ in range(79) for n in (PARAMETERS // 79 - 768, 768)]
+    return make_segments([*pairs, PARAMETERS - sum(pairs)], "cpu")
+
+
+_SECOND_READING = {"_ibot_loss_kernel": 2 * MASKED * K * 2 + 2 * MASKED * K * 4}  # and the center for both
+
+CASES = {
+    "dino_loss": Case(
+        _dino_loss,
+        S * B * K,
+        {
+            "_slice_kernel": (S + T) * B * K * 2,
+            "_merge_kernel": 4 * B * (K // dino_loss_config(K)["slice"]["BLOCK_K"]) * (S * (2 + T) + 2 * T),
+            "_gradient_kernel": (2 * S + T) * B * K * 2,
+        },
+    ),
+    "ibot_loss": Case(
+        _ibot_loss,
+        MASKED * K,
+        {"_ibot_loss_kernel": 3 * MASKED * K * 2, "_scale_kernel": 2 * MASKED * K * 2},
+        cached=_SECOND_READING,
+    ),
+    "ibot_loss, gradient apart": Case(
+        lambda: _ibot_loss_rows(1), MASKED * K, {"_ibot_loss_kernel": 3 * MASKED * K * 2}, cached=_SECOND_READING
+    ),
+    "ibot_loss, no gradient": Case(
+        lambda: _ibot_loss_rows(0),
+        MASKED * K,
+        {"_ibot_loss_kernel": 2 * MASKED * K * 2},
+        cached={"_ibot_loss_kernel": MASKED * K * 4},  # the center
+        narrow=frozenset({"store"}),
+    ),
+    "sinkhorn": Case(
+        lambda: sinkhorn(_empty(MASKED, K, dtype=torch.bfloat16), temp=0.04, iterations=2),
+        MASKED * K,
+        {"_column_kernel": MASKED * K * 2, "_row_kernel": MASKED * K * 2},
+        cached={"_row_kernel": MASKED // 4 * K * 4},  # the column scaling, once for four rows
+    ),
+    "center_mean": Case(
+        lambda: center_mean(_empty(T, B, K, dtype=torch.bfloat16)),
+        T * B * K,
+        {"_center_mean_kernel": T * B * K * 2 + K * 4},
+    ),
+    "prototype_weight": Case(
+        _prototype_weight,
+        K * D,
+        {"_weight_kernel": K * D * (4 + 2) + K * 4, "_gradient_weight_kernel": K * D * (4 + 2 + 4) + K * 4},
+    ),
+    "koleo_loss": _koleo_loss(B),
+    "koleo_loss of 1024": _koleo_loss(1024),
+    "gather_layer_norm": Case(
+        _gather_layer_norm,
+        VIEWS * B * N * WIDTH,
+        {
+            "_gather_layer_norm_kernel": 2 * KEPT * N * WIDTH * 2,
+            "_gradient_gather_kernel": (2 * KEPT + VIEWS * B) * N * WIDTH * 2,
+        },
+    ),
+    "scatter_add_scaled": Case(
+        _scatter_add_scaled,
+        VIEWS * B * N * WIDTH,
+        {
+            "_scatter_add_kernel": (2 * VIEWS * B + KEPT) * N * WIDTH * 2,
+            "_gradient_scatter_kernel": 3 * KEPT * N * WIDTH * 2,
+        },
+    ),
+    "ema_update_ flat": Case(
+        lambda: ema_update_(
+            _empty(PARAMETERS), _empty(PARAMETERS), torch.tensor(0.996), _empty(PARAMETERS, dtype=torch.bfloat16)
+        ),
+        PARAMETERS,
+        {"_ema_kernel": PARAMETERS * (4 + 4 + 4 + 2)},
+    ),
+    "ema_update_ list": Case(_ema_list, PARAMETERS, {"_ema_list_kernel": PARAMETERS * (4 + 2 + 4)}),
+    "adamw_ema_": Case(_adamw_ema, PARAMETERS, {"_adamw_ema_kernel": PARAMETERS * (9 * 4 + 2)}),
+    "adamw_ema_ with segments": Case(
+        lambda: _adamw_ema(_segments()), PARAMETERS, {"_adamw_ema_kernel": PARAMETERS * (9 * 4 + 2)}
+    ),
+    "segment_squares": Case(
+        lambda: segment_squares(_empty(PARAMETERS), _segments()),
+        PARAMETERS,
+        {"_partial_squares_kernel": PARAMETERS * 4, "_segment_squares_kernel": PARAMETERS // BLOCK * 4},
+    ),
+}

@@ -1,0 +1,44 @@
+"""The one view of an image that an evaluation takes, and pixels as network input."""
+
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of red, green and blue in [0, 1]
+STD = (0.229, 0.224, 0.225)
+
+
+def center_view(image: Image.Image, size: int) -> Tensor:
+    """DINO v1's evaluation transform: uint8 (3, size, size), the center of the image, whose shorter side becomes
+    256 / 224 of ``size``, bicubic."""
+    short = round(size * 256 / 224)
+    width, height = (int(short * side / min(image.size)) for side in image.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    view = np.asarray(resized.crop((left, top, left + size, top + size)))
+    return torch.from_numpy(view.transpose(2, 0, 1).copy())
+
+
+def normalize(views: Tensor, kind: Literal["imagenet", "image"]) -> Tensor:
+    """uint8 views (..., 3, h, w) as network input, fp32 of the same shape on the same device.
+
+    ``imagenet``: ImageNet's mean subtracted, divided by its deviation, channel by channel. ``image``: each channel of
+    each view by its own mean and deviation (plus one gray level, so that a flat channel becomes 0).
+    """
+    if kind == "imagenet":
+        scale, shift = _imagenet(views.device)
+        return (views * scale).add_(shift)
+    pixels = views.float()
+    variance, mean = torch.var_mean(pixels, dim=(-2, -1), correction=0, keepdim=True)
+    return pixels.sub_(mean).div_(variance.sqrt_().add_(1.0))
+
+
+@lru_cache
+def _imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Scale and shift, (3, 1, 1) fp32, from byte to (byte / 255 - mean) / std. Cached: the copy to a GPU waits."""
+    mean, std = torch.tensor(MEAN, dtype=torch.float64), torch.tensor(STD, dtype=torch.float64)
+    return tuple(x.float().view(3, 1, 1).to(device) for x in (1 / (255 * std), -mean / std))  # type: ignore[return-value]

@@ -1,0 +1,98 @@
+"""Parameters and an image become views, by Pillow: the definition of every view's pixels."""
+
+import math
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter, ImageOps
+from torch import Tensor
+
+from fastdino.config import ViewsConfig
+from fastdino.data.views.params import JITTER_ORDERS, SOLARIZE_THRESHOLD, Column, groups
+
+
+def apply(image: Image.Image, params: Tensor, config: ViewsConfig) -> dict[str, Tensor]:
+    """The views that ``params`` (num_views, len(Column)) describe: uint8 global (2, 3, G, G) and local (L, 3, l, l).
+
+    Same library calls, and so the same pixels, as DINO v1's torchvision pipeline on Pillow images.
+    """
+    rows = iter(params.tolist())
+    views = {}
+    for name, (count, size) in groups(config).items():
+        group = np.empty((count, 3, size, size), dtype=np.uint8)
+        for out in group:
+            pixels = np.asarray(_view(image, next(rows), size))
+            out[:] = pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels
+        views[name] = torch.from_numpy(group)
+    return views
+
+
+def _view(image: Image.Image, row: list[float], size: int) -> Image.Image:
+    """One view, (size, size); of mode L when it is gray, whose three channels are equal."""
+    left, top = round(row[Column.LEFT] * image.width), round(row[Column.TOP] * image.height)
+    right = left + round(row[Column.WIDTH] * image.width)
+    bottom = top + round(row[Column.HEIGHT] * image.height)
+    # Not resize(box=...), which would let the pixels around the box bleed into the view's edge.
+    view = image.crop((left, top, right, bottom)).resize((size, size), Image.Resampling.BICUBIC)
+    if row[Column.FLIP]:
+        view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if row[Column.ROTATE]:
+        view = _rotate(view, row[Column.ROTATE])
+    for column in JITTER_ORDERS[int(row[Column.ORDER])]:
+        if row[column] != (0 if column is Column.HUE else 1):
+            view = _JITTER_STEP[column](view, row[column])
+    if row[Column.GRAYSCALE]:
+        view = view.convert("L")
+    if row[Column.BLUR]:
+        view = view.filter(ImageFilter.GaussianBlur(row[Column.BLUR]))
+    if row[Column.SOLARIZE]:
+        view = ImageOps.solarize(view, SOLARIZE_THRESHOLD)
+    return view
+
+
+def _rotate(view: Image.Image, degrees: float) -> Image.Image:
+    size = view.width
+    mirror = _mirror(size)
+    padded = Image.fromarray(np.asarray(view).take(mirror, axis=0).take(mirror, axis=1))
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    center, middle = len(mirror) / 2, size / 2
+    matrix = (cos, -sin, center - (cos - sin) * middle, sin, cos, center - (sin + cos) * middle)
+    return padded.transform((size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+
+
+@lru_cache(maxsize=4)
+def _mirror(size: int) -> np.ndarray:
+    """Positions along a side, continued by their mirror image far enough for any rotation (0.21 sides)."""
+    margin = min(size // 4 + 2, size - 1)
+    return np.pad(np.arange(size), margin, mode="reflect")
+
+
+# ImageEnhance and torchvision compute the same; written out, their conversions that change nothing are saved.
+
+
+def _brightness(view: Image.Image, factor: float) -> Image.Image:
+    return Image.blend(Image.new("RGB", view.size), view, factor)
+
+
+def _contrast(view: Image.Image, factor: float) -> Image.Image:
+    mean = int(np.asarray(view.convert("L")).mean() + 0.5)
+    return Image.blend(Image.new("RGB", view.size, (mean, mean, mean)), view, factor)
+
+
+def _saturation(view: Image.Image, factor: float) -> Image.Image:
+    return Image.blend(view.convert("L").convert("RGB"), view, factor)
+
+
+def _hue(view: Image.Image, shift: float) -> Image.Image:
+    hsv = np.array(view.convert("HSV"))
+    hsv[..., 0] += np.uint8(int(shift * 255) % 256)  # hue is a byte and wraps around
+    return Image.frombytes("HSV", view.size, hsv.tobytes()).convert("RGB")
+
+
+_JITTER_STEP = {
+    Column.BRIGHTNESS: _brightness,
+    Column.CONTRAST: _contrast,
+    Column.SATURATION: _saturation,
+    Column.HUE: _hue,
+}

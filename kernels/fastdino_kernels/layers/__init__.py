@@ -1,0 +1,1 @@
+"""Parts of the network that are bound by memory."""

@@ -1,0 +1,1 @@
+"""Losses over prototype logits and features, and the targets that they take."""

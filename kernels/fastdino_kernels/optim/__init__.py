@@ -1,0 +1,1 @@
+"""Passes over the flat fp32 tensors of an optimizer's shard."""

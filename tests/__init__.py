@@ -1,0 +1,1 @@
+"""Judges. The same folder names as the code."""

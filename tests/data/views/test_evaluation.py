@@ -1,0 +1,46 @@
+"""The evaluation's view and the normalisation against torchvision's."""
+
+import pytest
+import torch
+import torchvision.transforms as T
+import torchvision.transforms.functional as F
+from torchvision.transforms import InterpolationMode
+
+from fastdino.data.views import center_view, normalize
+from tests.data.pictures import photo
+
+
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (256, 256), (257, 1000), (90, 60)], ids=str)
+@pytest.mark.parametrize("side", [224, 48])
+def test_center_view_is_dino_v1s_evaluation_transform(size, side):
+    image = photo(*size)
+    short = {224: 256, 48: 55}[side]
+    theirs = T.Compose([T.Resize(short, interpolation=InterpolationMode.BICUBIC), T.CenterCrop(side)])
+    assert torch.equal(center_view(image, side), F.pil_to_tensor(theirs(image)))
+
+
+def test_imagenet_normalisation_is_torchvisions():
+    pixels = torch.randint(0, 256, (2, 3, 3, 8, 8), dtype=torch.uint8)
+    before = pixels.clone()
+    want = F.normalize(pixels.float() / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    got = normalize(pixels, "imagenet")
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
+    assert torch.equal(pixels, before)
+    assert torch.equal(normalize(pixels[0, 0], "imagenet"), got[0, 0])
+
+
+def test_image_normalisation_standardises_each_channel_of_each_view():
+    pixels = torch.randint(0, 256, (2, 5, 3, 16, 16), dtype=torch.uint8)
+    pixels[0, 0, 1] = 77
+    got = normalize(pixels, "image")
+    assert got.dtype == torch.float32
+    assert got.mean((-2, -1)).abs().max() < 1e-5
+    deviation = got.std((-2, -1), correction=0)
+    assert deviation[0, 0, 1] == 0
+    deviation[0, 0, 1] = 1
+    assert (deviation - 1).abs().max() < 0.03
+    faint = torch.tensor([100, 101], dtype=torch.uint8).repeat(1, 3, 4, 2)
+    assert normalize(faint, "image").abs().max() < 0.5, "rounding noise is not blown up"
+    brighter = (pixels[1] // 2 + 60).to(torch.uint8)  # gain and offset go away
+    assert (normalize(brighter, "image") - got[1]).abs().mean() < 0.05

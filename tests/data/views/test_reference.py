@@ -1,0 +1,148 @@
+"""Pixels against torchvision's, byte for byte."""
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as F
+from PIL import Image, ImageFilter
+from torchvision.transforms import InterpolationMode
+
+from fastdino.config import ViewsConfig
+from fastdino.data.views import Column, apply, sample_params
+from fastdino.data.views.params import JITTER_ORDERS
+from tests.data.pictures import photo
+
+NEUTRAL = {Column.WIDTH: 1, Column.HEIGHT: 1, Column.BRIGHTNESS: 1, Column.CONTRAST: 1, Column.SATURATION: 1}
+
+
+def torchvision_view(image: Image.Image, row: list[float], size: int) -> torch.Tensor:
+    """One view by torchvision's functions, in the order of DINO v1's pipeline."""
+    left, top, width, height = (round(row[i] * side) for i, side in enumerate(image.size * 2))
+    view = F.resized_crop(image, top, left, height, width, [size, size], InterpolationMode.BICUBIC)
+    if row[Column.FLIP]:
+        view = F.hflip(view)
+    functions = {
+        Column.BRIGHTNESS: F.adjust_brightness,
+        Column.CONTRAST: F.adjust_contrast,
+        Column.SATURATION: F.adjust_saturation,
+        Column.HUE: F.adjust_hue,
+    }
+    jittered = any(row[column] != NEUTRAL.get(column, 0) for column in functions)
+    for column in JITTER_ORDERS[int(row[Column.ORDER])] if jittered else ():
+        if row[column] != NEUTRAL.get(column, 0):
+            view = functions[column](view, row[column])
+    if row[Column.GRAYSCALE]:
+        view = F.rgb_to_grayscale(view, num_output_channels=3)
+    if row[Column.BLUR]:
+        view = view.filter(ImageFilter.GaussianBlur(radius=row[Column.BLUR]))
+    if row[Column.SOLARIZE]:
+        view = F.solarize(view, 128)
+    return F.pil_to_tensor(view)
+
+
+@pytest.mark.parametrize("size", [(500, 375), (61, 97), (40, 700)], ids=str)
+def test_pixels_equal_torchvision(size):
+    config = ViewsConfig(global_size=64, local_size=31, num_local=4)
+    for index in range(12):
+        image = photo(*size, seed=index)
+        params = sample_params(0, 0, index, config, size)
+        views = apply(image, params, config)
+        assert views["global"].shape == (2, 3, 64, 64)
+        assert views["local"].shape == (4, 3, 31, 31)
+        assert {group.dtype for group in views.values()} == {torch.uint8}
+        for view, row in zip([*views["global"], *views["local"]], params.tolist(), strict=True):
+            assert torch.equal(view, torchvision_view(image, row, view.shape[-1])), row
+
+
+ONE_STEP = {
+    "crop": {Column.LEFT: 0.25, Column.TOP: 0.1, Column.WIDTH: 0.5, Column.HEIGHT: 0.4},
+    "flip": {Column.FLIP: 1},
+    "brighter": {Column.BRIGHTNESS: 1.37},
+    "darker": {Column.BRIGHTNESS: 0.61},
+    "contrast": {Column.CONTRAST: 1.4},
+    "less contrast": {Column.CONTRAST: 0.6},
+    "saturation": {Column.SATURATION: 1.2},
+    "less saturation": {Column.SATURATION: 0.8},
+    "hue": {Column.HUE: 0.1},
+    "hue back": {Column.HUE: -0.45},
+    "hue by less than a step": {Column.HUE: 0.001},
+    "grayscale": {Column.GRAYSCALE: 1},
+    "blur": {Column.BLUR: 1.7},
+    "gray blur": {Column.GRAYSCALE: 1, Column.BLUR: 0.4},
+    "solarize": {Column.SOLARIZE: 1},
+    "gray solarize": {Column.GRAYSCALE: 1, Column.SOLARIZE: 1},
+}
+
+
+@pytest.mark.parametrize("name", ONE_STEP)
+def test_each_step_alone_equals_torchvision_and_shows(name):
+    config = ViewsConfig(global_size=56, num_local=0)
+    image = photo(90, 70)
+    params = torch.zeros(2, len(Column))
+    for column, value in NEUTRAL.items():
+        params[:, column] = value
+    for column, value in ONE_STEP[name].items():
+        params[1, column] = value
+    views = apply(image, params, config)["global"]
+    assert torch.equal(views[1], torchvision_view(image, params[1].tolist(), 56))
+    assert not torch.equal(views[0], views[1])
+
+
+@pytest.mark.parametrize("order", [0, 5, 17, 23])
+def test_jitter_acts_in_the_drawn_order(order):
+    image, config = photo(64, 64), ViewsConfig(global_size=48, num_local=0)
+    params = sample_params(0, 0, 0, config, image.size)
+    params[:, Column.ORDER] = order
+    params[:, Column.BRIGHTNESS : Column.HUE + 1] = torch.tensor([1.39, 0.62, 1.19, 0.09])
+    views = apply(image, params, config)["global"]
+    assert torch.equal(views[0], torchvision_view(image, params[0].tolist(), 48))
+
+
+def test_a_hue_shift_of_nothing_still_equals_torchvision_for_every_colour():
+    colours = Image.fromarray(np.arange(4096 * 3, dtype=np.uint8).reshape(64, 64, 3) * 37)
+    params = torch.zeros(2, len(Column))
+    for column, value in NEUTRAL.items():
+        params[:, column] = value
+    for shift in np.linspace(-0.5, 0.5, 9):
+        params[:, Column.HUE] = shift
+        views = apply(colours, params, ViewsConfig(global_size=64, num_local=0))["global"]
+        assert torch.equal(views[0], torchvision_view(colours, params[0].tolist(), 64))
+
+
+# ---------------------------------------------------------------------------------------------------- rotation
+
+
+def rotated(image: Image.Image, degrees: float) -> torch.Tensor:
+    params = torch.zeros(2, len(Column))
+    for column, value in NEUTRAL.items():
+        params[:, column] = value
+    params[:, Column.ROTATE] = degrees
+    return apply(image, params, ViewsConfig(global_size=image.width, num_local=0))["global"][0]
+
+
+def test_rotation_is_counter_clockwise_about_the_center():
+    image = photo(32, 32)
+    upright = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+    for quarters in (-1, 1, 2):
+        turned = rotated(image, 90.0 * quarters).int()
+        assert (turned - torch.rot90(upright, quarters, (1, 2)).int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("size", [8, 24, 48])
+@pytest.mark.parametrize("degrees", [-10.0, 45.0, 133.0])
+def test_rotation_brings_in_no_border(degrees, size):
+    flat = Image.new("RGB", (size, size), (200, 100, 50))
+    assert (rotated(flat, degrees) == torch.tensor([200, 100, 50]).view(3, 1, 1)).all()
+
+
+def test_rotation_equals_pillow_away_from_the_border():
+    image = photo(48, 48)
+    want = F.pil_to_tensor(image.rotate(10, Image.Resampling.BILINEAR)).int()
+    got = rotated(image, 10.0).int()
+    assert (got - want).abs()[:, 8:-8, 8:-8].max() <= 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 1), (1, 500)], ids=str)
+def test_the_smallest_images_give_views(size):
+    views = apply(Image.new("RGB", size), sample_params(0, 0, 0, ViewsConfig(), size), ViewsConfig())
+    assert [group.shape for group in views.values()] == [(2, 3, 224, 224), (8, 3, 96, 96)]
