@@ -36,17 +36,17 @@ def python(code: str, *arguments: object, **variables: str) -> subprocess.Comple
 def test_an_account_that_lacks_things_trains(tmp_path):
     long = tmp_path / ("long" * 20)
     long.mkdir()
-    done = python(TRAIN, tmp_path / "run", HOME="/nonexistent", TMPDIR=str(long))
+    done = python(TRAIN, tmp_path / "run", HOME="/dev/null/home", TMPDIR=str(long))
     assert done.returncode == 0, done.stderr
     assert "TMPDIR is too long" in done.stderr
 
 
 def test_triton_compiles_into_a_folder_of_ones_own():
     code = "import fastdino, os; home = os.environ['TRITON_HOME']; print(home, oct(os.stat(home).st_mode & 0o777))"
-    folder, mode = python(code, HOME="/nonexistent").stdout.split()
+    folder, mode = python(code, HOME="/dev/null/home").stdout.split()
     assert mode == "0o700"
     assert Path(folder).stat().st_uid == os.getuid()
-    assert python(code, HOME="/nonexistent").stdout.split()[0] == folder, "what is compiled is found again"
+    assert python(code, HOME="/dev/null/home").stdout.split()[0] == folder, "what is compiled is found again"
 
 
 def test_nothing_is_set_where_nothing_lacks(tmp_path):
