@@ -56,6 +56,8 @@ def train(config: Config) -> Result:
     BadData when too many images are unreadable, TrainingDiverged, and Preempted after SIGTERM or SIGUSR1.
     """
     with distributed.init(config.engine.device) as ranks, RunFolder(config, ranks) as folder:
+        for line in config.ignored() if ranks.is_main else ():
+            log.warning(line)
         return Trainer(config, ranks, folder).run()
 
 

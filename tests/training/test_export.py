@@ -24,7 +24,6 @@ from fastdino.config import (
     RunConfig,
     ViewsConfig,
 )
-from fastdino.model import weights
 from fastdino.training import checkpoint, export
 from fastdino.training.checkpoint import CheckpointError
 from fastdino.training.export import export_run, run_backbone
