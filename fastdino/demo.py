@@ -15,7 +15,7 @@ from fastdino.config import Config
 from fastdino.data.sources.shapes import ShapesSource
 from fastdino.data.sources.source import Source
 from fastdino.eval import AttentionMaps, Features, Knn, Reading, extract
-from fastdino.eval.pictures import new_figure, png_file
+from fastdino.eval.pictures import new_figure
 from fastdino.eval.splits import bank_and_test
 from fastdino.model import build_network
 from fastdino.training.export import run_backbone
@@ -112,8 +112,7 @@ def _draw_curves(folder: Path, summary: dict[str, float]) -> None:
         right.axhline(summary[name], color="0.5", linestyle=style, label=label)
     right.set(xlabel="step", ylabel="k-NN top-1, %", ylim=(0, 100), title="Its features tell 12 classes apart")
     right.legend(loc="lower right", fontsize=8)
-    with png_file(folder / "curves.png") as file:
-        figure.canvas.print_png(file)
+    figure.canvas.print_png(folder / "curves.png")
 
 
 def _table(summary: dict[str, float], folder: Path) -> str:
