@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import counts, ratio
+from bench.gates import counts, ratio
 from bench.workload import nano_config
 from fastdino import distributed
 from fastdino.distributed import Ranks
@@ -39,7 +39,7 @@ def test_counts_are_as_recorded() -> None:
     """In a process of its own, because DeepSpeed keeps the process group that it saw first."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "bench.counts", "--check"]
+    command = [sys.executable, "-m", "bench.gates.counts", "--check"]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, f"\n{done.stdout}\n{done.stderr[-2000:]}"
 
