@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Processes that share the tests: 1 on a small GPU, where they share its memory too.
+WORKERS ?= 2
+
 # In the order of what rests on what: compile reports, ceilings, kernels, the whole step, the images.
 .NOTPARALLEL:
 BENCHES := compile ceilings kernels attention step data
@@ -20,7 +23,7 @@ demo: install
 	$(BIN)/fastdino demo
 
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile  # a file stays in one process: its fixtures and ranks are started once
 
 lint: install
 	$(BIN)/ruff check .

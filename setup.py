@@ -48,6 +48,7 @@ setup(
             "pytest",
             "pytest-benchmark",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff",
             "torchvision>=0.26",  # DINO v1's own augmentation, which the views are compared with
         ],

@@ -174,7 +174,7 @@ def _contender(name: str, config: Config, ranks: Ranks, folder: Path, weights: d
 
 
 def _train_step(trainer: Trainer, batch: Batch) -> Tensor:
-    return trainer.train_step([batch])
+    return trainer.train_step([batch])["loss"]
 
 
 def _warm_up(device: torch.device) -> None:

@@ -20,22 +20,25 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from fastdino import __version__, recipes
-from fastdino.config import Config, UserError
-from fastdino.launch import launched_rank
+from fastdino.config import Config, ConfigError, UserError
+from fastdino.launch import launched_rank, without_local_rank
+
+if TYPE_CHECKING:
+    from fastdino.eval import Subject
 
 Path_ = Annotated[Path, tyro.conf.Positional]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command ``fastdino``. What a user can mend is one message on stderr and exit code 2."""
-    # The deepspeed launcher adds --local_rank=N to every command; the environment says the same.
-    arguments = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank=")]
+    arguments = without_local_rank([*(sys.argv[1:] if argv is None else argv)])
     command = arguments.pop(0) if arguments else "--help"
     if command in ("-h", "--help"):
         print(__doc__.strip())
@@ -48,11 +51,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _run(command, arguments)
     except UserError as error:
-        preempted = type(error).__name__ == "Preempted"
-        if not (rank and preempted):  # all else may be one rank's alone: its worker, its disk
+        if not rank or error.exit_code == UserError.exit_code:  # which may be one rank's alone: its worker, its disk
             print(f"fastdino {command}{f', rank {rank}' if rank else ''}: {error}", file=sys.stderr)
-        # 85 lets a job script tell a notice, after which it requeues, from an error that will come again.
-        sys.exit(85 if preempted else 2)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -62,12 +63,7 @@ def _run(command: str, arguments: list[str]) -> None:
         config = _config(command, arguments)
         {"train": train, "bench": bench}[command](config)
     elif command == "eval":
-        kind = arguments.pop(0) if arguments else "--help"
-        if kind not in EVALUATIONS:
-            asked_for_help = kind in ("-h", "--help")
-            print(_help_of_eval(), file=sys.stdout if asked_for_help else sys.stderr)
-            sys.exit(0 if asked_for_help else 2)
-        tyro.cli(EVALUATIONS[kind], args=arguments, prog=f"fastdino eval {kind}")
+        evaluate(arguments)
     elif command in COMMANDS:
         tyro.cli(COMMANDS[command], args=arguments, prog=f"fastdino {command}")
     else:
@@ -89,11 +85,6 @@ def _config(command: str, arguments: list[str]) -> Config:
 def _list_recipes() -> str:
     lines = [f"  {name:18} {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in recipes.RECIPES.items()]
     return "recipes:\n" + "\n".join(lines)
-
-
-def _help_of_eval() -> str:
-    lines = [f"  {name:12} {(function.__doc__ or '').splitlines()[0]}" for name, function in EVALUATIONS.items()]
-    return "usage: fastdino eval KIND PATH [flags]\n\nkinds:\n" + "\n".join(lines)
 
 
 def train(config: Config) -> None:
@@ -143,69 +134,47 @@ def export(
     print(f"wrote {export_run(run, out=out, step=step, role=role)}")
 
 
-def eval_knn(
-    path: Path_, /, data: str = "shapes", neighbors: tuple[int, ...] = (10, 20, 100, 200), batch: int = 64,
-    num_workers: int = 8, device: Literal["auto", "cpu", "cuda"] = "auto",
-) -> None:  # fmt: skip
-    """Weighted k-NN accuracy on frozen features of the teacher, printed as JSON with the protocol.
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """What is evaluated."""
 
-    Args:
-        path: a run folder, or weights that `fastdino export` wrote.
-        data: folder of class folders (train/ and val/ below it are bank and test; without them every fifth image is
-            test), or shapes.
-        neighbors: values of k; DINO reports 20.
-        batch: images per forward pass.
-        num_workers: processes that decode; at most as many as there are cores.
-        device: auto takes the GPU if there is one.
-    """
-    from fastdino.eval import Protocol, evaluate_knn
-    from fastdino.eval.splits import bank_and_test
-
-    backbone, config = _backbone(path, device)
-    bank, test = bank_and_test(data, config.data.image_size)
-    size, kind = config.views.global_size, config.data.normalize
-    protocol = Protocol(size=size, batch_size=batch, num_workers=num_workers, normalize=kind)
-    scores = evaluate_knn(backbone, bank, test, protocol, ks=neighbors)
-    found = {name: round(100 * score, 2) for name, score in scores.items()}
-    used = {"path": str(path), "data": data, "bank": len(bank), "test": len(test), "size": size, "normalize": kind}
-    print(json.dumps({**found, **used}, indent=2))
+    path: Path_
+    """A run folder, or weights that `fastdino export` wrote."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes the GPU if there is one."""
 
 
-def eval_attention(
-    path: Path_, /, data: str = "shapes", num_images: int = 100, out: Path | None = None, size: int = 0,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-) -> None:  # fmt: skip
-    """A sheet of images with the attention of each head of the last block, as PNG.
+def evaluate(arguments: list[str]) -> None:
+    """``fastdino eval KIND PATH``: the flags of a kind are the fields of its dataclass."""
+    from fastdino.eval import EVALUATIONS
 
-    Args:
-        path: a run folder, or weights that `fastdino export` wrote.
-        data: a folder of images, or shapes.
-        num_images: images over which the best head is found; the sheet shows the first eight.
-        out: file to write; default: attention.png beside the weights.
-        size: side in pixels that the backbone sees, a multiple of its patch; default: that of its global views.
-        device: auto takes the GPU if there is one.
-    """
-    from fastdino.data.sources.folder import FolderSource
-    from fastdino.eval import Protocol, evaluate_attention
-    from fastdino.eval.splits import bank_and_test
-
-    backbone, config = _backbone(path, device)
-    source = bank_and_test(data, config.data.image_size)[1] if data == "shapes" else FolderSource(data)
-    sheet = out or (path if path.is_dir() else path.parent) / "attention.png"
-    protocol = Protocol(size=size or config.views.global_size, num_workers=0, normalize=config.data.normalize)
-    found = evaluate_attention(backbone, source, protocol, num_images=num_images, sheet=sheet)
-    print(json.dumps({**found, "sheet": str(sheet)}, indent=2))
+    kind = arguments[0] if arguments else ""
+    if kind not in EVALUATIONS:
+        lines = [f"  {name:12} {(found.__doc__ or '').splitlines()[0]}" for name, found in EVALUATIONS.items()]
+        asked_for_help = kind in ("-h", "--help")
+        text = "usage: fastdino eval KIND PATH [flags]\n\nkinds:\n" + "\n".join(lines)
+        print(text, file=sys.stdout if asked_for_help else sys.stderr)
+        sys.exit(0 if asked_for_help else 2)
+    flat, kind_of = tyro.conf.arg(name=""), EVALUATIONS[kind]
+    asked: Any = tuple[Annotated[Weights, flat], Annotated[kind_of, flat]]  # type: ignore[valid-type]
+    help_ = inspect.getdoc(kind_of)
+    weights, evaluation = tyro.cli(asked, args=arguments[1:], prog=f"fastdino eval {kind}", description=help_)
+    print(json.dumps({**evaluation(_subject(weights)), "path": str(weights.path)}, indent=2))
 
 
-def _backbone(path: Path, device: str) -> tuple[Any, Config]:
-    """The backbone of a run or of exported weights, on its device, and the config that it was trained with."""
+def _subject(weights: Weights) -> "Subject":
     import torch
 
+    from fastdino.eval import Subject
     from fastdino.training.export import any_backbone
 
+    path = weights.path.expanduser()
+    has_gpu = torch.cuda.is_available()
+    if weights.device == "cuda" and not has_gpu:
+        raise ConfigError("--device=cuda, and torch sees no GPU here: use --device cpu")
     backbone, config = any_backbone(path)
-    place = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
-    return backbone.to(place), config
+    place = "cuda" if has_gpu and weights.device != "cpu" else "cpu"
+    return Subject(backbone.to(place), config, path if path.is_dir() else path.parent)
 
 
 def demo(dir: Path = Path("runs/demo"), seed: int = 0) -> None:
@@ -221,4 +190,3 @@ def demo(dir: Path = Path("runs/demo"), seed: int = 0) -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"recipes": show_recipes, "export": export, "demo": demo}
-EVALUATIONS: dict[str, Callable[..., None]] = {"knn": eval_knn, "attention": eval_attention}

@@ -8,21 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastdino import recipes
 from fastdino.config import Config
 from fastdino.data.sources.shapes import ShapesSource
 from fastdino.data.sources.source import Source
-from fastdino.eval import KNeighbors, evaluate_attention, evaluate_knn
-from fastdino.eval.features import Protocol
+from fastdino.eval import AttentionMaps, Features, Knn, Reading, extract
+from fastdino.eval.pictures import new_figure, png_file
 from fastdino.eval.splits import bank_and_test
 from fastdino.model import build_network
 from fastdino.training.export import run_backbone
 from fastdino.training.trainer import train
 
 NUM_INITIALISATIONS = 5  # random backbones that the trained one is compared with
-NUM_NEIGHBORS = 20
+KNN = Knn(neighbors=(20,))
 MASK_SEED = 2**31 + 103  # of shapes that are rendered for the attention maps alone
 NUM_MASKS = 200
 
@@ -40,7 +40,7 @@ def run_demo(folder: Path, seed: int) -> dict[str, float]:
     train(config)
     teacher, _, _ = run_backbone(folder)
     fresh = [_random_backbone(config, seed) for seed in range(NUM_INITIALISATIONS)]
-    bank, test = bank_and_test("shapes", config.data.image_size)
+    bank, test, _ = bank_and_test("shapes", config.data.image_size)
     masks = ShapesSource(NUM_MASKS, config.data.image_size, MASK_SEED)
     sheet = folder / "attention.png"
     summary = {
@@ -63,44 +63,42 @@ def _random_backbone(config: Config, seed: int) -> nn.Module:
     return build_network(config, teacher=True).backbone
 
 
-def _protocol(config: Config) -> Protocol:
-    return Protocol(size=config.views.global_size, num_workers=0, normalize=config.data.normalize)
-
-
 def _knn(backbone: nn.Module, bank: Source, test: Source, config: Config) -> float:
-    scores = evaluate_knn(backbone, bank, test, _protocol(config), ks=[NUM_NEIGHBORS])
-    return 100 * scores[f"knn_{NUM_NEIGHBORS}"]
+    reading = Reading(size=config.views.global_size, normalize=config.data.normalize)
+    return _accuracy(*(extract(backbone, source, reading, num_workers=0) for source in (bank, test)))
+
+
+def _accuracy(bank: Features, test: Features) -> float:
+    (score,) = KNN.accuracy(bank, test).values()
+    return 100 * score
 
 
 def _pixel_knn(bank: Source, test: Source, standardise: bool) -> float:
     """k-NN on pixels as features: what needs no network at all."""
 
-    def pixels(source: Source) -> tuple[Tensor, Tensor]:
+    def pixels(source: Source) -> Features:
         images, labels = zip(*(source.read(i) for i in range(len(source))), strict=True)
         x = torch.from_numpy(np.stack([np.asarray(image) for image in images])).float() / 255  # (n, h, w, 3)
         if standardise:  # each channel of each image
             x = (x - x.mean((1, 2), keepdim=True)) / x.std((1, 2), keepdim=True).clamp_min(1e-6)
-        return x.flatten(1), torch.tensor(labels)
+        return Features(x.flatten(1), torch.tensor(labels))
 
-    return 100 * KNeighbors(NUM_NEIGHBORS).fit(*pixels(bank)).score(*pixels(test))
+    return _accuracy(pixels(bank), pixels(test))
 
 
 def _attention_iou(backbone: nn.Module, source: Source, config: Config, sheet: Path | None = None) -> float:
     # The whole image at its own size, above that of the views: more patches, so finer maps.
-    protocol = dataclasses.replace(_protocol(config), size=config.data.image_size)
-    found = evaluate_attention(backbone, source, protocol, num_images=len(source), sheet=sheet)  # type: ignore[arg-type]
-    return found["attention_iou"]
+    reading = Reading(size=config.data.image_size, normalize=config.data.normalize)
+    evaluation = AttentionMaps(num_images=len(source))
+    return evaluation.overlap(backbone, source, reading, sheet)["attention_iou"]
 
 
 def _draw_curves(folder: Path, summary: dict[str, float]) -> None:
     """curves.png: the loss over steps; the teacher's k-NN over steps beside what needs no training."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     scores = [(line["step"], line["knn"]) for line in lines if "knn" in line]
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    figure = new_figure(9, 3.2)
     left, right = figure.subplots(1, 2)
     left.plot(*zip(*losses, strict=True), color="C0")
     left.set(xlabel="step", ylabel="loss", title="The student predicts the teacher")
@@ -114,7 +112,8 @@ def _draw_curves(folder: Path, summary: dict[str, float]) -> None:
         right.axhline(summary[name], color="0.5", linestyle=style, label=label)
     right.set(xlabel="step", ylabel="k-NN top-1, %", ylim=(0, 100), title="Its features tell 12 classes apart")
     right.legend(loc="lower right", fontsize=8)
-    FigureCanvasAgg(figure).print_png(folder / "curves.png")
+    with png_file(folder / "curves.png") as file:
+        figure.canvas.print_png(file)
 
 
 def _table(summary: dict[str, float], folder: Path) -> str:

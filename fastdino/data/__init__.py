@@ -3,7 +3,7 @@
 from fastdino.data.batch import Batch, Masks
 from fastdino.data.loader import BadData, TrainBatches, labelled_batches, train_batches
 from fastdino.data.sources.decode import BadImage
-from fastdino.data.sources.folder import FolderSource
+from fastdino.data.sources.folder import FolderSource, split_folders
 from fastdino.data.sources.shapes import ShapesSource
 from fastdino.data.sources.source import Source, open_source
 from fastdino.data.views import normalize
@@ -22,5 +22,6 @@ __all__ = [
     "labelled_batches",
     "normalize",
     "open_source",
+    "split_folders",
     "train_batches",
 ]

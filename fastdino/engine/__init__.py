@@ -1,1 +1,57 @@
 """A gradient becomes a better student and teacher."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fastdino.config import Config, ConfigError
+from fastdino.distributed import Ranks
+from fastdino.engine.engine import BatchNorm, Engine
+from fastdino.engine.torch_engine import TorchEngine
+
+
+def build_engine(config: Config, student: nn.Module, teacher: nn.Module, ranks: Ranks) -> Engine:
+    """The engine of ``config.engine``.
+
+    Args:
+        student, teacher: fp32 networks of equal names and shapes. Both are moved to the device, cast, and start as rank
+            0's student, buffers included. Their parameters become views of flat buffers: make no optimizer of them.
+
+    Raises ConfigError for batch normalisation over several processes without GPUs.
+    """
+    student, teacher = (_prepare(network, ranks) for network in (student, teacher))
+    if ranks.world_size > 1:
+        _broadcast(student)
+    teacher.load_state_dict(student.state_dict())
+    teacher.requires_grad_(False)
+    if config.engine.name == "torch":
+        return TorchEngine(config, student, teacher, ranks)
+    from fastdino.engine.zero import ReplicatedEngine, ShardedEngine  # DeepSpeed takes seconds to import
+
+    engine: type[Engine] = ShardedEngine if zero_stage(config, ranks) else ReplicatedEngine
+    return engine(config, student, teacher, ranks)
+
+
+def zero_stage(config: Config, ranks: Ranks) -> int:
+    """What ``engine.zero_stage`` comes to."""
+    if config.engine.zero_stage == "auto":
+        return int(ranks.world_size > 1)
+    return config.engine.zero_stage
+
+
+def _prepare(network: nn.Module, ranks: Ranks) -> nn.Module:
+    """On the device, with batch statistics over all ranks where there are any, as in DINO v1."""
+    if ranks.world_size > 1 and any(isinstance(m, BatchNorm) for m in network.modules()):
+        if ranks.device.type == "cpu":
+            raise ConfigError(
+                f"batch normalisation over {ranks.world_size} processes needs GPUs, because torch's SyncBatchNorm has "
+                "no CPU path: use one process, head.batch_norm=False or a backbone without it"
+            )
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return network.to(ranks.device)
+
+
+@torch.no_grad()
+def _broadcast(network: nn.Module) -> None:
+    for tensor in network.state_dict().values():
+        dist.broadcast(tensor, 0)

@@ -4,15 +4,17 @@ A shard is one rank's slice of a parameter group, whose tensors lie one after an
 straddle ranks, so its norm is summed over them: one all-reduce of one number per tensor and step.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdino.config import OptimConfig
+from fastdino.distributed import Ranks
+from fastdino.engine.groups import Group
 from fastdino.engine.schedules import Now
+from fastdino.engine.shards import Shard
 from fastdino_kernels import AdamWHyper, adamw_ema_, ema_update_, make_segments, segment_squares
 
 SGD_MOMENTUM = 0.9  # LARS too
@@ -20,68 +22,18 @@ LARS_ETA = 0.001
 
 
 @dataclass(frozen=True)
-class Group:
-    """Trainable parameters that share weight decay and freezing, by name."""
+class Step:
+    """What is decided for a step from all gradients, before any of them is used. All tensors are on the device."""
 
-    name: str
-    regularized: bool  # gets weight decay, and under LARS the trust ratio
-    last_layer: bool
-    params: dict[str, nn.Parameter]
-
-    @property
-    def numel(self) -> int:
-        return sum(p.numel() for p in self.params.values())
-
-
-def parameter_groups(network: nn.Module) -> list[Group]:
-    """The trainable parameters of ``network`` in groups: decay, no_decay, last_layer; empty ones left out.
-
-    Biases and 1-D parameters take no weight decay, everything else does, tokens and position embeddings included. The
-    prototypes (names with ``last_layer``) are apart so that they can be frozen. Source: DINO v1's get_params_groups.
-    """
-    groups: dict[str, Group] = {}
-    for name, param in network.named_parameters():
-        if param.requires_grad:
-            regularized = not (name.endswith(".bias") or param.ndim == 1)
-            last_layer = "last_layer" in name
-            key = ("last_layer_" if last_layer else "") + ("decay" if regularized else "no_decay")
-            groups.setdefault(key, Group(key, regularized, last_layer, {})).params[name] = param
-    return [groups[key] for key in ("decay", "no_decay", "last_layer_decay", "last_layer_no_decay") if key in groups]
-
-
-class Segment(NamedTuple):
-    """Elements [start, stop) of a flattened parameter, at ``offset`` of this rank's shard."""
-
-    name: str
-    start: int
-    stop: int
-    offset: int
-
-
-def segments(group: Group, start: int, stop: int) -> list[Segment]:
-    """What elements [start, stop) of the group's flat tensor are; padding beyond its last parameter is nothing."""
-    found, position = [], 0
-    for name, param in group.params.items():
-        low, high = max(start, position), min(stop, position + param.numel())
-        if low < high:
-            found.append(Segment(name, low - position, high - position, low - start))
-        position += param.numel()
-    return found
-
-
-@dataclass(frozen=True)
-class Shard:
-    """This rank's slice of a group: 1-D tensors of one length, which may end in padding."""
-
-    param: Tensor  # fp32
-    ema: Tensor  # fp32, the teacher
-    pieces: list[Segment]
-    param_lp: Tensor | None  # copies in the precision of the forward pass; None where there is none to write
-    ema_lp: Tensor | None
-
-    def views(self, flat: Tensor) -> list[Tensor]:
-        """One view of ``flat``, laid out like the shard, for each piece."""
-        return [flat[p.offset : p.offset + p.stop - p.start] for p in self.pieces]
+    now: Now
+    applied: Tensor
+    """0-d bool; False: the step changes nothing."""
+    found_inf: Tensor
+    """0-d fp32; torch's convention: non-zero skips the update."""
+    momentum: Tensor
+    """0-d weight of the old teacher, 1 in a skipped step; fp64, in which 1 - momentum keeps its digits."""
+    scale: Tensor
+    """(parameters + 1,) fp32 clip coefficient of each; the last is padding's."""
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -98,23 +50,25 @@ class Optimizer(torch.optim.Optimizer):
         super().__init__([{"params": list(group.params.values()), "group": group} for group in groups], defaults)
         self.clip, self.clip_mode = config.clip, config.clip_mode
 
-    def bind(self, shards: list[Shard], reduce: Callable[[Tensor], object] | None) -> None:
-        """Makes the shards what the groups update, with moments of zero. ``reduce`` sums over the ranks that hold the
-        other slices, in place; None when each rank holds everything."""
+    def bind(self, shards: list[Shard], sharded: bool, ranks: Ranks) -> None:
+        """Makes the shards what the groups update, with moments of zero.
+
+        ``sharded``: the other ranks hold the other shares, so norms are sums over ranks.
+        """
         names = [name for group in self.param_groups for name in group["group"].params]
-        device, self.reduce, self.num_params = shards[0].param.device, reduce, len(names)
-        pieces = []
+        index = {name: i for i, name in enumerate(names)} | {None: len(names)}  # padding counts as one more parameter
+        device, self.num_params = shards[0].param.device, len(names)
+        self.sharded, self.ranks = sharded, ranks
         for group, shard in zip(self.param_groups, shards, strict=True):
-            pieces += [names.index(p.name) for p in shard.pieces]
-            lengths = [p.stop - p.start for p in shard.pieces]
+            segments = list(shard.segments())
             group["params"], group["shard"] = [shard.param], shard
-            group["segments"] = make_segments([*lengths, shard.param.numel() - sum(lengths)], device)
-            # Padding is a parameter of its own, the last, whose norm is 0.
-            group["index"] = torch.tensor([*(names.index(p.name) for p in shard.pieces), len(names)], device=device)
+            group["segments"] = make_segments([length for _, length in segments], device)
+            group["index"] = torch.tensor([index[name] for name, _ in segments], device=device)
             state: dict[str, Tensor] = {key: torch.zeros_like(shard.param) for key in self.moments}
             state["ema"] = shard.ema
             state["step"] = torch.zeros((), device=device)  # updates so far
             self.state[shard.param] = state
+        pieces = [index[fragment.name] for shard in shards for fragment in shard.fragments]
         self.index = torch.tensor(pieces, dtype=torch.long, device=device)
         self.counters = {
             key: torch.zeros((), dtype=torch.long, device=device) for key in ("steps", "skipped", "skipped_in_row")
@@ -123,41 +77,42 @@ class Optimizer(torch.optim.Optimizer):
         self.grad_norm = torch.zeros((), device=device)  # of the newest step, over all parameters, before clipping
 
     @torch.no_grad()
-    def prepare(self, now: Now, grads: list[Tensor], finite: Tensor) -> None:
-        """Sets the schedules' values and judges the step from all gradients, before any of them is used.
+    def prepare(self, now: Now, grads: list[Tensor], finite: Tensor) -> Tensor:
+        """Sets the schedules' values and judges the step from all gradients; returns ``applied``, 0-d bool.
 
         Args:
             now: what the schedules say.
-            grads: the gradient of every piece of every group's shard, in order; any shape and dtype.
-            finite: 0-d bool; False makes the step a no-op, on all ranks among which the shards are split.
+            grads: the gradient of every fragment of every group's shard, in order; any shape and dtype. Where the
+                ranks hold the same shards, their gradients are summed already.
+            finite: 0-d bool of this rank; False on any rank makes the step a no-op on all.
         """
-        self.now = now
         for group in self.param_groups:
             group["lr"] = now.lr
             group["weight_decay"] = now.weight_decay if group["group"].regularized else 0.0
             group["frozen"] = now.freeze_last_layer and group["group"].last_layer
-        squares = torch.where(finite, self.grad_norm.new_zeros(self.num_params + 1), torch.nan)  # nan reaches all ranks
+        squares = self.grad_norm.new_zeros(self.num_params + 1)
         if grads:
             norms = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32))
             squares.index_add_(0, self.index, norms.square())
-        self._sum_over_ranks(squares)
+        squares[-1] = torch.where(finite, 0.0, torch.nan)  # padding's place: it tells the other ranks
+        self.ranks.sum_(squares if self.sharded else squares[-1:])
         self.grad_norm = squares.sum().sqrt()
-        self.ok = torch.isfinite(self.grad_norm)
-        self.found_inf = (~self.ok).float()  # the fused kernels' word for: leave everything as it is
-        # In fp64 1 - momentum keeps its digits; 1, for a skipped step, leaves the teacher bit for bit.
-        self.momentum = 1 - self.ok.double() * (1 - now.momentum)
+        applied = torch.isfinite(self.grad_norm)
         norms = squares.sqrt() if self.clip_mode == "tensor" else self.grad_norm.expand_as(squares)
-        self.scale = (self.clip / (norms + 1e-6)).clamp(max=1)
-        self._count()
+        self.plan = Step(
+            now,
+            applied,
+            found_inf=(~applied).float(),
+            momentum=1 - applied.double() * (1 - now.momentum),
+            scale=(self.clip / (norms + 1e-6)).clamp(max=1),
+        )
+        self._count(applied)
+        return applied
 
-    def _sum_over_ranks(self, squares: Tensor) -> None:
-        if self.reduce is not None:
-            self.reduce(squares)
-
-    def _count(self) -> None:
-        skipped = (~self.ok).long()
+    def _count(self, applied: Tensor) -> None:
+        skipped = (~applied).long()
         count = self.counters
-        count["last_skipped"].copy_(torch.where(self.ok, count["last_skipped"], count["steps"]))
+        count["last_skipped"].copy_(torch.where(applied, count["last_skipped"], count["steps"]))
         count["skipped"].add_(skipped)
         count["skipped_in_row"].add_(1).mul_(skipped)
         count["steps"].add_(1)
@@ -169,22 +124,22 @@ class Optimizer(torch.optim.Optimizer):
             shard: Shard = group["shard"]
             param, state = shard.param.detach(), self.state[shard.param]
             if group["frozen"]:  # DINO v1 sets these gradients to None: no moment, no decay, no count either
-                ema_update_(shard.ema, param, self.momentum, shard.ema_lp)
+                ema_update_(shard.ema, param, self.plan.momentum, shard.ema_lp)
             else:
                 assert shard.param.grad is not None
-                state["step"].add_(self.ok)
+                state["step"].add_(self.plan.applied)
                 self.update(group, param, shard.param.grad, state)
 
     def update(self, group: dict[str, Any], param: Tensor, grad: Tensor, state: dict[str, Tensor]) -> None:
-        """One group's clipped update, and its teacher's; nothing changes where ``self.ok`` is False."""
+        """One group's clipped update, and its teacher's; nothing changes in a step that is skipped."""
         raise NotImplementedError
 
     def _clip_(self, group: dict[str, Any], grad: Tensor) -> None:
         if self.clip:
-            torch._foreach_mul_(group["segments"].split(grad), list(self.scale[group["index"]].unbind()))
+            torch._foreach_mul_(group["segments"].split(grad), list(self.plan.scale[group["index"]].unbind()))
 
     def _follow(self, shard: Shard, param: Tensor) -> None:
-        ema_update_(shard.ema, param, self.momentum, shard.ema_lp)
+        ema_update_(shard.ema, param, self.plan.momentum, shard.ema_lp)
         if shard.param_lp is not None:
             shard.param_lp.copy_(param)
 
@@ -199,11 +154,11 @@ class AdamW(Optimizer):
 
     def update(self, group: dict[str, Any], param: Tensor, grad: Tensor, state: dict[str, Tensor]) -> None:
         shard: Shard = group["shard"]
-        clip = {"grad_scale": self.scale[group["index"]], "segments": group["segments"]} if self.clip else {}
+        clip = {"grad_scale": self.plan.scale[group["index"]], "segments": group["segments"]} if self.clip else {}
         adamw_ema_(
             param, grad, state["exp_avg"], state["exp_avg_sq"], shard.ema, state["step"],
-            AdamWHyper(group["lr"], group["weight_decay"], self.now.momentum),
-            found_inf=self.found_inf, param_lp=shard.param_lp, ema_lp=shard.ema_lp, **clip,
+            AdamWHyper(group["lr"], group["weight_decay"], self.plan.now.momentum),
+            found_inf=self.plan.found_inf, param_lp=shard.param_lp, ema_lp=shard.ema_lp, **clip,
         )  # fmt: skip
 
 
@@ -217,7 +172,7 @@ class SGD(Optimizer):
         torch._fused_sgd_(
             [param], [grad], [state["momentum_buffer"]],
             lr=group["lr"], momentum=SGD_MOMENTUM, weight_decay=group["weight_decay"], dampening=0.0, nesterov=False,
-            maximize=False, is_first_step=False, found_inf=self.found_inf,
+            maximize=False, is_first_step=False, found_inf=self.plan.found_inf,
         )  # fmt: skip
         self._follow(group["shard"], param)
 
@@ -238,15 +193,16 @@ class LARS(Optimizer):
             ratio = torch.where((weights > 0) & (updates > 0), LARS_ETA * weights / updates, 1.0)
             torch._foreach_mul_(group["segments"].split(grad), list(ratio.unbind()))
         velocity = state["momentum_buffer"]
-        velocity.copy_(torch.where(self.ok, velocity * SGD_MOMENTUM + grad, velocity))
-        param.copy_(torch.where(self.ok, param - group["lr"] * velocity, param))
+        velocity.copy_(torch.where(self.plan.applied, velocity * SGD_MOMENTUM + grad, velocity))
+        param.copy_(torch.where(self.plan.applied, param - group["lr"] * velocity, param))
         self._follow(group["shard"], param)
 
     def _norms(self, group: dict[str, Any], flat: Tensor) -> Tensor:
         """(num_segments,) L2 norms of the whole parameters that the segments are pieces of."""
         squares = flat.new_zeros(self.num_params + 1)
         squares.index_add_(0, group["index"], segment_squares(flat, group["segments"]))
-        self._sum_over_ranks(squares)
+        if self.sharded:
+            self.ranks.sum_(squares)
         return squares.sqrt()[group["index"]]
 
 

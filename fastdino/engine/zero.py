@@ -1,4 +1,4 @@
-"""Builds the engine that a config asks for; the only home of DeepSpeed."""
+"""DeepSpeed's engines, ZeRO 0, 1 and 2; the only home of DeepSpeed."""
 
 import importlib
 import logging
@@ -6,61 +6,16 @@ import os
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastdino.config import Config
 from fastdino.distributed import Ranks
-from fastdino.engine.optimizer import Shard
+from fastdino.engine import zero_stage
+from fastdino.engine.engine import Engine
 from fastdino.engine.schedules import Now
-from fastdino.engine.torch_engine import BatchNorm, Engine, Fragment, TorchEngine
-
-__all__ = ["Engine", "Fragment", "build_engine", "deepspeed_config", "zero_stage"]
-
-
-def build_engine(config: Config, student: nn.Module, teacher: nn.Module, ranks: Ranks) -> Engine:
-    """The engine of ``config.engine``.
-
-    Args:
-        student, teacher: fp32 networks of equal names and shapes. Both are moved to the device, cast, and start as rank
-            0's student, buffers included. Their parameters become views of flat buffers: make no optimizer of them.
-
-    Raises RuntimeError for batch normalisation over several processes without GPUs.
-    """
-    student, teacher = (_prepare(network, ranks) for network in (student, teacher))
-    if ranks.world_size > 1:
-        _broadcast(student)
-    teacher.load_state_dict(student.state_dict())
-    teacher.requires_grad_(False)
-    if config.engine.name == "torch":
-        return TorchEngine(config, student, teacher, ranks)
-    engine = ShardedEngine if zero_stage(config, ranks) else ReplicatedEngine
-    return engine(config, student, teacher, ranks)
-
-
-def zero_stage(config: Config, ranks: Ranks) -> int:
-    """What ``engine.zero_stage`` comes to."""
-    if config.engine.zero_stage == "auto":
-        return int(ranks.world_size > 1)
-    return config.engine.zero_stage
-
-
-def _prepare(network: nn.Module, ranks: Ranks) -> nn.Module:
-    """On the device, with batch statistics over all ranks where there are any, as in DINO v1."""
-    if ranks.world_size > 1 and any(isinstance(m, BatchNorm) for m in network.modules()):
-        if ranks.device.type == "cpu":
-            raise RuntimeError(
-                f"batch normalisation over {ranks.world_size} processes needs GPUs, because torch's SyncBatchNorm has "
-                "no CPU path: use one process, head.batch_norm=False or a backbone without it"
-            )
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    return network.to(ranks.device)
-
-
-@torch.no_grad()
-def _broadcast(network: nn.Module) -> None:
-    for tensor in network.state_dict().values():
-        dist.broadcast(tensor, 0)
+from fastdino.engine.shards import Shard
+from fastdino.engine.torch_engine import TorchEngine
+from fastdino.launch import LaunchError
 
 
 def deepspeed_config(config: Config, stage: int, bf16: bool) -> dict[str, Any]:
@@ -98,7 +53,7 @@ def _import_deepspeed(ranks: Ranks) -> Any:
     from deepspeed.accelerator import get_accelerator
 
     if get_accelerator().device_name() != device.type:
-        raise RuntimeError(
+        raise LaunchError(
             f"DeepSpeed was imported for {get_accelerator().device_name()} before the engine asked for {device.type}: "
             f"set DS_ACCELERATOR={device.type}"
         )
@@ -155,13 +110,9 @@ class ReplicatedEngine(TorchEngine):
         self._add_micro_batch()
         return [] if self.ranks.world_size == 1 else self._grads, {}
 
-    def _reduce(self, finite: Tensor) -> Tensor:
+    def _reduce(self) -> None:
+        """Nothing: DeepSpeed has, at the end of the last backward pass."""
         assert self._micro_batch == self.accumulate, f"{self._micro_batch} backward passes before a step"
-        if self.ranks.world_size == 1:
-            return finite
-        told = finite.float()
-        dist.all_reduce(told, dist.ReduceOp.MIN)
-        return told > 0
 
     def _update(self) -> None:
         self._deepspeed.step()
@@ -176,16 +127,16 @@ class ShardedEngine(Engine):
 
     def __init__(self, config: Config, student: nn.Module, teacher: nn.Module, ranks: Ranks) -> None:
         super().__init__(config, student, teacher, ranks)
-        exact = [torch.cat([p.detach().flatten() for p in group.params.values()]) for group in self.groups]
+        fp32 = [torch.cat([p.detach().flatten() for p in group.params.values()]) for group in self.groups]
         self._deepspeed = _initialize(self, config, student)
         self.student, self._zero = self._deepspeed, self._deepspeed.optimizer
         masters = [master.detach() for master in self._zero.single_partition_of_fp32_groups]
-        for master, values in zip(masters, exact, strict=True):  # DeepSpeed's are copies of rounded weights
+        for master, values in zip(masters, fp32, strict=True):  # DeepSpeed's are copies of rounded weights
             start = ranks.rank * master.numel()
             mine = values[start : start + master.numel()]
             master[: mine.numel()].copy_(mine)
-        params_lp: list[Tensor | None] = [None] * len(masters)  # DeepSpeed writes the student's weights itself
-        self._adopt(self._zero.single_partition_of_fp32_groups, params_lp, ranks.world_size, ranks.rank)
+        weights: list[Tensor | None] = [None] * len(masters)  # DeepSpeed writes the student's itself
+        self._adopt(self._zero.single_partition_of_fp32_groups, weights, ranks.world_size, ranks.rank)
         self._micro_batch = 0
         self.after_load()
 
@@ -195,17 +146,18 @@ class ShardedEngine(Engine):
         self._deepspeed.backward(loss)
 
     @torch.no_grad()
-    def step(self, now: Now, finite: Tensor) -> None:
+    def step(self, now: Now, finite: Tensor) -> Tensor:
         assert self._micro_batch == self.accumulate, f"{self._micro_batch} backward passes before a step"
-        self.wait_teacher()
+        self._wait_teacher()
         pieces: list[Tensor] = []
         for index, group in enumerate(self.optimizer.param_groups):
             shard: Shard = group["shard"]
-            pieces += self._zero.averaged_gradients[index][: len(shard.pieces)]  # what is left is padding
-        self.optimizer.prepare(now, pieces, finite)
+            pieces += self._zero.averaged_gradients[index][: len(shard.fragments)]  # what is left is padding
+        applied = self.optimizer.prepare(now, pieces, finite)
         self._deepspeed.step()
         self._micro_batch = 0
         self._gather_teacher()
+        return applied
 
     def _publish_student(self) -> None:
         self._zero.update_lp_params()

@@ -1,19 +1,27 @@
 """What the features are worth, with no labels used in training and none in the backbone."""
 
-from fastdino.eval.attention_maps import best_head_iou, draw_sheet, evaluate_attention, head_maps, keep_mass
-from fastdino.eval.features import EvaluationError, Protocol, extract
-from fastdino.eval.knn import KNeighbors, evaluate_knn, online_knn
+from fastdino.eval.attention_maps import AttentionMaps, best_head_iou, draw_sheet, head_maps, keep_mass
+from fastdino.eval.evaluation import Evaluation, Subject
+from fastdino.eval.features import EvaluationError, Features, Reading, extract
+from fastdino.eval.knn import KNeighbors, Knn, OnlineKnn
+
+EVALUATIONS: dict[str, type[Evaluation]] = {"knn": Knn, "attention": AttentionMaps}
+"""The kinds of ``fastdino eval KIND PATH``."""
 
 __all__ = [
+    "EVALUATIONS",
+    "AttentionMaps",
+    "Evaluation",
     "EvaluationError",
+    "Features",
     "KNeighbors",
-    "Protocol",
+    "Knn",
+    "OnlineKnn",
+    "Reading",
+    "Subject",
     "best_head_iou",
     "draw_sheet",
-    "evaluate_attention",
-    "evaluate_knn",
     "extract",
     "head_maps",
     "keep_mass",
-    "online_knn",
 ]

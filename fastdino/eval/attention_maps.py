@@ -1,19 +1,27 @@
 """What the CLS token looks at: attention per head, pictures of it, and how well it covers the objects."""
 
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastdino.config import ConfigError
+from fastdino.config.errors import require
 from fastdino.data.sources.decode import BadImage
+from fastdino.data.sources.folder import FolderSource
 from fastdino.data.sources.source import Source
 from fastdino.data.views import normalize
-from fastdino.eval.features import EvaluationError, Protocol, evaluating, home
+from fastdino.eval.evaluation import Evaluation, Subject
+from fastdino.eval.features import EvaluationError, Reading, check_size, device_and_dtype, evaluating
+from fastdino.eval.pictures import new_figure, png_file
+from fastdino.eval.splits import bank_and_test
 from fastdino.model.vit import ViT
 
 SHEET_ROWS = 8  # images on a sheet
@@ -21,7 +29,7 @@ SHEET_ROWS = 8  # images on a sheet
 
 def head_maps(backbone: ViT, images: Tensor) -> Tensor:
     """CLS-to-patch attention of the last block: (B, 3, h, w) normalised images -> (B, H, rows, columns) fp32."""
-    device, dtype = home(backbone)
+    device, dtype = device_and_dtype(backbone)
     with evaluating(backbone):
         maps = backbone.attention_maps(images.to(device, dtype))
     return maps.unflatten(-1, (images.shape[-2] // backbone.patch_size, -1))
@@ -64,27 +72,24 @@ def best_head_iou(maps: Tensor, masks: Tensor, mass: float = 0.6) -> float:
 
 
 def draw_sheet(
-    path: Path, images: Sequence[Image.Image], maps: Tensor, mass: float = 0.6, masks: Tensor | None = None
+    file: Path | IO[bytes], images: Sequence[Image.Image], maps: Tensor, mass: float = 0.6, masks: Tensor | None = None
 ) -> None:
     """Writes a PNG with a row per image: the image, each head's attention, and the patches that hold ``mass`` of it.
 
     Args:
-        path: where to.
+        file: where to.
         images: n pictures.
         maps: (n, H, rows, columns) attention.
         mass: share of the attention that the last column keeps: that of the heads' mean, or with masks that of the
             head with the highest mean overlap over these n images.
         masks: (n, h, w) bool, true on the object, whose outline is drawn on every picture.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     titles = ["image", *(f"head {i}" for i in range(maps.shape[1])), f"{mass:.0%} of the mean"]
     shown = maps.mean(dim=1)
     if masks is not None:
         best = int(head_ious(maps, masks, mass).argmax())
         shown, titles[-1] = maps[:, best], f"{mass:.0%} of head {best}"
-    figure = Figure(figsize=(1.3 * len(titles), 1.3 * len(images) + 0.3), dpi=110, layout="constrained")
+    figure = new_figure(1.3 * len(titles), 1.3 * len(images) + 0.3, dpi=110)
     axes = figure.subplots(len(images), len(titles), squeeze=False)
     for i, (image, row, kept) in enumerate(zip(images, axes, keep_mass(shown, mass).cpu(), strict=True)):
         pixels = np.asarray(image)
@@ -99,47 +104,82 @@ def draw_sheet(
             ax.set_axis_off()
     for ax, title in zip(axes[0], titles, strict=True):
         ax.set_title(title, fontsize=9)
-    FigureCanvasAgg(figure).print_png(path)
+    figure.canvas.print_png(file)
 
 
-def evaluate_attention(
-    backbone: ViT,
-    source: Source,
-    protocol: Protocol | None = None,
-    *,
-    num_images: int = 100,
-    mass: float = 0.6,
-    sheet: Path | None = None,
-) -> dict[str, float]:
-    """Attention of the first ``num_images`` of ``source``, the whole of each image squeezed to protocol.size.
+@dataclass(frozen=True, kw_only=True)
+class AttentionMaps(Evaluation):
+    """A sheet of images with the attention of each head of the last block, as PNG.
 
-    Returns {"attention_iou": :func:`best_head_iou`} when the source has masks, else nothing. ``sheet`` is a PNG to
-    write with the first SHEET_ROWS. Raises EvaluationError when the backbone has no CLS attention or an image
-    cannot be read.
+    Images are not cropped: the whole of each is squeezed to --size, a multiple of the patch. --data is a folder of
+    images in any nesting. With --data shapes, whose objects are known, attention_iou is printed too: how well the best
+    head covers them.
     """
+
+    num_images: int = 100
+    """Images over which the best head is found; the sheet shows the first eight."""
+    mass: float = 0.6
+    """Share of the attention that the last column keeps; DINO's value."""
+    out: Path | None = None
+    """PNG to write, or a folder for attention.png; default: beside the weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.num_images >= 1, "--num-images", self.num_images, "at least 1", "a count of images")
+        require(0 < self.mass < 1, "--mass", self.mass, "between 0 and 1", "a share of the attention")
+
+    def __call__(self, subject: Subject) -> dict[str, Any]:
+        """{"attention_iou": 0 to 1} when the images have masks, the sheet's path and the protocol."""
+        reading, sheet = self.reading(subject.config), self._sheet(subject.folder)
+        if self.data == "shapes":
+            source: Source = bank_and_test(self.data, subject.config.data.image_size).test
+        else:
+            source = FolderSource(self.data)
+        with png_file(sheet) as file:
+            found = self.overlap(subject.backbone, source, reading, file)
+        num_images = min(self.num_images, len(source))
+        protocol = {"num_images": num_images, "size": reading.size, "normalize": reading.normalize, "mass": self.mass}
+        return {**found, "sheet": str(sheet), "data": self.data, **protocol}
+
+    def overlap(
+        self, backbone: nn.Module, source: Source, reading: Reading, file: Path | IO[bytes] | None = None
+    ) -> dict[str, float]:
+        """{"attention_iou": :func:`best_head_iou`} of the first num_images of ``source`` if it has masks, else nothing.
+
+        ``file`` takes the sheet of the first SHEET_ROWS. Raises EvaluationError when the backbone has no CLS attention
+        or an image cannot be read.
+        """
+        vit = _with_attention(backbone)
+        check_size(vit, reading.size)
+        try:
+            images = [_resized(source.read(i)[0], reading.size) for i in range(min(self.num_images, len(source)))]
+        except BadImage as error:
+            raise EvaluationError(f"{error}: mend or delete it") from error
+        pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
+        maps = torch.cat([head_maps(vit, normalize(x, reading.normalize)) for x in pixels.split(self.batch)])
+        mask_of: Any = getattr(source, "mask", None)
+        masks = torch.stack([torch.as_tensor(np.asarray(mask_of(i))) for i in range(len(images))]) if mask_of else None
+        if file is not None:
+            shown = None if masks is None else masks[:SHEET_ROWS]
+            draw_sheet(file, images[:SHEET_ROWS], maps[:SHEET_ROWS], self.mass, shown)
+        return {} if masks is None else {"attention_iou": best_head_iou(maps, masks, self.mass)}
+
+    def _sheet(self, folder: Path) -> Path:
+        out = folder if self.out is None else self.out.expanduser()
+        if os.path.isdir(out):  # unlike Path.is_dir, false whatever the file system answers
+            return out / "attention.png"
+        if out.suffix.lower() != ".png":
+            raise ConfigError(f"--out={str(out)!r} must end in .png: the sheet is a PNG; or name a folder that exists")
+        return out
+
+
+def _with_attention(backbone: nn.Module) -> ViT:
     if not isinstance(backbone, ViT):
-        raise EvaluationError(
-            f"attention maps need one of our ViTs (model.arch=vit_...), not {type(backbone).__name__}"
-        )
-    protocol = protocol or Protocol()
-    try:
-        images = [_resized(source.read(i)[0], protocol.size) for i in range(min(num_images, len(source)))]
-    except BadImage as error:
-        raise EvaluationError(f"{error}: mend or delete it") from error
-    maps = torch.cat([head_maps(backbone, batch) for batch in _batches(images, protocol)])
-    mask_of: Any = getattr(source, "mask", None)
-    masks = torch.stack([torch.as_tensor(np.asarray(mask_of(i))) for i in range(len(images))]) if mask_of else None
-    if sheet is not None:
-        draw_sheet(sheet, images[:SHEET_ROWS], maps[:SHEET_ROWS], mass, None if masks is None else masks[:SHEET_ROWS])
-    return {} if masks is None else {"attention_iou": best_head_iou(maps, masks, mass)}
+        kind = type(backbone).__name__
+        raise EvaluationError(f"attention maps need one of our ViTs (model.arch=vit_...), not {kind}")
+    return backbone
 
 
 def _resized(image: Image.Image, size: int) -> Image.Image:
     """The whole image at size x size, so that its mask still fits."""
     return image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
-
-
-def _batches(images: list[Image.Image], protocol: Protocol) -> list[Tensor]:
-    """Normalised (B, 3, s, s) batches."""
-    pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
-    return [normalize(batch, protocol.normalize) for batch in pixels.split(protocol.batch_size)]

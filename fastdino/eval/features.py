@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,44 +20,66 @@ class EvaluationError(UserError, ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Protocol:
-    """How images are read for an evaluation."""
+class Reading:
+    """How a backbone reads images. Its features depend on this, on its weights and on the images alone."""
 
     size: int = 224
     """Side in pixels that the backbone sees."""
-    batch_size: int = 256
-    num_workers: int = 10
     normalize: Literal["imagenet", "image"] = "imagenet"
     """As in training: data.normalize."""
-    bf16: bool = False
-    """Compute in bf16 under autocast."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: under autocast."""
 
 
-def extract(backbone: nn.Module, source: Source, protocol: Protocol) -> tuple[Tensor, Tensor]:
-    """Features and labels of every image of ``source``, in order.
+class Features(NamedTuple):
+    """What an evaluation reads: one row per image, in the order of the source."""
+
+    vectors: Tensor  # (n, D) fp32, not normalised
+    labels: Tensor  # (n,) int64
+
+
+def extract(
+    backbone: nn.Module, source: Source, reading: Reading, *, batch: int = 64, num_workers: int = 8
+) -> Features:
+    """Features and labels of every image of ``source``, on the backbone's device.
 
     Args:
         backbone: maps (B, 3, s, s) normalised images to (B, D). It runs where its parameters are, in evaluation mode
             (restored afterwards), without gradients.
-        source: labelled images; each is resized and cropped to protocol.size.
+        source: labelled images; each is resized and cropped to reading.size.
+        batch: images per forward pass.
+        num_workers: processes that decode, at most as many as there are cores.
 
-    Returns (n, D) fp32 features, not normalised, and (n,) int64 labels, both on the backbone's device. Raises
-    EvaluationError when no image can be read; single unreadable ones are left out.
+    Raises EvaluationError when the backbone cannot take that size or no image can be read; single unreadable images
+    are left out.
     """
-    device, dtype = home(backbone)
-    batches = labelled_batches(source, protocol.size, protocol.batch_size, protocol.num_workers)
-    features, labels = [], []
-    with evaluating(backbone), torch.autocast(device.type, torch.bfloat16, enabled=protocol.bf16):
+    check_size(backbone, reading.size)
+    device, dtype = device_and_dtype(backbone)
+    batches = labelled_batches(source, reading.size, batch, num_workers)
+    vectors, labels = [], []
+    with evaluating(backbone), torch.autocast(device.type, torch.bfloat16, enabled=reading.precision == "bf16"):
         for images, batch_labels in tqdm(batches, desc="features", unit="batch", leave=False, disable=None):
-            x = normalize(images.to(device, non_blocking=True), protocol.normalize)
-            features.append(backbone(x.to(dtype)).float())
+            x = normalize(images.to(device, non_blocking=True), reading.normalize)
+            vectors.append(backbone(x.to(dtype)).float())
             labels.append(batch_labels.to(device))
-    if not features:
+    if not vectors:
         raise EvaluationError("none of the images could be read: there is nothing to evaluate")
-    return torch.cat(features), torch.cat(labels)
+    return Features(torch.cat(vectors), torch.cat(labels))
 
 
-def home(backbone: nn.Module) -> tuple[torch.device, torch.dtype]:
+def check_size(backbone: nn.Module, size: int) -> None:
+    """Raises EvaluationError for a size that the backbone cannot take: a forward pass of one black image tells."""
+    device, dtype = device_and_dtype(backbone)
+    try:
+        with evaluating(backbone):
+            backbone(torch.zeros(1, 3, size, size, device=device, dtype=dtype))
+    except UserError:
+        raise
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise EvaluationError(f"the backbone cannot take images of {size} px: {error}") from error
+
+
+def device_and_dtype(backbone: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Where a backbone runs and in what; the CPU in fp32 for one without parameters, such as raw pixels."""
     parameter = next(backbone.parameters(), torch.empty(0))
     return parameter.device, parameter.dtype

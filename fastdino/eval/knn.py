@@ -1,16 +1,21 @@
 """Weighted k-nearest neighbours, the evaluation of DINO v1 that needs no training (section 4.1 of the paper)."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdino.config import Config
-from fastdino.data.sources.source import Source
-from fastdino.eval.features import EvaluationError, Protocol, extract
+from fastdino.config import ConfigError
+from fastdino.config.errors import require
+from fastdino.eval.evaluation import Evaluation, Subject
+from fastdino.eval.features import EvaluationError, Features, Reading, extract
 from fastdino.eval.splits import bank_and_test
 
+DEFAULT_NEIGHBORS = (10, 20, 100, 200)
+PUBLISHED = 20  # the k that DINO v1 reports
 MAX_ELEMENTS = 2**27  # of one block of similarities or votes: 0.5 GB of fp32
 
 
@@ -76,53 +81,89 @@ class KNeighbors:
             raise EvaluationError(f"k={k} neighbours of a bank of {num_bank} images: choose 1 <= k <= {num_bank}")
 
 
-def evaluate_knn(
-    backbone: nn.Module,
-    bank: Source,
-    test: Source,
-    protocol: Protocol | None = None,
-    *,
-    ks: Sequence[int] = (10, 20, 100, 200),
-    temperature: float = 0.07,
-) -> dict[str, float]:
-    """Top-1 accuracy in [0, 1] of weighted k-NN on frozen features, one entry "knn_K" per k.
+@dataclass(frozen=True, kw_only=True)
+class Knn(Evaluation):
+    """Weighted k-NN accuracy on frozen features, in percent, printed as JSON with the protocol.
 
-    Args:
-        backbone: maps (B, 3, s, s) normalised images to (B, D).
-        bank: labelled images that vote.
-        test: labelled images that are judged, of the same classes in the same order.
-        protocol: size, normalisation and precision; DINO v1's 224 pixels by default.
-        ks: k = 20 is what DINO v1 publishes.
-
-    Raises EvaluationError when the bank is smaller than a k, has no labels, or has other classes than the test images.
+    --data is a folder of class folders. train/ and val/ (or test/) below it are bank and test; without them every fifth
+    image is test. --data shapes needs no folder.
     """
-    protocol = protocol or Protocol()
-    if bank.labels != test.labels:
-        raise EvaluationError(f"bank and test name different classes: {bank.labels[:5]}... and {test.labels[:5]}...")
-    if max(ks) > len(bank):
-        raise EvaluationError(f"k={max(ks)} neighbours of a bank of {len(bank)} images: choose k <= {len(bank)}")
-    features, labels = extract(backbone, bank, protocol)
-    if (labels < 0).any():
-        raise EvaluationError("the bank has images without a class: put them into class folders or take them out")
-    neighbors = KNeighbors(min(ks), temperature).fit(features, labels)
-    scores = neighbors.scores(*extract(backbone, test, protocol), ks)
-    return {f"knn_{k}": score for k, score in scores.items()}
+
+    neighbors: tuple[int, ...] = DEFAULT_NEIGHBORS
+    """Values of k; DINO reports 20. Those of the default that exceed the bank are left out."""
+    temperature: float = 0.07
+    """A neighbour's vote is exp(cosine / temperature); DINO's value."""
+    num_workers: int = 8
+    """Processes that decode; at most as many as there are cores."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ks = self.neighbors
+        require(len(ks) > 0, "--neighbors", ks, "one k or more", "there is no accuracy without one")
+        require(min(ks) >= 1 and len({*ks}) == len(ks), "--neighbors", ks, "different k >= 1", "counts of images")
+        require(self.temperature > 0, "--temperature", self.temperature, "positive", "it divides the cosines")
+        require(self.num_workers >= 0, "--num-workers", self.num_workers, "0 or more", "a count of processes")
+
+    def __call__(self, subject: Subject) -> dict[str, Any]:
+        """{"knn_K": percent for each k} and the protocol."""
+        bank, test, rule = bank_and_test(self.data, subject.config.data.image_size)
+        reading = self.reading(subject.config)
+        self.ks(len(bank))  # what is wrong with it is said before hours of features
+        features = (
+            extract(subject.backbone, source, reading, batch=self.batch, num_workers=self.num_workers)
+            for source in (bank, test)
+        )
+        found = {name: round(100 * score, 2) for name, score in self.accuracy(*features).items()}
+        protocol: dict[str, Any] = {
+            "size": reading.size,
+            "normalize": reading.normalize,
+            "precision": reading.precision,
+        }
+        protocol |= {"temperature": self.temperature, "split": rule}
+        return {**found, "data": self.data, "bank": len(bank), "test": len(test), **protocol}
+
+    def accuracy(self, bank: Features, test: Features) -> dict[str, float]:
+        """Top-1 accuracy in [0, 1] as one entry "knn_K" per k."""
+        ks = self.ks(len(bank.labels))
+        scores = KNeighbors(min(ks), self.temperature).fit(*bank).scores(*test, ks)
+        return {f"knn_{k}": score for k, score in scores.items()}
+
+    def ks(self, num_bank: int) -> list[int]:
+        """The values of k for a bank of that many images. Raises ConfigError for one asked for that exceeds it."""
+        if self.neighbors == DEFAULT_NEIGHBORS:
+            return [k for k in self.neighbors if k <= num_bank] or [num_bank]
+        if max(self.neighbors) > num_bank:
+            raise ConfigError(
+                f"--neighbors {max(self.neighbors)} of a bank of {num_bank} images: choose k <= {num_bank}"
+            )
+        return list(self.neighbors)
 
 
-def online_knn(backbone: nn.Module, root: str, config: Config) -> dict[str, float]:
-    """k-NN accuracy during training, as {"knn": percent, "knn_neighbors": k}; k is 20, or the bank's size if less.
+class OnlineKnn:
+    """k-NN accuracy of the teacher while it trains. The two sets are opened and checked here, once.
 
     Args:
-        backbone: the teacher's, where it is and in the dtype that it has.
         root: the word shapes or a folder of class folders, see :func:`fastdino.eval.splits.bank_and_test`.
-        config: of the run; sizes, normalisation and workers are read.
+        image_size: side in pixels at which shapes are rendered.
+        reading: how the teacher is shown images.
+        batch: images per forward pass.
+        num_workers: processes that decode.
+
+    Raises ConfigError for whatever an evaluation of these sets would refuse.
     """
-    bank, test = bank_and_test(root, config.data.image_size)
-    protocol = Protocol(
-        size=config.views.global_size,
-        batch_size=config.run.local_batch,
-        num_workers=config.data.num_workers,
-        normalize=config.data.normalize,
-    )
-    k = min(20, len(bank))
-    return {"knn": 100 * evaluate_knn(backbone, bank, test, protocol, ks=[k])[f"knn_{k}"], "knn_neighbors": k}
+
+    def __init__(self, root: str, image_size: int, reading: Reading, *, batch: int, num_workers: int) -> None:
+        self.bank, self.test, _ = bank_and_test(root, image_size)
+        self.reading, self.batch, self.num_workers = reading, batch, num_workers
+
+    def __call__(self, backbone: nn.Module) -> dict[str, float]:
+        """{"knn": percent, "knn_neighbors": k}; k is 20, or the number of readable images in the bank if less.
+
+        ``backbone`` is the teacher's, where it is and in the dtype that it has.
+        """
+        bank, test = (
+            extract(backbone, source, self.reading, batch=self.batch, num_workers=self.num_workers)
+            for source in (self.bank, self.test)
+        )
+        k = min(PUBLISHED, len(bank.labels))
+        return {"knn": 100 * Knn(neighbors=(k,)).accuracy(bank, test)[f"knn_{k}"], "knn_neighbors": k}

@@ -1,11 +1,11 @@
-"""Features become logits: an MLP, a normalised bottleneck and weight-normalised prototypes (DINO v1, section 3.1)."""
+"""Features become points: an MLP and a normalised bottleneck, beside weight-normalised prototypes (DINO v1, 3.1)."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdino.config import HeadConfig
-from fastdino.model.vit import init_linears
+from fastdino.model.block import init_linears
 from fastdino_kernels import prototype_weight
 
 
@@ -35,27 +35,33 @@ class Head(nn.Module):
         init_linears(self.mlp, init)
         self.last_layer = Prototypes(config.bottleneck_dim, config.num_prototypes, config.freeze_prototype_norm)
 
-    def prototypes(self) -> Tensor:
-        """(K, bottleneck) normalised prototypes, in the dtype of the weights."""
-        return prototype_weight(self.last_layer.v, self.last_layer.g)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(.., D) features -> (.., P) points and (K, P) prototypes, whose products are the logits.
 
-    def forward(self, x: Tensor, prototypes: Tensor | None = None) -> Tensor:
-        """(.., D) features -> (.., K) logits in the dtype of the weights.
-
-        Args:
-            prototypes: what :meth:`prototypes` gives, for who calls several times between two updates.
+        Both are in the dtype of the weights. A point is L2-normalised, in fp32: a bf16 norm is off by up to 0.4 %.
         """
+        return self.points(x), self.prototypes()
+
+    def points(self, x: Tensor) -> Tensor:
+        """(.., D) -> (.., P), the MLP's output at length 1."""
         z = self.mlp(x.flatten(0, -2))
-        z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1)  # a bf16 norm is off by up to 0.4 %
-        prototypes = self.prototypes() if prototypes is None else prototypes
-        return F.linear(z.to(x.dtype), prototypes).unflatten(0, x.shape[:-1])
+        z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1)
+        return z.to(x.dtype).unflatten(0, x.shape[:-1])
+
+    def prototypes(self) -> Tensor:
+        """(K, P), each of the length that the head gives it."""
+        return self.last_layer()
 
 
 class Prototypes(nn.Module):
-    """K prototypes: directions ``v`` (K, D) and norms ``g`` (K, 1), that is weight normalisation written out."""
+    """K prototypes: directions ``v`` (K, P) and norms ``g`` (K, 1), that is weight normalisation written out."""
 
     def __init__(self, width: int, num_prototypes: int, freeze_norm: bool) -> None:
         super().__init__()
         self.v = nn.Parameter(torch.empty(num_prototypes, width))
         self.g = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=not freeze_norm)
         nn.init.kaiming_uniform_(self.v, a=5**0.5)  # nn.Linear's own, which v1 leaves as it is
+
+    def forward(self) -> Tensor:
+        """(K, P) in the dtype of ``v``: g * v / |v|."""
+        return prototype_weight(self.v, self.g)

@@ -1,12 +1,13 @@
 """Weights in and out of files: safetensors with timm's names; DINO v1's checkpoints are read. No code is unpickled."""
 
 import argparse
+import contextlib
 import math
 import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,7 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastdino.config import UserError
-from fastdino.model.vit import ViT, resample_positions
+from fastdino.model.positions import resample_positions
+from fastdino.model.vit import ViT
+
+if TYPE_CHECKING:
+    from fastdino.model.network import Backbone
 
 State = dict[str, Tensor]
 
@@ -26,7 +31,7 @@ class WeightsError(UserError, ValueError):
     """A file of weights that cannot be read or does not fit."""
 
 
-def load_backbone(backbone: nn.Module, path: Path) -> None:
+def load_backbone(backbone: "Backbone", path: Path) -> None:
     """Copies the weights in ``path`` into ``backbone``; every parameter must be there, with its name and shape.
 
     Args:
@@ -40,11 +45,12 @@ def load_backbone(backbone: nn.Module, path: Path) -> None:
     state = _without_prefix(_read(path))
     if any(name.startswith("backbone.") for name in state):
         state = {name[9:]: tensor for name, tensor in state.items() if name.startswith("backbone.")}
-    own = backbone.state_dict()
+    published = backbone.published
+    own = published.state_dict()
     state = {name: tensor for name, tensor in state.items() if name in own or name not in CLASSIFIERS}
     if isinstance(backbone, ViT) and "pos_embed" in state:
         state["pos_embed"] = _fit_positions(state["pos_embed"], backbone)
-    _load(backbone, state, path)
+    _load(published, state, path)
 
 
 def load_head(head: nn.Module, path: Path) -> None:
@@ -57,15 +63,22 @@ def load_head(head: nn.Module, path: Path) -> None:
     _load(head, {_head_name(name): tensor for name, tensor in state.items()}, path)
 
 
-def export_backbone(backbone: nn.Module, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+def export_backbone(backbone: "Backbone", path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Writes the backbone as safetensors under timm's names; the file appears whole or not at all.
 
     timm.create_model(NAME, num_classes=0, checkpoint_path=path) reads it.
+
+    Raises WeightsError when the file cannot be written.
     """
-    state = {name: x.detach().cpu().contiguous() for name, x in backbone.state_dict().items()}
+    state = {name: x.detach().cpu().contiguous() for name, x in backbone.published.state_dict().items()}
     partial = path.with_name(path.name + ".partial")
-    save_file(state, partial, metadata={"format": "pt", **(metadata or {})})
-    os.replace(partial, path)
+    try:
+        save_file(state, partial, metadata={"format": "pt", **(metadata or {})})
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise WeightsError(f"{path} cannot be written: {error}") from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from fastdino.config import Config, DataConfig, EngineConfig, ModelConfig, RunConfig, ViewsConfig
-from fastdino.data import Batch, Source, train_batches
+from fastdino.data import Batch, Source, TrainBatches, train_batches
 
 CPU = torch.device("cpu")
 
@@ -27,8 +27,13 @@ def make_config(
 
 
 def start(
-    config: Config, source: Source, step: int = 0, rank: int = 0, world_size: int = 1, device: torch.device = CPU
-):
+    config: Config,
+    source: Source,
+    step: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device = CPU,
+) -> TrainBatches:
     return train_batches(config, source, rank=rank, world_size=world_size, start_step=step, device=device)
 
 

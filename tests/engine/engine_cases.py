@@ -5,11 +5,13 @@ python engine_cases.py OUT [OTHERS], plain or under a launcher.
 
 import dataclasses
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -18,9 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdino import distributed
 from fastdino.config import Config, EngineConfig, HeadConfig, ModelConfig, OptimConfig, RunConfig, ViewsConfig
+from fastdino.engine import build_engine
+from fastdino.engine.engine import Engine
 from fastdino.engine.schedules import Now
-from fastdino.engine.zero import Engine, build_engine
-from fastdino.model.network import build_network
+from fastdino.model import Outputs, build_network
 
 GLOBAL_BATCH, STEPS = 8, 5
 ENGINES = {"torch": ("torch", 1), "zero0": ("deepspeed", 0), "zero1": ("deepspeed", 1), "zero2": ("deepspeed", 2)}
@@ -78,6 +81,10 @@ def now(step: int) -> Now:
                freeze_last_layer=step < 2)  # fmt: skip
 
 
+def logits(made: Outputs) -> Tensor:
+    return F.linear(made.cls_points, made.prototypes).float()
+
+
 class Case:
     """An engine on the toy task, fed with this rank's share of the same global batches."""
 
@@ -96,7 +103,7 @@ class Case:
         self.engine: Engine = build_engine(self.config, student, teacher, ranks)
         self.losses: list[Tensor] = []
 
-    def batch(self, step: int, micro: int) -> list[Tensor]:
+    def batch(self, step: int, micro: int) -> dict[str, Tensor]:
         """Global and local views of the images of one micro batch on this rank."""
         generator = torch.Generator().manual_seed(step)
         size = GLOBAL_BATCH // self.ranks.world_size // self.accumulate
@@ -104,14 +111,15 @@ class Case:
         images = torch.randn(GLOBAL_BATCH, 3, 16, 16, generator=generator)
         noise = torch.randn(2, GLOBAL_BATCH, 3, 16, 16, generator=generator)
         views = (images + 0.5 * noise)[:, first : first + size]
-        return [views, views[..., 4:12, 4:12]]
+        return {"global": views, "local": views[..., 4:12, 4:12]}
 
     def loss(self, step: int, micro: int) -> Tensor:
         """DINO's loss with a center of zero, in plain torch."""
-        groups = self.batch(step, micro)
+        views = self.batch(step, micro)
         with torch.no_grad():
-            targets = torch.softmax(self.engine.teacher(groups[:1]).float() / now(step).teacher_temp, dim=-1)
-        log_q = F.log_softmax(self.engine.student(groups).float() / 0.1, dim=-1)
+            seen = self.engine.teacher({"global": views["global"]})
+            targets = torch.softmax(logits(seen) / now(step).teacher_temp, dim=-1)
+        log_q = F.log_softmax(logits(self.engine.student(views)) / 0.1, dim=-1)
         pairs = [(t, s) for t in range(2) for s in range(4) if t != s]
         return -torch.stack([(targets[t] * log_q[s]).sum(-1).mean() for t, s in pairs]).mean()
 
@@ -132,17 +140,17 @@ class Case:
         if self.engine.saves:
             for f in self.engine.fragments():
                 assert not any(v.requires_grad for v in f.tensors.values())
-                mine.append((f.name, f.start, f.stop, {k: v.clone() for k, v in f.tensors.items()}))
-        everyone: list[Any] = [None] * self.ranks.world_size
-        dist.all_gather_object(everyone, mine)
+                mine.append((f.name, f.start, f.stop, {k: v.numpy().copy() for k, v in f.tensors.items()}))
+        everyone = self.gather(mine)
         whole: dict[str, dict[str, Tensor]] = {}
         seen = {name: torch.zeros(shape.numel(), dtype=torch.int) for name, shape in self.shapes.items()}
         for name, start, stop, tensors in (fragment for fragments in everyone for fragment in fragments):
             seen[name][start:stop] += 1
             for kind, values in tensors.items():
-                assert values.dtype == torch.float32
+                assert values.dtype == np.float32
                 assert values.shape == (stop - start,)
-                whole.setdefault(kind, {}).setdefault(name, torch.zeros(self.shapes[name].numel()))[start:stop] = values
+                full = whole.setdefault(kind, {}).setdefault(name, torch.zeros(self.shapes[name].numel()))
+                full[start:stop] = torch.from_numpy(values)
         assert all((count == 1).all() for count in seen.values()), "fragments must cover every element once"
         return whole
 
@@ -150,20 +158,25 @@ class Case:
         for f in self.engine.fragments():
             for kind, view in f.tensors.items():
                 view.copy_(state[kind][f.name][f.start : f.stop])
-        self.engine.load_counters(counters)
+        for name, live in self.engine.counters().items():
+            live.copy_(counters[name])
         self.engine.after_load()
 
     def networks(self) -> dict[str, dict[str, Tensor]]:
         """The weights that student and teacher compute with."""
-        self.engine.wait_teacher()
+        self.engine._wait_teacher()
         networks = {"student": self.engine.student_network, "teacher": self.engine.teacher}
         weights = {role: {n: p.detach().clone() for n, p in net.named_parameters()} for role, net in networks.items()}
-        everyone: list[Any] = [None] * self.ranks.world_size
-        dist.all_gather_object(everyone, weights)
-        for role, tensors in weights.items():
-            for name, tensor in tensors.items():
-                assert all(torch.equal(tensor, other[role][name]) for other in everyone), f"ranks differ in {name}"
+        digests = [(role, n, zlib.crc32(w.float().numpy())) for role, ws in weights.items() for n, w in ws.items()]
+        for other in self.gather(digests):
+            assert other == digests, "ranks differ"
         return weights
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in order. Arrays of numpy pickle faster than tensors."""
+        everyone: list[Any] = [None] * self.ranks.world_size
+        dist.all_gather_object(everyone, value)
+        return everyone
 
     def counters(self) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in self.engine.counters().items()}

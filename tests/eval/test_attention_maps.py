@@ -1,6 +1,10 @@
 """Attention maps: thresholds and overlap on maps made by hand, pictures, and the whole evaluation."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,12 +12,20 @@ import torch
 from PIL import Image
 from torch import nn
 
+from fastdino.config import Config, ConfigError, DataConfig, ModelConfig, ViewsConfig
 from fastdino.data.sources.folder import FolderSource
 from fastdino.data.sources.shapes import ShapesSource
-from fastdino.eval import Protocol, best_head_iou, draw_sheet, evaluate_attention, head_maps, keep_mass
+from fastdino.eval import AttentionMaps, Reading, Subject, best_head_iou, draw_sheet, head_maps, keep_mass
+from fastdino.eval.splits import bank_and_test
 from fastdino.model import ViT
 
-PROTOCOL = Protocol(size=32, num_workers=0)
+READING = Reading(size=32)
+CONFIG = Config(
+    model=ModelConfig(arch="vit_nano", patch_size=8),
+    views=ViewsConfig(global_size=32, local_size=16),
+    data=DataConfig(image_size=48),
+)
+SHAPES = bank_and_test("shapes", 48).test
 
 
 def vit() -> ViT:
@@ -87,16 +99,61 @@ def test_sheet(tmp_path: Path) -> None:
     assert width > 2 * height  # image, 3 heads and the mean side by side
 
 
-def test_evaluate_attention(tmp_path: Path) -> None:
-    source = ShapesSource(12, 48)
-    found = evaluate_attention(vit(), source, PROTOCOL, num_images=10, sheet=tmp_path / "sheet.png")
-    assert found.keys() == {"attention_iou"}
-    assert 0.02 < found["attention_iou"] < 0.9
-    assert (tmp_path / "sheet.png").stat().st_size > 5000
-    assert evaluate_attention(vit(), source, PROTOCOL, num_images=10) == found
+def test_the_evaluation(tmp_path: Path) -> None:
+    """Figures and protocol; the sheet is beside the weights, in a folder that is named, or in a file that is named."""
+    subject = Subject(vit(), CONFIG, tmp_path)
+    evaluation = AttentionMaps(num_images=10)
+    found = evaluation(subject)
+    assert found.pop("attention_iou") == pytest.approx(evaluation.overlap(vit(), SHAPES, READING)["attention_iou"])
+    assert found == {
+        "sheet": str(tmp_path / "attention.png"), "data": "shapes", "num_images": 10, "size": 32,
+        "normalize": "imagenet", "mass": 0.6,
+    }  # fmt: skip
+    (tmp_path / "there").mkdir()
+    for out, sheet in (("there", "there/attention.png"), ("new/x.png", "new/x.png"), ("y.PNG", "y.PNG")):
+        assert AttentionMaps(num_images=1, out=tmp_path / out)(subject)["sheet"] == str(tmp_path / sheet)
+    pictures = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert pictures == ["attention.png", "new/x.png", "there/attention.png", "y.PNG"]
+    assert all((tmp_path / picture).stat().st_size > 5000 for picture in pictures)
 
 
-def test_attention_on_the_object_scores_high(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_images_has_no_masks(tmp_path: Path) -> None:
+    Image.new("RGB", (50, 30), "red").save(tmp_path / "a.png")
+    found = AttentionMaps(data=str(tmp_path), size=48, out=tmp_path / "new" / "sheet.png")(
+        Subject(vit(), CONFIG, tmp_path)
+    )
+    assert "attention_iou" not in found
+    assert (found["num_images"], found["size"]) == (1, 48)
+
+
+def test_places_that_take_no_sheet(tmp_path: Path) -> None:
+    subject = Subject(vit(), CONFIG, tmp_path)
+    (tmp_path / "file").write_text("")
+    for out, says in (
+        ("x.jpg", r"must end in \.png"),
+        ("nofolder", r"must end in \.png"),
+        ("file/x.png", r"cannot write .*x\.png.*--out"),
+        ("a" * 300 + ".png", r"cannot write .*--out"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            AttentionMaps(num_images=1, out=tmp_path / out)(subject)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_nothing_is_left_half_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="patches of 8"):
+        AttentionMaps(num_images=1, size=33)(Subject(vit(), CONFIG, tmp_path))
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("flags", [{"num_images": 0}, {"mass": 1.0}, {"batch": 0}, {"size": 0}])
+def test_flags_that_cannot_work(flags: dict[str, Any]) -> None:
+    (name,) = flags
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')}"):
+        AttentionMaps(**flags)
+
+
+def test_attention_on_the_object_scores_high() -> None:
     """The images' own masks, as attention of one head of three: the score nears 1, so image and mask lie alike."""
     source = ShapesSource(6, 48)
     masks = torch.stack([torch.from_numpy(source.mask(i)) for i in range(6)]).float()
@@ -107,16 +164,29 @@ def test_attention_on_the_object_scores_high(monkeypatch: pytest.MonkeyPatch) ->
             return torch.cat([torch.rand_like(perfect), perfect, torch.rand_like(perfect)], dim=1)
 
     seer = Seer("nano", patch_size=2, image_size=48)
-    protocol = Protocol(size=48, num_workers=0)
-    assert evaluate_attention(seer, source, protocol, mass=0.99)["attention_iou"] > 0.8
+    assert AttentionMaps(mass=0.99).overlap(seer, source, Reading(size=48))["attention_iou"] > 0.8
 
 
 def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"a\.png.*mend or delete it"):
-        evaluate_attention(vit(), FolderSource(tmp_path), PROTOCOL)
+        AttentionMaps().overlap(vit(), FolderSource(tmp_path), READING)
 
 
 def test_a_backbone_without_cls_attention() -> None:
     with pytest.raises(ValueError, match=r"model\.arch=vit_.*not Flatten"):
-        evaluate_attention(nn.Flatten(), ShapesSource(2, 32), PROTOCOL)
+        AttentionMaps().overlap(nn.Flatten(), ShapesSource(2, 32), READING)
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.no_such_backend", "agg", ""])
+def test_drawing_needs_no_backend_of_a_notebook(tmp_path: Path, backend: str) -> None:
+    """matplotlib's import fails where MPLBACKEND names what is not installed, as it does below a notebook."""
+    code = (
+        "import os; from fastdino.eval.pictures import new_figure; "
+        f"new_figure(1, 1).canvas.print_png({str(tmp_path / 'x.png')!r}); print(os.environ.get('MPLBACKEND'))"
+    )
+    env = {**os.environ, "MPLBACKEND": backend}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == backend, "the process's own setting is left as it was"
+    assert (tmp_path / "x.png").is_file()

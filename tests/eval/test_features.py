@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 from fastdino.data.sources.decode import BadImage
 from fastdino.data.sources.shapes import ShapesSource
+from fastdino.data.sources.source import Source
 from fastdino.data.views import center_view, normalize
-from fastdino.eval import Protocol, extract
+from fastdino.eval import Features, Reading, extract
 from fastdino.model import ViT
 
-PROTOCOL = Protocol(size=32, batch_size=4, num_workers=0)
+READING = Reading(size=32)
 
 
 def vit(**options: float) -> ViT:
@@ -19,9 +20,13 @@ def vit(**options: float) -> ViT:
     return ViT("nano", patch_size=8, image_size=32, **options)
 
 
+def seen(backbone: nn.Module, source: Source, reading: Reading = READING) -> Features:
+    return extract(backbone, source, reading, batch=4, num_workers=0)
+
+
 def test_features_are_the_backbones_in_order() -> None:
     source, backbone = ShapesSource(10, 40), vit()
-    features, labels = extract(backbone, source, PROTOCOL)
+    features, labels = seen(backbone, source)
     images = torch.stack([center_view(source.read(i)[0], 32) for i in range(10)])
     want = backbone.eval()(normalize(images, "imagenet"))
     torch.testing.assert_close(features, want.detach(), rtol=1e-4, atol=1e-5)
@@ -35,7 +40,7 @@ def test_evaluation_mode_and_back() -> None:
     """Drop path and BatchNorm are off during the pass, and each module returns to the mode it had."""
     source = ShapesSource(8, 32)
     backbone = nn.Sequential(vit(drop_path=0.9), nn.BatchNorm1d(96), nn.Dropout(0.5).eval())
-    first, second = (extract(backbone, source, PROTOCOL)[0] for _ in range(2))
+    first, second = (seen(backbone, source)[0] for _ in range(2))
     assert torch.equal(first, second)
     assert not backbone[1].running_mean.any()
     assert [module.training for module in backbone] == [True, True, False]
@@ -47,18 +52,18 @@ def test_modes_return_after_an_error() -> None:
             raise RuntimeError("no")
 
     backbone = Fails()
-    with pytest.raises(RuntimeError, match="no"):
-        extract(backbone, ShapesSource(2, 32), PROTOCOL)
+    with pytest.raises(ValueError, match="cannot take images of 32 px: no"):
+        seen(backbone, ShapesSource(2, 32))
     assert backbone.training
     assert torch.is_grad_enabled()
 
 
 def test_bf16_weights_and_autocast() -> None:
     source = ShapesSource(8, 32)
-    want = extract(vit(), source, PROTOCOL)[0]
-    autocast = extract(vit(), source, Protocol(size=32, num_workers=0, bf16=True))[0]
-    half = extract(vit().bfloat16(), source, PROTOCOL)[0]
-    assert extract(nn.Sequential(nn.Flatten(), nn.Linear(3072, 5)).bfloat16(), source, PROTOCOL)[0].shape == (8, 5)
+    want = seen(vit(), source)[0]
+    autocast = seen(vit(), source, Reading(size=32, precision="bf16"))[0]
+    half = seen(vit().bfloat16(), source)[0]
+    assert seen(nn.Sequential(nn.Flatten(), nn.Linear(3072, 5)).bfloat16(), source)[0].shape == (8, 5)
     for got in (autocast, half):
         assert got.dtype == torch.float32
         assert not torch.equal(got, want)
@@ -86,6 +91,13 @@ class Half:
 
 
 def test_unreadable_images_are_left_out() -> None:
-    assert extract(vit(), Half(2), PROTOCOL)[1].tolist() == [1, 3, 5]
+    assert seen(vit(), Half(2))[1].tolist() == [1, 3, 5]
     with pytest.raises(ValueError, match="none of the images could be read"):
-        extract(vit(), Half(1), PROTOCOL)
+        seen(vit(), Half(1))
+
+
+def test_a_size_that_the_backbone_cannot_take() -> None:
+    """One message before the first image is read, of our ViT and of any other backbone."""
+    for backbone in (vit(), nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5))):
+        with pytest.raises(ValueError, match=r"36.*(patches of 8|cannot be multiplied)"):
+            seen(backbone, Half(1), Reading(size=36))

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,10 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastdino.config import Config, DataConfig, RunConfig, ViewsConfig
-from fastdino.data.sources.shapes import ShapesSource
-from fastdino.eval import KNeighbors, Protocol, evaluate_knn, online_knn
+from fastdino.config import Config, ConfigError, DataConfig, ViewsConfig
+from fastdino.data.sources.decode import BadImage
+from fastdino.eval import Features, KNeighbors, Knn, OnlineKnn, Reading, Subject
 from fastdino.eval import knn as room
+from fastdino.eval.splits import Sets
 
 
 def literal(bank: Tensor, labels: Tensor, queries: Tensor, k: int, temperature: float) -> list[int]:
@@ -132,48 +135,93 @@ class Means(nn.Module):
         return x.mean((-2, -1)) * std + mean
 
 
-PROTOCOL = Protocol(size=8, batch_size=7, num_workers=0)
+CONFIG = Config(
+    views=ViewsConfig(global_size=32, local_size=16),
+    data=DataConfig(num_workers=0, image_size=16, normalize="imagenet"),
+)
 
 
-def test_evaluate_knn_on_a_backbone() -> None:
-    scores = evaluate_knn(Means(), Colours(30, 100), Colours(20, 30), PROTOCOL, ks=[5, 10])
-    assert scores == {"knn_5": 1.0, "knn_10": 1.0}
-    wrong = evaluate_knn(Means(), Colours(30, 100), Colours(20, 30, classes=(1,)), PROTOCOL, ks=[5])
-    assert wrong == {"knn_5": 1.0}
+@pytest.fixture
+def sets(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What is opened: 30 bright and 20 dark images; each opening is noted."""
+    opened: list[object] = []
+
+    def bank_and_test(root: str, size: int) -> Sets:
+        opened.append((root, size))
+        return Sets(Colours(30, 100), Colours(20, 30), "made here")
+
+    monkeypatch.setattr(room, "bank_and_test", bank_and_test)
+    return opened
 
 
-def test_evaluate_knn_refuses() -> None:
-    with pytest.raises(ValueError, match="k=200 neighbours of a bank of 30"):
-        evaluate_knn(Means(), Colours(30, 100), Colours(20, 30), PROTOCOL)
-    other = Colours(20, 30)
-    other.labels = ("red", "green", "violet")
-    with pytest.raises(ValueError, match="name different classes"):
-        evaluate_knn(Means(), Colours(30, 100), other, PROTOCOL, ks=[5])
-    with pytest.raises(ValueError, match="without a class"):
-        evaluate_knn(Means(), Colours(30, 100, classes=(0, -1)), Colours(20, 30), PROTOCOL, ks=[5])
+def test_the_evaluation(sets: list[object], tmp_path: Path) -> None:
+    """Percent, and everything that the figure depends on beside it."""
+    found = Knn(data="colours", neighbors=(5, 10), num_workers=0)(Subject(Means(), CONFIG, tmp_path))
+    assert found == {
+        "knn_5": 100.0, "knn_10": 100.0, "data": "colours", "bank": 30, "test": 20, "size": 32, "normalize": "imagenet",
+        "precision": "fp32", "temperature": 0.07, "split": "made here",
+    }  # fmt: skip
+    assert sets == [("colours", 16)]
+    other = Knn(size=8, normalize="image", precision="bf16", num_workers=0)(Subject(Means(), CONFIG, tmp_path))
+    assert (other["size"], other["normalize"], other["precision"]) == (8, "image", "bf16")
 
 
-def test_online_knn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sizes and normalisation of the run; a bank of fewer than 20 images lowers k."""
-    sizes = []
-    monkeypatch.setattr(room, "bank_and_test", lambda root, size: (Colours(15, 100), Colours(9, 30)))
+def test_the_default_ks_fit_the_bank() -> None:
+    assert Knn().ks(1000) == [10, 20, 100, 200]
+    assert Knn().ks(150) == [10, 20, 100]
+    assert Knn().ks(7) == [7]
+    features = Features(*clouds(30, 0))
+    assert Knn().accuracy(features, features).keys() == {"knn_10", "knn_20"}
+    with pytest.raises(ConfigError, match=r"--neighbors 31 of a bank of 30 images: choose k <= 30"):
+        Knn(neighbors=(31, 5)).accuracy(features, features)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"neighbors": ()}, "--neighbors"),
+        ({"neighbors": (5, 0)}, "--neighbors"),
+        ({"neighbors": (5, 5)}, "different"),
+        ({"temperature": 0.0}, "--temperature"),
+        ({"batch": 0}, "--batch=0 must be at least 1"),
+        ({"size": -8}, "--size=-8 must be at least 1"),
+        ({"num_workers": -1}, "--num-workers"),
+    ],
+)
+def test_flags_that_cannot_work(flags: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        Knn(**flags)
+
+
+def online(root: str = "anywhere") -> OnlineKnn:
+    return OnlineKnn(root, 16, Reading(size=32), batch=4, num_workers=0)
+
+
+def test_online_knn(sets: list[object]) -> None:
+    """The sets are opened once; each evaluation reads them as the teacher is shown its global views."""
+    sizes: list[tuple[int, int]] = []
 
     class Watch(Means):
         def forward(self, x: Tensor) -> Tensor:
-            sizes.append((x.shape[-1], x.mean().item()))
+            sizes.append((len(x), x.shape[-1]))
             return super().forward(x)
 
-    config = Config(
-        views=ViewsConfig(global_size=32, local_size=16),
-        data=DataConfig(num_workers=0, normalize="imagenet"),
-        run=RunConfig(local_batch=4),
-    )
-    assert online_knn(Watch(), "anywhere", config) == {"knn": 100.0, "knn_neighbors": 15}
-    assert {size for size, _ in sizes} == {32}
-    assert len(sizes) == 4 + 3
+    evaluation = online()
+    for _ in range(2):
+        assert evaluation(Watch()) == {"knn": 100.0, "knn_neighbors": 20}
+    assert sets == [("anywhere", 16)]
+    assert {size for _, size in sizes} == {32}
+    assert max(count for count, _ in sizes) == 4
 
 
-def test_shapes_have_room_for_a_bank() -> None:
-    source = ShapesSource(24, 32)
-    scores = evaluate_knn(nn.Flatten(), source, source, Protocol(size=32, num_workers=0), ks=[1])
-    assert scores == {"knn_1": 1.0}  # each image is its own nearest neighbour
+def test_k_is_what_can_be_read(sets: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that go bad while the run trains leave fewer than 20 of the bank: k follows, and no evaluation fails."""
+    evaluation, read = online(), Colours.read
+
+    def worn(self: Colours, index: int) -> tuple[Image.Image, int]:
+        if index >= 15:
+            raise BadImage(str(index), "worn")
+        return read(self, index)
+
+    monkeypatch.setattr(Colours, "read", worn)
+    assert evaluation(Means()) == {"knn": 100.0, "knn_neighbors": 15}

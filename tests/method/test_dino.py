@@ -1,6 +1,7 @@
-"""The method: which views meet, when the center moves, what the statistics say of collapse."""
+"""The method: which views meet, what the statistics say of collapse; and, over steps, algorithm 1."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,45 +10,48 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdino.config import LossConfig
-from fastdino.distributed import Ranks
+from fastdino.data import Batch
+from fastdino.engine.schedules import Now
 from fastdino.method.dino import Dino
+from fastdino.method.targets import Centering
+from fastdino.model import Outputs
 
-B, D, K = 3, 4, 7
-ALONE = Ranks(0, 1, 0, torch.device("cpu"))
-CONFIG = LossConfig(student_temp=0.1, center_momentum=0.9)
-
-
-class TinyHead(nn.Linear):
-    """Counts how often its prototypes are asked for."""
-
-    asked = 0
-
-    def prototypes(self) -> Tensor:
-        self.asked += 1
-        return self.weight
-
-    def forward(self, features: Tensor, prototypes: Tensor | None = None) -> Tensor:
-        return F.linear(features, self.weight if prototypes is None else prototypes, self.bias)
+B, D, P, K = 3, 4, 5, 7
+CONFIG = LossConfig(student_temp=0.1)
+NOW = Now(lr=0.0, weight_decay=0.0, momentum=0.0, teacher_temp=0.05, freeze_last_layer=False)
 
 
 class Tiny(nn.Module):
-    """A network with the interface of fastdino.model.Network: mean pixels through one linear layer."""
+    """A network with the interface of fastdino.model.Network: mean pixels through two linear layers."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.backbone, self.head = nn.Linear(3, D), TinyHead(D, K)
+        self.backbone, self.mlp, self.prototypes = nn.Linear(3, D), nn.Linear(D, P), nn.Linear(P, K, bias=False)
 
-    def features(self, groups: list[Tensor]) -> Tensor:
-        return self.backbone(torch.cat([views.mean((-1, -2)) for views in groups]))
-
-    def forward(self, groups: list[Tensor]) -> Tensor:
-        return self.head(self.features(groups))
+    def forward(self, views: dict[str, Tensor]) -> Outputs:
+        cls = self.backbone(torch.cat([group.mean((-1, -2)) for group in views.values()]))
+        return Outputs(cls, F.normalize(self.mlp(cls), dim=-1), self.prototypes.weight * 3)
 
 
-def groups(seed: int, batch: int = B) -> list[Tensor]:
+class Given(nn.Module):
+    """A teacher whose outputs are given."""
+
+    def __init__(self, cls: Tensor, logits: Tensor) -> None:
+        super().__init__()
+        self.outputs = Outputs(cls, logits, torch.eye(logits.shape[-1]))
+
+    def forward(self, views: dict[str, Tensor]) -> Outputs:
+        return self.outputs
+
+
+def batch(seed: int, images: int = B) -> Batch:
     torch.manual_seed(seed)
-    return [torch.randn(2, batch, 3, 8, 8) * 8, torch.randn(3, batch, 3, 4, 4) * 8]
+    return Batch({"global": torch.randn(2, images, 3, 8, 8) * 8, "local": torch.randn(3, images, 3, 4, 4) * 8})
+
+
+def dino(ranks: Any, student: nn.Module, teacher: nn.Module) -> Dino:
+    return Dino(student, teacher, CONFIG, Centering(K, momentum=0.9, accumulate=1, ranks=ranks))
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -55,13 +59,18 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return e / e.sum(-1, keepdims=True)
 
 
-def plain_step(student: Tiny, teacher: Tiny, views: list[Tensor], center: np.ndarray, teacher_temp: float):
-    """Algorithm 1 of the paper, view by view in float64: loss, and the center after it."""
+def logits(network: nn.Module, views: dict[str, Tensor]) -> np.ndarray:
     with torch.no_grad():
-        s, t = student(views).double().numpy(), teacher(views[:1]).double().numpy()
+        made = network(views)
+        return (made.cls_points.double() @ made.prototypes.double().T).numpy()
+
+
+def plain_step(student: Tiny, teacher: Tiny, views: dict[str, Tensor], center: np.ndarray):
+    """Algorithm 1 of the paper, view by view in float64: loss, and the center after it."""
+    s, t = logits(student, views), logits(teacher, {"global": views["global"]})
     total, pairs = 0.0, 0
     for i in range(2):
-        p = softmax((t[i] - center) / teacher_temp)
+        p = softmax((t[i] - center) / NOW.teacher_temp)
         for j in range(5):
             if i != j:
                 total += -(p * np.log(softmax(s[j] / 0.1))).sum(-1).mean()
@@ -69,78 +78,61 @@ def plain_step(student: Tiny, teacher: Tiny, views: list[Tensor], center: np.nda
     return total / pairs, 0.9 * center + 0.1 * t.reshape(-1, K).mean(0)
 
 
-def test_three_steps_equal_algorithm_1():
-    student, teacher, center = Tiny(0), Tiny(1), torch.zeros(K)
-    dino, expected = Dino(student, teacher, CONFIG, center, ALONE), np.zeros(K)
-    for step in range(3):
-        loss = dino.loss(groups(step), teacher_temp=0.05)
-        wanted, after = plain_step(student, teacher, groups(step), expected, 0.05)
-        assert loss.item() == pytest.approx(wanted, rel=1e-5)
-        np.testing.assert_allclose(center.numpy(), expected, rtol=1e-5, atol=1e-7, err_msg="moved before its use")
-        dino.update_center(torch.tensor(True))
-        expected = after
-        np.testing.assert_allclose(center.numpy(), expected, rtol=1e-5)
-
-
-def test_gradient_reaches_the_student_only():
+def test_three_steps_equal_algorithm_1(alone):
     student, teacher = Tiny(0), Tiny(1)
-    Dino(student, teacher, CONFIG, torch.zeros(K), ALONE).loss(groups(0), teacher_temp=0.05).backward()
+    method, expected = dino(alone, student, teacher), np.zeros(K)
+    center = method.state()["center"]
+    for step in range(3):
+        loss, parts = method.loss(batch(step), NOW)
+        wanted, after = plain_step(student, teacher, batch(step).views, expected)
+        assert loss.item() == pytest.approx(wanted, rel=1e-5)
+        assert parts.keys() == {"dino"}
+        assert parts["dino"].item() == loss.item()
+        assert not parts["dino"].requires_grad
+        np.testing.assert_allclose(center.numpy(), expected, rtol=1e-5, atol=1e-7, err_msg="moved before its use")
+        method.after_step(torch.tensor(True))
+        expected = after
+        np.testing.assert_allclose(center.numpy(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_gradient_reaches_the_student_only(alone):
+    student, teacher = Tiny(0), Tiny(1)
+    dino(alone, student, teacher).loss(batch(0), NOW)[0].backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in student.parameters())
     assert all(p.grad is None for p in teacher.parameters())
 
 
-def test_accumulation_moves_the_center_once_by_the_mean_of_all():
-    whole, parts = torch.zeros(K), torch.zeros(K)
-    views = groups(0, batch=6)
-    one, two = (Dino(Tiny(0), Tiny(1), CONFIG, center, ALONE, n) for center, n in ((whole, 1), (parts, 2)))
-    loss = one.loss(views, teacher_temp=0.05)
-    halves = [two.loss([group[:, half] for group in views], teacher_temp=0.05) for half in (slice(3), slice(3, 6))]
-    assert not parts.any(), "the center moved within a step"
-    assert two.teacher.head.asked == 1, "the teacher's prototypes are normalised once per update"
-    one.update_center(torch.tensor(True))
-    two.update_center(torch.tensor(True))
-    torch.testing.assert_close(whole, parts)
-    torch.testing.assert_close(loss, sum(halves) / 2)
-    with torch.no_grad():
-        two.teacher.head.weight.mul_(-1)
-    moved = two.loss(views, teacher_temp=0.05)
-    assert abs(moved - Dino(Tiny(0), two.teacher, CONFIG, whole, ALONE).loss(views, teacher_temp=0.05)) < 1e-6, (
-        "stale weights"
-    )
+def test_networks_are_called_whole_and_once(alone):
+    """So an engine may partition them, and the teacher never sees a local view."""
 
+    class Closed(Tiny):
+        """Refuses to have its parts touched from outside its forward."""
 
-def test_a_skipped_step_leaves_the_center():
-    center = torch.randn(K)
-    before = center.clone()
-    dino = Dino(Tiny(0), Tiny(1), CONFIG, center, ALONE)
-    dino.loss([group * torch.nan for group in groups(0)], teacher_temp=0.05)
-    dino.update_center(torch.tensor(False))
-    assert torch.equal(center, before)
-    dino.loss(groups(0), teacher_temp=0.05)
-    dino.update_center(torch.tensor(True))
-    assert center.isfinite().all(), "what was not finite is forgotten"
-    assert not torch.equal(center, before)
+        def __getattribute__(self, name: str) -> Any:
+            if name in ("backbone", "mlp", "prototypes") and not object.__getattribute__(self, "__dict__")["open"]:
+                raise AssertionError(f"{name} is read outside a call of the network")
+            return super().__getattribute__(name)
 
+        def __init__(self, seed: int) -> None:
+            object.__setattr__(self, "open", True)
+            super().__init__(seed)
+            self.seen: list[list[str]] = []
+            self.open = False
 
-class Fixed(nn.Module):
-    """A teacher whose outputs are given."""
+        def forward(self, views: dict[str, Tensor]) -> Outputs:
+            self.seen.append(list(views))
+            self.open = True
+            made = super().forward(views)
+            self.open = False
+            return made
 
-    def __init__(self, features: Tensor, logits: Tensor) -> None:
-        super().__init__()
-        self._features, self._logits = features, logits
-
-    @property
-    def head(self) -> "Fixed":
-        return self
-
-    def features(self, groups: list[Tensor]) -> Tensor:
-        return self._features
-
-    def prototypes(self) -> None:
-        return None
-
-    def forward(self, features: Tensor, prototypes: None) -> Tensor:
-        return self._logits
+    student, teacher = Closed(0), Closed(1)
+    method = dino(alone, student, teacher)
+    method.loss(batch(0), NOW)[0].backward()
+    method.statistics()
+    method.after_step(torch.tensor(True))
+    assert student.seen == [["global", "local"]]
+    assert teacher.seen == [["global"]]
 
 
 @pytest.mark.parametrize(
@@ -151,10 +143,10 @@ class Fixed(nn.Module):
         (torch.eye(K)[:6].view(2, B, K) * 100, 0.0, math.log(6)),  # each view its own
     ],
 )
-def test_statistics_tell_the_collapses_apart(logits, entropy, usage):
-    dino = Dino(Tiny(0), Fixed(torch.ones(2, B, D), logits), CONFIG, torch.zeros(K), ALONE)
-    dino.loss(groups(0), teacher_temp=0.05)
-    found = {name: value.item() for name, value in dino.statistics(teacher_temp=0.05).items()}
+def test_statistics_tell_the_collapses_apart(alone, logits, entropy, usage):
+    method = dino(alone, Tiny(0), Given(torch.ones(2, B, D), logits))
+    method.loss(batch(0), NOW)
+    found = {name: value.item() for name, value in method.statistics().items()}
     assert found["teacher_entropy"] == pytest.approx(entropy, abs=1e-4)
     assert found["kl_to_uniform"] == pytest.approx(math.log(K) - entropy, abs=1e-4)
     assert found["usage_entropy"] == pytest.approx(usage, abs=1e-4)
@@ -162,7 +154,23 @@ def test_statistics_tell_the_collapses_apart(logits, entropy, usage):
     assert found["center_norm"] == 0
 
 
-def test_feature_std_of_random_directions_is_one():
-    dino = Dino(Tiny(0), Fixed(torch.randn(2, 500, 64), torch.zeros(2, 500, K)), CONFIG, torch.zeros(K), ALONE)
-    dino.loss(groups(0, batch=500), teacher_temp=0.05)
-    assert dino.statistics(teacher_temp=0.05)["feature_std"].item() == pytest.approx(1, abs=0.02)
+def test_statistics_are_of_the_targets_that_the_loss_used(alone):
+    """Not of those that the center would make once it has moved."""
+    method = dino(alone, Tiny(0), Tiny(1))
+    for step in range(2):  # from the second on the center is not zero
+        method.loss(batch(step), NOW)
+        center = method.state()["center"].double().numpy()
+        t = logits(method.teacher, {"global": batch(step).views["global"]})
+        p = softmax((t - center) / NOW.teacher_temp)
+        found = method.statistics()
+        assert found["teacher_entropy"].item() == pytest.approx(-(p * np.log(p)).sum(-1).mean(), rel=1e-4)
+        assert found["center_norm"].item() == pytest.approx(np.linalg.norm(center), rel=1e-5)
+        method.after_step(torch.tensor(True))
+    with pytest.raises(AssertionError, match="before its step"):
+        method.statistics()
+
+
+def test_feature_std_of_random_directions_is_one(alone):
+    method = dino(alone, Tiny(0), Given(torch.randn(2, 500, 64), torch.zeros(2, 500, K)))
+    method.loss(batch(0, images=500), NOW)
+    assert method.statistics()["feature_std"].item() == pytest.approx(1, abs=0.02)

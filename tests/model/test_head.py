@@ -20,6 +20,11 @@ def head(**options: Any) -> Head:
     return Head(12, HeadConfig(**{**SMALL, **options}))
 
 
+def logits(net: Head, x: torch.Tensor) -> torch.Tensor:
+    points, prototypes = net(x)
+    return points @ prototypes.T
+
+
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 def test_formula(num_layers: int) -> None:
     net = head(num_layers=num_layers, freeze_prototype_norm=False).double()
@@ -37,7 +42,7 @@ def test_formula(num_layers: int) -> None:
     v = w["last_layer.v"]
     want = w["last_layer.g"][:, 0] * (z @ (v / np.linalg.norm(v, axis=1, keepdims=True)).T)
     assert len(w) == 2 * num_layers + 2
-    torch.testing.assert_close(net(x), torch.tensor(want), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(logits(net, x), torch.tensor(want), rtol=1e-10, atol=1e-12)
 
 
 def test_prototypes_equal_torchs_weight_norm() -> None:
@@ -64,10 +69,9 @@ def test_frozen_norm_makes_logits_cosines() -> None:
     assert not net.last_layer.g.requires_grad
     assert net.last_layer.v.requires_grad
     assert [name for name, _ in net.named_parameters() if "last_layer" in name] == ["last_layer.v", "last_layer.g"]
-    logits = net(1000 * torch.randn(6, 12))
-    assert logits.abs().max() <= 1 + 1e-5
+    assert logits(net, 1000 * torch.randn(6, 12)).abs().max() <= 1 + 1e-5
     torch.testing.assert_close(net.prototypes().norm(dim=1), torch.ones(37))
-    torch.testing.assert_close(net(torch.zeros(1, 12)), torch.zeros(1, 37))  # a zero bottleneck is not NaN
+    torch.testing.assert_close(logits(net, torch.zeros(1, 12)), torch.zeros(1, 37))  # a zero bottleneck is not NaN
     assert head(freeze_prototype_norm=False).last_layer.g.requires_grad
 
 
@@ -80,11 +84,10 @@ def test_bf16_norms_are_computed_in_fp32() -> None:
     assert torch.equal(weight, (v / v.norm(dim=1, keepdim=True)).bfloat16())
     x = torch.randn(9, 12).bfloat16()
     z = net.mlp(x).double()
-    want = (z / z.norm(dim=1, keepdim=True)).bfloat16().double() @ weight.double().T
-    logits = net(x)
-    assert logits.dtype == torch.bfloat16
-    torch.testing.assert_close(logits.double(), want, rtol=2**-8, atol=1e-6)
-    logits.sum().backward()
+    points, prototypes = net(x)
+    assert torch.equal(points, (z / z.norm(dim=1, keepdim=True)).bfloat16())
+    assert torch.equal(prototypes, weight)
+    (points @ prototypes.T).sum().backward()
     assert net.last_layer.v.grad is not None
 
 

@@ -1,5 +1,6 @@
 """Networks built from settings, with our backbones and timm's."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import timm
 import torch
 
-from fastdino.config import Config, ConfigError, HeadConfig, ModelConfig, ViewsConfig
+from fastdino.config import Config, ConfigError, HeadConfig, ModelConfig, RunConfig, ViewsConfig
 from fastdino.model import ViT, build_backbone, build_network, export_backbone
 
 HEAD = HeadConfig(num_prototypes=16, hidden_dim=24, bottleneck_dim=8)
@@ -17,24 +18,27 @@ def config(model: ModelConfig, **views: Any) -> Config:
     return Config(model=model, head=HEAD, views=ViewsConfig(**{"global_size": 64, "local_size": 32, **views}))
 
 
-def groups(batch: int = 2) -> list[torch.Tensor]:
+def views(batch: int = 2) -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
-    return [torch.randn(2, batch, 3, 64, 64), torch.randn(3, batch, 3, 32, 32)]
+    return {"global": torch.randn(2, batch, 3, 64, 64), "local": torch.randn(3, batch, 3, 32, 32)}
 
 
 @pytest.mark.parametrize("arch", ["vit_nano", "timm:vit_tiny_patch16_224", "timm:resnet18"])
-def test_logits_are_view_major(arch: str) -> None:
+def test_outputs_are_view_major(arch: str) -> None:
     torch.manual_seed(0)
     network = build_network(config(ModelConfig(arch=arch, drop_path=0.0))).eval()
-    views = groups()
     with torch.no_grad():
-        logits = network(views)
-        assert logits.shape == (5, 2, 16)
-        for i, view in enumerate([*views[0], *views[1]]):
+        made = network(views())
+        assert made.cls.shape == (5, 2, network.backbone.num_features)
+        assert made.cls_points.shape == (5, 2, 8)
+        assert made.prototypes.shape == (16, 8)
+        for i, view in enumerate([*views()["global"], *views()["local"]]):
             for image in range(2):
-                want = network.head(network.backbone(view[image : image + 1]))
-                torch.testing.assert_close(logits[i, image], want[0], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(network(views[:1]), logits[:2], rtol=1e-4, atol=1e-5)
+                cls = network.backbone(view[image : image + 1])
+                torch.testing.assert_close(made.cls[i, image], cls[0], rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(made.cls_points[i, image], network.head(cls)[0][0], rtol=1e-4, atol=1e-5)
+        alone = network({"global": views()["global"]})
+        torch.testing.assert_close(alone.cls, made.cls[:2], rtol=1e-4, atol=1e-5)
 
 
 def test_the_seed_decides_and_the_teacher_has_no_drop_path() -> None:
@@ -78,11 +82,12 @@ def test_weights_are_loaded(tmp_path: Path) -> None:
     [("convnext_atto", 320), ("swin_tiny_patch4_window7_224", 768), ("mobilenetv3_small_050", 1024)],
 )  # ConvNeXt knows no image size, Swin must be told, MobileNet's num_features is not its output's width
 def test_timm_backbones_take_both_sizes(arch: str, width: int) -> None:
-    backbone = build_backbone(ModelConfig(arch=f"timm:{arch}", drop_path=0.1), 224, 96).eval()
+    model = ModelConfig(arch=f"timm:{arch}", drop_path=0.1)
+    backbone = build_backbone(model, 224, {"global": 224, "local": 96}).eval()
     assert backbone.num_features == width
     with torch.no_grad():
         assert backbone(torch.randn(1, 3, 96, 96)).shape == (1, width)
-    assert backbone.state_dict().keys() == timm.create_model(arch, num_classes=0).state_dict().keys()
+    assert backbone.published.state_dict().keys() == timm.create_model(arch, num_classes=0).state_dict().keys()
 
 
 def test_timm_vit_equals_ours() -> None:
@@ -90,9 +95,10 @@ def test_timm_vit_equals_ours() -> None:
     torch.manual_seed(0)
     ours = build_network(config(ModelConfig(arch="vit_tiny", drop_path=0.0))).eval()
     theirs = build_network(config(ModelConfig(arch="timm:vit_tiny_patch16_224", drop_path=0.0))).eval()
-    theirs.load_state_dict(ours.state_dict())
+    theirs.backbone.published.load_state_dict(ours.backbone.published.state_dict())
+    x = {"global": views()["global"]}
     with torch.no_grad():
-        torch.testing.assert_close(theirs(groups()[:1]), ours(groups()[:1]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(theirs(x).cls, ours(x).cls, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -100,12 +106,17 @@ def test_timm_vit_equals_ours() -> None:
     [
         ("timm:resnet5", 0.0, r"no such model; did you mean resnet50"),
         ("timm:mixer_s16_224", 0.0, r"local views of 96 px \(views.local_size\).*Input height \(96\)"),
+        (
+            "timm:vit_tiny_patch16_224.augreg_in21k",
+            0.0,
+            r"'augreg_in21k' names weights.*use timm:vit_tiny_patch16_224,",
+        ),
         ("timm:vgg11", 0.1, r"model.drop_path=0.1: vgg11 has no drop path, set it to 0"),
     ],
 )
 def test_what_timm_cannot_do(arch: str, drop_path: float, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_backbone(ModelConfig(arch=arch, drop_path=drop_path), 224, 96)
+        build_backbone(ModelConfig(arch=arch, drop_path=drop_path), 224, {"global": 224, "local": 96})
 
 
 def test_without_local_views_their_size_does_not_matter() -> None:
@@ -116,4 +127,51 @@ def test_without_local_views_their_size_does_not_matter() -> None:
 
 def test_bf16_timm_backbone_takes_fp32_views() -> None:
     network = build_network(config(ModelConfig(arch="timm:resnet18", drop_path=0.0))).eval().bfloat16()
-    assert network(groups()).dtype == torch.bfloat16
+    assert network(views()).cls_points.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("local_batch", "num_local", "size", "works"),
+    [(1, 1, 32, False), (2, 1, 32, True), (1, 2, 32, True), (1, 1, 64, True)],
+)
+def test_one_value_per_channel_cannot_be_normalised(local_batch: int, num_local: int, size: int, works: bool) -> None:
+    settings = config(ModelConfig(arch="timm:resnet18", drop_path=0.0), num_local=num_local, local_size=size)
+    settings = dataclasses.replace(settings, run=RunConfig(local_batch=local_batch))
+    if works:
+        build_network(settings)
+    else:
+        with pytest.raises(ConfigError, match=r"one value per channel: raise run.local_batch"):
+            build_network(settings)
+
+
+@pytest.mark.parametrize("arch", ["vit_nano", "timm:resnet18"])
+def test_a_parameter_is_read_by_its_own_module_alone(arch: str) -> None:
+    """What lets an engine partition a network: weights exist only while the module that owns them runs.
+
+    BatchNorm's and the heads' included. Each module's parameters are empty but for the time of its own forward.
+    """
+    torch.manual_seed(0)
+    network = build_network(config(ModelConfig(arch=arch, drop_path=0.0)))
+    with torch.no_grad():
+        expected = network(views())
+        for module in network.modules():
+            hide_outside_forward(module)
+        assert all(p.numel() == 0 for p in network.parameters())
+        for made, wanted in zip(network(views()), expected, strict=True):
+            assert torch.equal(made, wanted)
+
+
+def hide_outside_forward(module: torch.nn.Module) -> None:
+    own = {p: p.data for p in module.parameters(recurse=False)}
+
+    def show(*_: Any) -> None:
+        for p, values in own.items():
+            p.data = values
+
+    def hide(*_: Any) -> None:
+        for p in own:
+            p.data = torch.empty(0)
+
+    hide()
+    module.register_forward_pre_hook(show)
+    module.register_forward_hook(hide)

@@ -14,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdino.model import ViT
 from fastdino.model import attention as attention_room
-from fastdino.model import vit as room
+from fastdino.model import packing as packing_room
+from fastdino.model.packing import pack
+from fastdino.model.positions import resample_positions
 
 TIMM = {
     "tiny": "vit_tiny_patch16_224",
@@ -36,9 +38,9 @@ def nano(**options: Any) -> ViT:
     return vit
 
 
-def views(*shapes: tuple[int, ...]) -> list[Tensor]:
+def views(*shapes: tuple[int, ...]) -> dict[str, Tensor]:
     torch.manual_seed(1)
-    return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    return {str(i): torch.randn(shape, dtype=torch.float64) for i, shape in enumerate(shapes)}
 
 
 def literal(vit: ViT, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +94,6 @@ def test_features_equal_timms() -> None:
     x = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
         torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-5)
-        torch.testing.assert_close(ours.patch_tokens(x), theirs.forward_features(x)[:, 1:], rtol=0, atol=2e-5)
 
 
 GROUPS = [
@@ -106,8 +107,8 @@ GROUPS = [
 def test_packed_and_pruned_equals_the_textbook(shapes: list[tuple[int, ...]]) -> None:
     """Output and every gradient: packing mixes nothing, and pruning the last block drops nothing that matters."""
     vit, groups = nano(), views(*shapes)
-    got = vit.forward_groups(groups)
-    want = torch.cat([literal(vit, x.flatten(0, 1))[0][:, 0].unflatten(0, x.shape[:2]) for x in groups])
+    got = vit(groups)
+    want = torch.cat([literal(vit, x.flatten(0, 1))[0][:, 0].unflatten(0, x.shape[:2]) for x in groups.values()])
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
     weights = torch.randn_like(got)
     ours = torch.autograd.grad((got * weights).sum(), list(vit.parameters()))
@@ -117,10 +118,9 @@ def test_packed_and_pruned_equals_the_textbook(shapes: list[tuple[int, ...]]) ->
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=name)
 
 
-def test_patch_tokens_and_attention_maps() -> None:
-    vit, (x,) = nano(), views((3, 3, 24, 40))
+def test_features_and_attention_maps_of_images() -> None:
+    vit, x = nano(), views((3, 3, 24, 40))["0"]
     tokens, weights = literal(vit, x)
-    torch.testing.assert_close(vit.patch_tokens(x), tokens[:, 1:], rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(vit.attention_maps(x), weights[:, :, 0, 1:].float(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(vit(x), tokens[:, 0], rtol=1e-10, atol=1e-10)
 
@@ -146,13 +146,13 @@ def bicubic(grid: np.ndarray, rows: int, columns: int) -> np.ndarray:
 def test_positions_are_resampled_as_in_v1(old: tuple[int, int], new: tuple[int, int]) -> None:
     torch.manual_seed(0)
     positions = torch.randn(1, 1 + math.prod(old), 5)
-    got = room.resample_positions(positions, old, new)
+    got = resample_positions(positions, old, new)
     want = bicubic(positions[0, 1:].reshape(*old, 5).double().numpy(), *new)
     torch.testing.assert_close(got[0, 1:], torch.tensor(want).float().reshape(-1, 5), rtol=1e-4, atol=1e-5)
     assert torch.equal(got[:, 0], positions[:, 0])
-    half = room.resample_positions(positions.bfloat16(), old, new)
+    half = resample_positions(positions.bfloat16(), old, new)
     assert half.dtype == torch.bfloat16
-    assert torch.equal(half[0, 1:], room.resample_positions(positions.bfloat16().float(), old, new)[0, 1:].bfloat16())
+    assert torch.equal(half[0, 1:], resample_positions(positions.bfloat16().float(), old, new)[0, 1:].bfloat16())
 
 
 def test_own_grid_is_not_resampled() -> None:
@@ -167,8 +167,8 @@ def test_an_evaluation_before_training_leaves_training_alone() -> None:
     """What is kept between calls must not be made of inference tensors, which autograd refuses."""
     vit, groups = nano(drop_path=0.5), views((1, 2, 3, 48, 48), (1, 2, 3, 32, 16))
     with torch.inference_mode():
-        vit.forward_groups(groups)
-    vit.forward_groups(groups).sum().backward()
+        vit(groups)
+    vit(groups).sum().backward()
     assert vit.pos_embed.grad is not None
     assert vit.pos_embed.grad.abs().sum() > 0
 
@@ -184,9 +184,9 @@ def test_drop_path_drops_whole_branches_of_sequences() -> None:
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
     block = nano(drop_path=0.3).blocks[-1].train()
     lengths = ((3000, 2), (2000, 3))
-    packing = room._packing(lengths, torch.device("cpu"))
+    packing = packing_room._packing(lengths, torch.device("cpu"))
     tokens = torch.ones(1, 12000, 1)
-    out = block._add(10 * tokens, tokens, packing, False)[0, :, 0] - 10
+    out = block._add(10 * tokens, tokens, packing)[0, :, 0] - 10
     per_sequence = torch.cat([out[:6000].view(3000, 2)[:, 0], out[6000:].view(2000, 3)[:, 0]])
     assert torch.equal(
         out, torch.cat([per_sequence[:3000].repeat_interleave(2), per_sequence[3000:].repeat_interleave(3)])
@@ -194,9 +194,9 @@ def test_drop_path_drops_whole_branches_of_sequences() -> None:
     kept = per_sequence != 0
     torch.testing.assert_close(per_sequence[kept], torch.full((int(kept.sum()),), 1 / 0.7), rtol=1e-5, atol=1e-5)
     assert kept.double().mean().item() == pytest.approx(0.7, abs=4 * math.sqrt(0.7 * 0.3 / 5000))
-    again = block._add(10 * tokens, tokens, packing, False)[0, :, 0] - 10
+    again = block._add(10 * tokens, tokens, packing)[0, :, 0] - 10
     assert (again != out).any()  # each branch draws anew
-    assert torch.equal(block.eval()._add(tokens, tokens, packing, False), 2 * tokens)
+    assert torch.equal(block.eval()._add(tokens, tokens, packing), 2 * tokens)
 
 
 def test_drop_path_follows_the_seed_and_pruning_changes_no_draw() -> None:
@@ -204,15 +204,15 @@ def test_drop_path_follows_the_seed_and_pruning_changes_no_draw() -> None:
 
     def run(seed: int) -> Tensor:
         torch.manual_seed(seed)
-        return vit.forward_groups(groups)
+        return vit(groups)
 
     assert torch.equal(run(0), run(0))
     assert not torch.equal(run(0), run(1))
     torch.manual_seed(0)
-    x, packing = room._pack([vit._tokens(g.flatten(0, 1)) for g in groups])
+    x, packing = pack([vit._tokens(g.flatten(0, 1)) for g in groups.values()])
     for block in vit.blocks:
         x = block(x, packing)  # the last block in full
-    want = vit.norm(x)[:, packing.cls].view(5, 4, -1)
+    want = vit.norm(x)[:, packing.first].view(5, 4, -1)
     torch.testing.assert_close(run(0), want, rtol=1e-10, atol=1e-10)
 
 
@@ -230,21 +230,24 @@ class _CountSyncs(TorchDispatchMode):
 
 def test_no_device_value_is_read() -> None:
     vit, groups = nano(drop_path=0.2).train(), views((2, 2, 3, 48, 48), (2, 2, 3, 16, 32))
-    room._packing.cache_clear()
+    packing_room._packing.cache_clear()
     with _CountSyncs() as syncs:
-        vit.forward_groups(groups).sum().backward()
+        vit(groups).sum().backward()
     assert syncs.count == 0
 
 
 def test_bf16_and_autocast() -> None:
     """bf16 weights and autocast both stay near fp32, and both train."""
-    vit, groups = nano(drop_path=0.1).float().eval(), [x.float() for x in views((2, 2, 3, 48, 48), (2, 2, 3, 24, 24))]
-    want = vit.forward_groups(groups)
+    vit, groups = (
+        nano(drop_path=0.1).float().eval(),
+        {name: x.float() for name, x in views((2, 2, 3, 48, 48), (2, 2, 3, 24, 24)).items()},
+    )
+    want = vit(groups)
     with torch.autocast("cpu", torch.bfloat16):
-        autocast = vit.forward_groups(groups)
-        vit.train().forward_groups(groups).sum().backward()
+        autocast = vit(groups)
+        vit.train()(groups).sum().backward()
     torch.testing.assert_close(autocast.float(), want, rtol=0.1, atol=0.1)
-    half = vit.eval().bfloat16().forward_groups(groups)
+    half = vit.eval().bfloat16()(groups)
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), want, rtol=0.1, atol=0.1)
 
@@ -277,21 +280,21 @@ def test_the_way_through_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
 
     vit, groups = nano(), views((2, 2, 3, 48, 48), (3, 2, 3, 24, 16))
-    want = vit.forward_groups(groups)
+    want = vit(groups)
     ops = types.SimpleNamespace(fmha=attention_room._xformers().fmha, memory_efficient_attention=with_mask)
     monkeypatch.setattr(attention_room, "_xformers", lambda: ops)
     monkeypatch.setattr(attention_room, "implementation", lambda *_: "xformers")
-    torch.testing.assert_close(vit.forward_groups(groups), want, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(vit(groups), want, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="xformers' attention needs a GPU")
 def test_xformers_and_sdpa_agree_on_the_whole_network() -> None:
-    groups = [x.float().cuda() for x in views((2, 4, 3, 48, 48), (6, 4, 3, 24, 24))]
+    groups = {name: x.float().cuda() for name, x in views((2, 4, 3, 48, 48), (6, 4, 3, 24, 24)).items()}
     outputs = []
     for choice in ("xformers", "sdpa"):
         vit = nano(attention=choice).float().cuda()
-        out = vit.forward_groups(groups)
+        out = vit(groups)
         outputs.append([out, *torch.autograd.grad(out.square().sum(), list(vit.parameters()))])
     for a, b in zip(*outputs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)

@@ -72,8 +72,8 @@ def curve(engine: EngineConfig) -> list[dict[str, Any]]:
 
 
 def _step(trainer: Trainer) -> dict[str, Any]:
-    loss = trainer.train_step([next(trainer.batches) for _ in range(trainer.config.engine.accumulate)])
-    line: dict[str, Any] = {"loss": loss.item(), "grad_norm": float(trainer.engine.grad_norm)}
+    figures = trainer.train_step([next(trainer.batches) for _ in range(trainer.config.engine.accumulate)])
+    line: dict[str, Any] = {"loss": figures["loss"].item(), "grad_norm": float(trainer.engine.grad_norm)}
     for role, network in (("student", trainer.engine.student_network), ("teacher", trainer.engine.teacher)):
         line[f"{role}_norm"], line[f"{role}_crc32"] = _summary(network)
     return line

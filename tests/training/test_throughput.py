@@ -5,24 +5,23 @@ figure changed and how to record a change that is meant.
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from bench.gates import counts, ratio
+from bench.record import ROOT
 from bench.workload import nano_config
 from fastdino import distributed
 from fastdino.distributed import Ranks
 from fastdino.training.trainer import Trainer
+from tests.children import environment
 
-ROOT = Path(__file__).parents[1]
 PLAIN = nano_config(engine="torch")
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 
@@ -37,10 +36,10 @@ def one_thread() -> Iterator[None]:
 
 def test_counts_are_as_recorded() -> None:
     """In a process of its own, because DeepSpeed keeps the process group that it saw first."""
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "bench.gates.counts", "--check"]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, f"\n{done.stdout}\n{done.stderr[-2000:]}"
 
 
@@ -74,8 +73,8 @@ def with_extra(original: Callable[..., Any], extra: Callable[[Any], Any]) -> Cal
 @pytest.mark.parametrize(
     ("method", "extra", "counters"),
     [
-        ("_groups", lambda groups: groups[0].double().float(), {"aten_calls", "aten_bytes"}),
-        ("train_step", lambda loss: loss.item(), {"host_syncs", "aten_calls", "aten_bytes"}),
+        ("_normalized", lambda batch: batch.views["global"].double().float(), {"aten_calls", "aten_bytes"}),
+        ("train_step", lambda figures: figures["loss"].item(), {"host_syncs", "aten_calls", "aten_bytes"}),
     ],
     ids=["an extra copy", "an item()"],
 )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -29,11 +28,12 @@ from fastdino.config import (
     RunConfig,
     ViewsConfig,
 )
+from fastdino.data import Batch
 from fastdino.training import checkpoint
 from fastdino.training.run_folder import read_config
 from fastdino.training.trainer import Trainer, TrainingDiverged
+from tests.children import environment
 
-ROOT = Path(__file__).parents[2]
 STEPS_PER_EPOCH = 5
 
 
@@ -96,9 +96,7 @@ train(Config.from_json({config.to_json()!r}))
             f"--nproc-per-node={processes}",
             str(script),
         ]
-    paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | paths
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_a_run_leaves_what_it_promises(tmp_path):
@@ -152,8 +150,11 @@ def test_resumes_with_other_ranks_and_stage(tmp_path):
     for step in expected:
         assert found[step] == pytest.approx(expected[step], rel=1e-5), step
     paths = [tmp_path / run / "checkpoints/step-00000010" for run in ("straight", "moved")]
-    shapes = checkpoint.read_manifest(paths[0]).shapes
-    teacher, moved = (checkpoint.read_weights(path, shapes) for path in paths)
+    manifests = [checkpoint.read_manifest(path) for path in paths]
+    teacher, moved = (
+        checkpoint.read_weights(path, manifest, manifests[0].shapes)[0]
+        for path, manifest in zip(paths, manifests, strict=True)
+    )
     for name, weight in teacher.items():
         torch.testing.assert_close(moved[name], weight, atol=2e-5, rtol=1e-4)
 
@@ -205,7 +206,7 @@ def test_a_step_never_waits_for_the_device(tmp_path, overrides):
         batches = [[next(trainer.batches) for _ in range(config.engine.accumulate)] for _ in range(2)]
         trainer.train_step(batches[0])
         with _Waits() as waits:
-            loss = trainer.train_step(batches[1])
+            loss = trainer.train_step(batches[1])["loss"]
     assert not waits.found
     with _Waits() as waits:
         loss.item()
@@ -215,12 +216,13 @@ def test_a_step_never_waits_for_the_device(tmp_path, overrides):
 def test_a_run_that_diverges_stops_and_names_the_step(tmp_path, monkeypatch):
     """Views of NaN from step 3 on: those steps change nothing, are counted, and end the run."""
     config = tiny(tmp_path / "run", run__max_nonfinite=3)
-    original = Trainer._groups
-    monkeypatch.setattr(
-        Trainer,
-        "_groups",
-        lambda self, batch: [g * (torch.nan if self.step >= 3 else 1) for g in original(self, batch)],
-    )
+    original = Trainer._normalized
+
+    def spoilt(self: Trainer, batch: Batch) -> Batch:
+        views = original(self, batch).views
+        return Batch({name: group * (torch.nan if self.step >= 3 else 1) for name, group in views.items()})
+
+    monkeypatch.setattr(Trainer, "_normalized", spoilt)
     with pytest.raises(TrainingDiverged, match=r"3 steps in a row up to step 5 .*max_nonfinite=3"):
         fastdino.train(config)
     monkeypatch.undo()

@@ -55,7 +55,11 @@ class ShapesSource:
     def read(self, index: int) -> tuple[Image.Image, int]:
         """RGB image (image_size, image_size) and its label."""
         pixels, _ = self._render(index)
-        return Image.fromarray(pixels), index % len(CLASSES)
+        return Image.fromarray(pixels), self.label(index)
+
+    def label(self, index: int) -> int:
+        """The label alone, without rendering the image."""
+        return index % len(CLASSES)
 
     def mask(self, index: int) -> np.ndarray:
         """(image_size, image_size) bool: where the object is."""
@@ -64,6 +68,10 @@ class ShapesSource:
     def name(self, index: int) -> str:
         """What to call the image in a message."""
         return f"shapes {self.seed}/{index}"
+
+    def fingerprint(self) -> str:
+        """Its parameters."""
+        return f"shapes {self.num_images} {self.image_size} {self.seed}"
 
     def _render(self, index: int) -> tuple[np.ndarray, Field]:
         """uint8 (size, size, 3), and the object's coverage of each pixel in [0, 1]."""

@@ -1,0 +1,36 @@
+"""Which parameters are treated alike."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Group:
+    """Trainable parameters that share weight decay and freezing, by name."""
+
+    name: str
+    regularized: bool  # gets weight decay, and under LARS the trust ratio
+    last_layer: bool
+    params: dict[str, nn.Parameter]
+
+    @property
+    def numel(self) -> int:
+        """Elements of all its parameters."""
+        return sum(p.numel() for p in self.params.values())
+
+
+def parameter_groups(network: nn.Module) -> list[Group]:
+    """The trainable parameters of ``network`` in groups: decay, no_decay, last_layer; empty ones left out.
+
+    Biases and 1-D parameters take no weight decay, everything else does, tokens and position embeddings included. The
+    prototypes (names with ``last_layer``) are apart so that they can be frozen. Source: DINO v1's get_params_groups.
+    """
+    groups: dict[str, Group] = {}
+    for name, param in network.named_parameters():
+        if param.requires_grad:
+            regularized = not (name.endswith(".bias") or param.ndim == 1)
+            last_layer = "last_layer" in name
+            key = ("last_layer_" if last_layer else "") + ("decay" if regularized else "no_decay")
+            groups.setdefault(key, Group(key, regularized, last_layer, {})).params[name] = param
+    return [groups[key] for key in ("decay", "no_decay", "last_layer_decay", "last_layer_no_decay") if key in groups]

@@ -1,0 +1,83 @@
+"""Flat tensors: which elements of which parameter lie where in a rank's share of a group."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from fastdino.engine.groups import Group
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, stop) of the flattened parameter ``name``, at ``offset`` of the flat tensor that holds them.
+
+    ``tensors`` are live 1-D fp32 views: ``param`` (the master weight), ``ema`` (the teacher), and the optimizer's
+    moments, ``exp_avg`` and ``exp_avg_sq`` (AdamW) or ``momentum_buffer`` (SGD, LARS). A parameter that is not trained
+    has ``param`` and ``ema`` only, one tensor. Empty where only the place is meant.
+    """
+
+    name: str
+    start: int
+    stop: int
+    offset: int = 0
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return self.stop - self.start
+
+    def view(self, flat: Tensor) -> Tensor:
+        """Its elements of a flat tensor."""
+        return flat[self.offset : self.offset + self.numel]
+
+
+def fragments(group: Group, start: int, stop: int) -> list[Fragment]:
+    """What elements [start, stop) of the group's flat tensor are; padding beyond its last parameter is nothing."""
+    found, position = [], 0
+    for name, param in group.params.items():
+        low, high = max(start, position), min(stop, position + param.numel())
+        if low < high:
+            found.append(Fragment(name, low - position, high - position, low - start))
+        position += param.numel()
+    return found
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's share of a group: 1-D tensors of one length. What no fragment covers is padding."""
+
+    param: Tensor  # fp32
+    ema: Tensor  # fp32, the teacher
+    fragments: list[Fragment]  # in the order of their offsets
+    param_lp: Tensor | None  # copies in the precision of the forward pass; None where there is none to write
+    ema_lp: Tensor | None
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """One view of ``flat``, laid out like the shard, for each fragment."""
+        return [fragment.view(flat) for fragment in self.fragments]
+
+    def segments(self) -> Iterator[tuple[str | None, int]]:
+        """The shard from end to end: (parameter, elements), and (None, elements) for padding, wherever it lies."""
+        position = 0
+        for fragment in self.fragments:
+            if position < fragment.offset:
+                yield None, fragment.offset - position
+            yield fragment.name, fragment.numel
+            position = fragment.offset + fragment.numel
+        if position < self.param.numel():
+            yield None, self.param.numel() - position
+
+
+def point_into(flat: Tensor, params: list[nn.Parameter], grad: bool = False) -> None:
+    """Copies the parameters one after another into ``flat`` and makes them (or their gradients) views of it."""
+    position = 0
+    for param in params:
+        view = flat[position : position + param.numel()].view_as(param)
+        if grad:
+            param.grad = view
+        else:
+            view.copy_(param.data)
+            param.data = view
+        position += param.numel()

@@ -1,0 +1,100 @@
+"""Any backbone of timm, under the interface of our own."""
+
+import copy
+import difflib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdino.config import ConfigError, ModelConfig
+
+
+class TimmBackbone(nn.Module):
+    """``model``, a backbone of timm without its classifier; views of one size run together, one size after another.
+
+    Args:
+        config: ``arch`` names it, as timm:NAME; ``drop_path`` is handed on.
+        image_size: side in pixels that it is made for, where it has to know.
+        views: sides by name of the views that it will be given; each is tried, with nothing computed.
+
+    Raises ConfigError when timm has no such model, or it cannot take a size.
+    """
+
+    implementation = "the backbone's own code"
+
+    def __init__(self, config: ModelConfig, image_size: int, views: dict[str, int]) -> None:
+        super().__init__()
+        self.arch = config.arch
+        self.model = _create(config, image_size)
+        for name, size in views.items():
+            self.num_features = self._probe(name, size)
+
+    @property
+    def published(self) -> nn.Module:
+        """timm's own module."""
+        return self.model
+
+    def forward(self, x: Tensor | dict[str, Tensor]) -> Tensor:
+        """(V_i, B, 3, h_i, w_i) views by name -> (sum of V_i, B, D); (B, 3, h, w) images -> (B, D)."""
+        dtype = next(self.model.parameters()).dtype
+        if isinstance(x, Tensor):
+            return self.model(x.to(dtype))
+        return torch.cat([self.model(v.flatten(0, 1).to(dtype)).unflatten(0, v.shape[:2]) for v in x.values()])
+
+    def _probe(self, view: str, size: int) -> int:
+        """D, the width of the features of a view, from shapes alone."""
+        try:
+            features = _on_meta(self.model, 2, size, training=False)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise ConfigError(
+                f"model.arch='{self.arch}' cannot take {view} views of {size} px (views.{view}_size): {error}. "
+                "Use a size it can take or a backbone without a fixed size"
+            ) from error
+        if features.ndim != 2:
+            shape = tuple(features.shape)
+            raise ConfigError(f"model.arch='{self.arch}' gives features of shape {shape}, not (images, width)")
+        return features.shape[1]
+
+    def check_single(self, size: int) -> None:
+        """Raises ConfigError when a single view of ``size`` leaves batch normalisation one value per channel."""
+        try:
+            _on_meta(self.model, 1, size, training=True)
+        except ValueError as error:
+            raise ConfigError(
+                f"model.arch='{self.arch}' normalises over the batch, and one local view of {size} px of one image is "
+                "one value per channel: raise run.local_batch, views.num_local or views.local_size"
+            ) from error
+
+
+def _on_meta(model: nn.Module, images: int, size: int, training: bool) -> Tensor:
+    """Output for ``images`` of ``size`` px, shapes alone; of a copy, because a forward pass may leave caches behind."""
+    return copy.deepcopy(model).train(training).to("meta")(torch.empty(images, 3, size, size, device="meta"))
+
+
+def _create(model: ModelConfig, image_size: int) -> nn.Module:
+    import timm  # here, because it takes seconds to import and our own ViT does without
+
+    name = model.arch.removeprefix("timm:")
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3) or ["any of timm.list_models()"]
+        raise ConfigError(f"model.arch='{model.arch}': timm has no such model; did you mean {', '.join(near)}?")
+    if "." in name:
+        known, tag = name.split(".", 1)
+        raise ConfigError(
+            f"model.arch='{model.arch}': {tag!r} names weights, which are never downloaded: use timm:{known}, and "
+            "model.weights=FILE to start from weights"
+        )
+    options: dict[str, Any] = {"img_size": image_size, "dynamic_img_size": True}
+    if model.drop_path:
+        options["drop_path_rate"] = model.drop_path
+    while True:
+        try:
+            return timm.create_model(name, num_classes=0, **options)
+        except TypeError as error:  # each family of models knows some of the options
+            unknown = next((option for option in options if f"'{option}'" in str(error)), None)
+            if unknown is None:
+                raise
+            if unknown == "drop_path_rate":
+                raise ConfigError(f"model.drop_path={model.drop_path}: {name} has no drop path, set it to 0") from error
+            del options[unknown]
