@@ -1,6 +1,7 @@
 """Weights in and out of files: safetensors with timm's names; DINO v1's checkpoints are read. No code is unpickled."""
 
 import argparse
+import contextlib
 import math
 import os
 import pickle
@@ -66,11 +67,18 @@ def export_backbone(backbone: "Backbone", path: Path, metadata: Mapping[str, str
     """Writes the backbone as safetensors under timm's names; the file appears whole or not at all.
 
     timm.create_model(NAME, num_classes=0, checkpoint_path=path) reads it.
+
+    Raises WeightsError when the file cannot be written.
     """
     state = {name: x.detach().cpu().contiguous() for name, x in backbone.published.state_dict().items()}
     partial = path.with_name(path.name + ".partial")
-    save_file(state, partial, metadata={"format": "pt", **(metadata or {})})
-    os.replace(partial, path)
+    try:
+        save_file(state, partial, metadata={"format": "pt", **(metadata or {})})
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise WeightsError(f"{path} cannot be written: {error}") from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:

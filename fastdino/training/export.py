@@ -6,7 +6,7 @@ from typing import Literal
 
 from fastdino.config import Config, ConfigError
 from fastdino.model import Backbone, build_network, export_backbone, restore_backbone
-from fastdino.model.weights import read_metadata
+from fastdino.model.weights import WeightsError, read_metadata
 from fastdino.training import checkpoint
 from fastdino.training.checkpoint import CheckpointError, Manifest
 from fastdino.training.run_folder import read_config
@@ -54,12 +54,28 @@ def _checkpoint(run: Path, step: int | None) -> tuple[Path, Manifest]:
 
 
 def export_run(run: Path, out: Path | None = None, step: int | None = None, role: Role = "teacher") -> Path:
-    """Writes the backbone of a run as safetensors with timm's names; returns the file's path."""
+    """Writes the backbone of a run as safetensors with timm's names; returns the file's path.
+
+    Args:
+        run: the run folder.
+        out: a file, whose folder is made, or a folder that exists; default: the run folder.
+        step: which checkpoint; the newest by default.
+        role: whose weights.
+
+    Raises what :func:`run_backbone` raises, and ConfigError for a file that cannot be written.
+    """
+    out = out or run
+    path = out / "backbone.safetensors" if out.is_dir() else out
+    if out != run and path.suffix != ".safetensors":
+        raise ConfigError(f"--out {out} must end in .safetensors, the one format that is written, or be a folder")
     backbone, config, step = run_backbone(run, step, role)
-    out = out or run / "backbone.safetensors"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    export_backbone(backbone, out, {"config": config.to_json(), "step": str(step), "role": role})
-    return out
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        export_backbone(backbone, path, {"config": config.to_json(), "step": str(step), "role": role})
+    except (OSError, WeightsError) as error:
+        reason = error if isinstance(error, WeightsError) else f"{path} cannot be written: {error}"
+        raise ConfigError(f"{reason}. Name a file elsewhere with --out") from error
+    return path
 
 
 def any_backbone(path: Path) -> tuple[Backbone, Config]:

@@ -21,6 +21,8 @@ _LEAVE = 255  # to the listening thread; no signal has that number
 class Preempted(UserError, RuntimeError):
     """SIGTERM or SIGUSR1 ended the run after a checkpoint; the same command resumes it."""
 
+    exit_code = 85  # lets a job script tell a notice, after which it requeues, from an error that will come again
+
 
 class Interrupted(BaseException):
     """Raised by a notice in the midst of :meth:`PreemptionNotice.interruptible`.
