@@ -64,7 +64,7 @@ def test_shared_memory_that_runs_out_is_told(shapes, kind):
     before = children()
     with limited(resource.RLIMIT_FSIZE, 1000):  # of a file in /dev/shm too
         batches = start(make_config(1), shapes) if kind == "train" else labelled_batches(shapes, 32, 4, 1)
-        message = fails_within(20, batches)
+        message = fails_within(60, batches)
     assert "RuntimeError: unable to resize file </torch_" in message
     assert "--shm-size" in message
     wait_for(lambda: not children() - before, 10)
@@ -86,14 +86,14 @@ class Odd(Dataset):
 
 
 def test_what_cannot_be_sent_is_told():
-    assert "lambda" in fails_within(20, MadeAhead(Odd("unpicklable"), 1, batch_size=1))
+    assert "lambda" in fails_within(60, MadeAhead(Odd("unpicklable"), 1, batch_size=1))
 
 
 def test_too_few_open_files_in_the_trainer_are_told():
     batches = MadeAhead(Odd("tensor"), 2, batch_size=1)
     next(batches)
     with limited(resource.RLIMIT_NOFILE, 3):
-        message = fails_within(20, batches)
+        message = fails_within(60, batches)
     assert "ulimit -n" in message
 
 
@@ -119,14 +119,14 @@ def test_workers_that_cannot_be_started_are_told(shapes, monkeypatch):
 
 
 class Hanging(ShapesSource):
-    """Image 5 lies where reads do not come back: a pipe that nobody writes to, for a network disk."""
+    """Every fourth image lies where reads do not come back: a pipe that nobody writes to, for a network disk."""
 
     def __init__(self, pipe: Path) -> None:
         super().__init__(22, 40)
         self.pipe = pipe
 
     def read(self, index: int):
-        return super().read(index) if index != 5 else self.pipe.read_bytes()
+        return super().read(index) if index % 4 else self.pipe.read_bytes()
 
 
 class Notice(BaseException):
@@ -145,14 +145,14 @@ def test_a_signal_ends_a_wait_that_hangs_and_closing_does_not_wait_for_it(tmp_pa
     batches = start(make_config(num_workers=3), Hanging(tmp_path / "pipe"))
     heard = signal.signal(signal.SIGUSR1, handle)
     threading.Timer(4, os.kill, (os.getpid(), signal.SIGUSR1)).start()
-    started = time.monotonic()
     try:
         with pytest.raises(Notice):
             list(islice(batches, 30))
     finally:
         signal.signal(signal.SIGUSR1, heard)
+    started = time.monotonic()
     batches.close()
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < 4
     assert "no batch for 2 seconds" in caplog.text
     wait_for(lambda: not children() - before, 10)
 
