@@ -77,10 +77,9 @@ class Trainer:
         if folder:
             ranks.on_main(self._open_knn)  # what is wrong with its images is said now, not in hours
         newest = folder.newest() if folder else None
-        # A checkpoint holds all weights: those that the run started from may be gone.
-        start = replace(config, model=replace(config.model, weights=None)) if newest else config
         torch.manual_seed(config.run.seed)
-        student, teacher = build_network(start), build_network(start, teacher=True)
+        # A checkpoint holds all weights: those that the run started from may be gone.
+        student, teacher = (build_network(config, teacher=role, load=not newest) for role in (False, True))
         self.shapes = {name: list(p.shape) for name, p in student.named_parameters()}
         self.engine = build_engine(config, student, teacher, ranks)
         target = Centering(config.head.num_prototypes, config.loss.center_momentum, config.engine.accumulate, ranks)
