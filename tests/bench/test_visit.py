@@ -158,7 +158,7 @@ def test_a_visit_keeps_what_was_found(results: Path, tmp_path: Path) -> None:
         Stage("right", "sh -c 'echo a figure; echo no figure; echo {{}} > bench/results/new.json'", 5, shows="^a"),
         Stage("packed", "sh -c 'tar tzf {out}/visit.tar.gz; test -s {out}/summary.txt'", 5),
         Stage("wrong", "sh -c 'echo reason; exit 3'", 5, shows="figure"),
-        Stage("hangs", f"sh -c 'sleep 600 & echo $! > {child}; echo begun; wait'", 1),
+        Stage("hangs", f"sh -c 'sleep 60 & echo $! > {child}; echo begun; wait'", 1),
         Stage("absent", "no-such-tool", 5),
         Stage("absent too", "env A=1 no-such-tool", 5),
         Stage("late", "true", 10_000),
@@ -206,7 +206,7 @@ from pathlib import Path
 from bench.visit import visit
 from bench.visit.stages import Stage
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-stages = [Stage("a", "sh -c 'echo $$ > {child}.part; mv {child}.part {child}; sleep 600'", 600, "x")]
+stages = [Stage("a", "sh -c 'echo $$ > {child}.part; mv {child}.part {child}; sleep 60'", 600, "x")]
 visit.Visit([*stages, Stage("b", "true", 1)], 700, Path({str(tmp_path / "out")!r})).run()
 """
     process = subprocess.Popen([sys.executable, "-c", code], cwd=record.ROOT)
