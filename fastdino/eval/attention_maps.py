@@ -132,10 +132,11 @@ class AttentionMaps(Evaluation):
     def __call__(self, subject: Subject) -> dict[str, Any]:
         """{"attention_iou": 0 to 1} when the images have masks, the sheet's path and the protocol."""
         reading, sheet = self.reading(subject.config), self._sheet(subject.folder)
+        data = subject.config.data
         if self.data == "shapes":
-            source: Source = bank_and_test(self.data, subject.config.data.image_size).test
+            source: Source = bank_and_test(self.data, data).test
         else:
-            source = FolderSource(self.data)
+            source = FolderSource(self.data, data.max_pixels, data.bits)
         with whole_file(sheet) as path:
             found = self.overlap(subject.backbone, source, reading, path)
         num_images = min(self.num_images, len(source))

@@ -259,7 +259,7 @@ class Trainer:
         if config.run.knn_every and root:
             reading = Reading(size=config.views.global_size, normalize=config.data.normalize)
             batch, workers = config.run.local_batch, config.data.num_workers
-            self.online_knn = OnlineKnn(root, config.data.image_size, reading, batch=batch, num_workers=workers)
+            self.online_knn = OnlineKnn(root, config.data, reading, batch=batch, num_workers=workers)
 
     # ------------------------------------------------------------------------------------------------ its folder
 
