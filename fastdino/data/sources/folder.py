@@ -1,5 +1,6 @@
 """A folder of images, as people have them: nested, linked, of any format that Pillow reads."""
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -88,6 +89,10 @@ class FolderSource:
     def name(self, index: int) -> str:
         """Path below the root."""
         return _printable(self._relative(index))
+
+    def fingerprint(self) -> str:
+        """A checksum of the names below the root, in order."""
+        return hashlib.blake2b(self._block + self._ends.tobytes(), digest_size=16).hexdigest()
 
     def _relative(self, index: int) -> bytes:
         start = self._ends[index - 1] if index > 0 else 0

@@ -27,6 +27,9 @@ class Source(Protocol):
     def name(self, index: int) -> str:
         """What to call the image in a message."""
 
+    def fingerprint(self) -> str:
+        """Equal for sources of the same images in the same order, wherever they are; no image is read for it."""
+
 
 def open_source(root: str, config: DataConfig) -> Source:
     """The word ``shapes``, or a folder of images (``./shapes`` for a folder of that name)."""

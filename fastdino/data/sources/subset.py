@@ -1,7 +1,9 @@
 """A part of a source."""
 
+import hashlib
 from collections.abc import Sequence
 
+import numpy as np
 from PIL import Image
 
 from fastdino.data.sources.source import Source
@@ -23,6 +25,11 @@ class Subset:
     def label(self, index: int) -> int:
         """As in the source."""
         return self.source.label(self.indices[index])
+
+    def fingerprint(self) -> str:
+        """Of the source and of which of its images."""
+        chosen = hashlib.blake2b(np.asarray(self.indices).tobytes(), digest_size=16).hexdigest()
+        return f"{chosen} of {self.source.fingerprint()}"
 
     def name(self, index: int) -> str:
         """Its name in the source."""

@@ -140,3 +140,18 @@ def test_many_files_are_indexed_fast_and_kept_small(tmp_path):
     assert len(source) == 10000
     assert len(pickle.dumps(source)) < 10000 * 40, "bytes, not a list of strings"
     assert source.name(9999) == "c9/image_00499.jpg"
+
+
+def test_fingerprint_is_of_names_and_order(tmp_path):
+    def source(root: str, *names: str) -> FolderSource:
+        for name in names:
+            path = tmp_path / root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"")
+        return FolderSource(tmp_path / root)
+
+    first = source("a", "x/1.png", "x/2.png").fingerprint()
+    assert source("b", "x/1.png", "x/2.png").fingerprint() == first, "wherever it lies"
+    for root, names in {"c": ("x/1.png", "x/3.png"), "d": ("y/1.png", "x/2.png"), "e": ("x/1.png", "x2.png")}.items():
+        assert source(root, *names).fingerprint() != first
+    assert source("f", "ab.png", "c.png").fingerprint() != source("g", "a.png", "bc.png").fingerprint()
