@@ -70,8 +70,8 @@ class ShapesSource:
         return f"shapes {self.seed}/{index}"
 
     def fingerprint(self) -> str:
-        """What decides the images, besides their number."""
-        return f"shapes {self.seed} at {self.image_size}"
+        """Its parameters."""
+        return f"shapes {self.num_images} {self.image_size} {self.seed}"
 
     def _render(self, index: int) -> tuple[np.ndarray, Field]:
         """uint8 (size, size, 3), and the object's coverage of each pixel in [0, 1]."""

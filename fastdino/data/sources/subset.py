@@ -26,11 +26,11 @@ class Subset:
         """As in the source."""
         return self.source.label(self.indices[index])
 
-    def fingerprint(self) -> str:
-        """Of the source and of which of its images."""
-        chosen = hashlib.blake2b(np.asarray(self.indices).tobytes(), digest_size=16).hexdigest()
-        return f"{chosen} of {self.source.fingerprint()}"
-
     def name(self, index: int) -> str:
         """Its name in the source."""
         return self.source.name(self.indices[index])
+
+    def fingerprint(self) -> str:
+        """Of the source, and of which images of it."""
+        indices = np.asarray(self.indices, np.int64).tobytes()
+        return hashlib.sha256(self.source.fingerprint().encode() + indices).hexdigest()[:16]
