@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fastdino import host
 from fastdino.config import Config, ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -10,6 +11,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["Config", "ConfigError", "UserError", "__version__", "train"]
+
+
+host.settle()
 
 
 def __getattr__(name: str) -> Any:

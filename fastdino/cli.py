@@ -28,7 +28,7 @@ import tyro
 
 from fastdino import __version__, recipes
 from fastdino.config import Config, ConfigError, UserError
-from fastdino.launch import launched_rank
+from fastdino.launch import launched_rank, without_local_rank
 
 if TYPE_CHECKING:
     from fastdino.eval import Subject
@@ -38,8 +38,7 @@ Path_ = Annotated[Path, tyro.conf.Positional]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command ``fastdino``. What a user can mend is one message on stderr and exit code 2."""
-    # The deepspeed launcher adds --local_rank=N to every command; the environment says the same.
-    arguments = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank=")]
+    arguments = without_local_rank([*(sys.argv[1:] if argv is None else argv)])
     command = arguments.pop(0) if arguments else "--help"
     if command in ("-h", "--help"):
         print(__doc__.strip())
@@ -52,11 +51,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _run(command, arguments)
     except UserError as error:
-        preempted = type(error).__name__ == "Preempted"
-        if not (rank and preempted):  # all else may be one rank's alone: its worker, its disk
+        if not rank or error.exit_code == UserError.exit_code:  # which may be one rank's alone: its worker, its disk
             print(f"fastdino {command}{f', rank {rank}' if rank else ''}: {error}", file=sys.stderr)
-        # 85 lets a job script tell a notice, after which it requeues, from an error that will come again.
-        sys.exit(85 if preempted else 2)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -2,7 +2,9 @@
 
 import functools
 import itertools
+import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from types import TracebackType
@@ -12,10 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdino.launch import place
+from fastdino.config import ConfigError, UserError
+from fastdino.launch import LaunchError, Place, place
 
 # Hosts wait as long as one of them works: rank 0 evaluates and writes. One that died shows by its closed connection.
 _HOST_TIMEOUT = timedelta(days=1)
+PATIENCE = timedelta(minutes=30)  # for the other ranks of a run to start: images are pulled, libraries read over NFS
+
+log = logging.getLogger(__name__)
 
 
 class Ranks:
@@ -90,6 +96,17 @@ class Ranks:
 
         return answer
 
+    def on_main(self, work: Callable[[], None]) -> None:
+        """``work`` on rank 0, while the others wait; a UserError that it raises ends them all."""
+        problem: UserError | None = None
+        if self.is_main:
+            try:
+                work()
+            except UserError as error:
+                problem = error
+        if self.any(problem is not None):
+            raise problem or UserError("rank 0 refused the run: its message says why")
+
     def leave_with(self, destroy: Callable[[], None]) -> None:
         """Leaves the group through ``destroy`` in the end, which forgets more than torch's own does."""
         self._destroy = destroy
@@ -112,21 +129,33 @@ class Ranks:
 def init(device: Literal["auto", "cpu", "cuda"] = "auto") -> Ranks:
     """Joins the process group that the environment describes; with no launcher at all, a group of one.
 
-    Reads torchrun's or the deepspeed launcher's variables, else SLURM's (srun). Plain ``python`` needs no variable and
-    takes no port. gloo on a CPU, nccl on a GPU. Raises RuntimeError when the environment cannot work.
+    Which launchers it knows says :func:`fastdino.launch.place`. Plain ``python`` needs no variable and takes no port.
+    gloo on a CPU, nccl on a GPU. Raises ConfigError when there is no such device, LaunchError when the ranks cannot
+    come together.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("engine.device=cuda, but torch sees no GPU: check the driver, or use engine.device=cpu")
+        raise ConfigError("engine.device=cuda, but torch sees no GPU: check the driver, or use engine.device=cpu")
+    if dist.is_initialized():
+        raise LaunchError(
+            "this process is in a torch.distributed group already: leave it with "
+            "torch.distributed.destroy_process_group() before training"
+        )
     on_gpu = device != "cpu" and torch.cuda.is_available()
-    rank, world_size, local_rank, address = place(os.environ)
-    here = torch.device("cuda", _gpu(local_rank, os.environ)) if on_gpu else torch.device("cpu")
+    here = place(os.environ)
+    where = torch.device("cuda", _gpu(here.local_rank, os.environ)) if on_gpu else torch.device("cpu")
     if on_gpu:
-        torch.cuda.set_device(here)
-    backend, timeout = ("nccl", None) if on_gpu else ("gloo", _HOST_TIMEOUT)
-    store = _store(address, rank, world_size)
-    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
-    host_group = dist.new_group(backend="gloo", timeout=_HOST_TIMEOUT) if on_gpu and world_size > 1 else None
-    return Ranks(rank, world_size, local_rank, here, host_group)
+        torch.cuda.set_device(where)
+    store = _store(here)
+    try:
+        backend, timeout = ("nccl", None) if on_gpu else ("gloo", _HOST_TIMEOUT)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=here.rank, world_size=here.world_size)
+        host_group = dist.new_group(backend="gloo", timeout=_HOST_TIMEOUT) if on_gpu and here.world_size > 1 else None
+    except RuntimeError as error:
+        raise LaunchError(
+            f"the ranks found each other but cannot connect ({str(error).splitlines()[0]}): let GLOO_SOCKET_IFNAME and "
+            "NCCL_SOCKET_IFNAME name a network interface that leads to all of their machines"
+        ) from error
+    return Ranks(here.rank, here.world_size, here.local_rank, where, host_group)
 
 
 def _gpu(local_rank: int, env: Mapping[str, str]) -> int:
@@ -136,22 +165,66 @@ def _gpu(local_rank: int, env: Mapping[str, str]) -> int:
         return local_rank
     if seen == 1 and "SLURM_GPUS_PER_TASK" in env:  # srun shows each task its own GPU alone
         return 0
-    raise RuntimeError(
+    raise LaunchError(
         f"local rank {local_rank} has no GPU: this machine shows {seen}; start at most one process per GPU, or use "
         "engine.device=cpu"
     )
 
 
-def _store(address: str | None, rank: int, world_size: int) -> dist.Store:
+def _store(here: Place) -> dist.Store:
     """Where ranks meet: never with the keys of a run before in this process, which lead to closed connections."""
-    if address is None:
+    if here.address is None:
         return dist.HashStore()
-    store, runs = _rendezvous(address, rank, world_size)
+    store, runs = _rendezvous(here)
     return dist.PrefixStore(f"run {next(runs)}", store)
 
 
 @functools.cache
-def _rendezvous(address: str, rank: int, world_size: int) -> tuple[dist.Store, Iterator[int]]:
-    """The store at ``address`` and the numbers of the runs in it. It lives as long as the process, because no rank can
-    know when the others are done with it."""
-    return next(dist.rendezvous(address, rank, world_size))[0], itertools.count()
+def _rendezvous(here: Place) -> tuple[dist.Store, Iterator[int]]:
+    """The store at ``here.address``, once all ranks have come to it, and the numbers of the runs in it. It lives as
+    long as the process, because no rank can know when the others are done with it.
+
+    torch's own would wait in one call, where Ctrl-C does not reach it.
+    """
+    assert here.address is not None
+    host, port = here.address
+    log.info(
+        "waiting for %d ranks at %s:%d; to train with this process alone, unset %s",
+        here.world_size, host, port, here.launched_by,
+    )  # fmt: skip
+    deadline = time.monotonic() + PATIENCE.total_seconds()
+    store: dist.Store = _connect(here, host, port, deadline)
+    # An agent of torchrun keeps its store when it starts its processes again.
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store.set(f"rank {here.rank}", "")
+    everyone = [f"rank {rank}" for rank in range(here.world_size)]
+    while not store.check(everyone):
+        if time.monotonic() > deadline:
+            missing = [name for name in everyone if not store.check([name])]
+            raise LaunchError(
+                f"{len(missing)} of {here.world_size} ranks have not come to {host}:{port} in {PATIENCE} h, the first "
+                f"of them {missing[0]}: see what it says, or start as many processes as {here.launched_by} was told of"
+            )
+        time.sleep(0.1)
+    store.set_timeout(_HOST_TIMEOUT)
+    return store, itertools.count()
+
+
+def _connect(here: Place, host: str, port: int, deadline: float) -> dist.TCPStore:
+    serves = here.rank == 0 and not here.served
+    while True:
+        try:
+            return dist.TCPStore(host, port, is_master=serves, timeout=timedelta(seconds=5), wait_for_workers=False)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            if "EADDRINUSE" in reason:
+                raise LaunchError(
+                    f"port {port}, where the ranks of this run would meet, is in use on this machine: set MASTER_PORT "
+                    "to a free one, the same for every rank"
+                ) from error
+            if time.monotonic() > deadline:
+                raise LaunchError(
+                    f"no rank 0 at {host}:{port} in {PATIENCE} h ({reason}): see what it says, and whether MASTER_ADDR "
+                    "and MASTER_PORT are its machine's"
+                ) from error
+            time.sleep(0.5)

@@ -4,7 +4,18 @@ import os
 
 from bench.record import python_path
 
-DROPPED = ("TRITON_INTERPRET", "PYTEST_", "SLURM_", "MASTER_", "TORCHELASTIC_", "RANK", "WORLD_SIZE", "LOCAL_")
+DROPPED = (
+    "TRITON_INTERPRET",
+    "PYTEST_",
+    "SLURM_",
+    "MASTER_",
+    "TORCHELASTIC_",
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_",
+    "OMPI_",
+    "PMI",
+)
 
 
 def environment(**variables: str) -> dict[str, str]:

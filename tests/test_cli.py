@@ -22,8 +22,9 @@ TINY = [
 ]
 
 
-def fastdino(*arguments: object, code: int = 0) -> subprocess.CompletedProcess:
-    env = environment(COLUMNS="80")
+def fastdino(*arguments: object, code: int = 0, **variables: str) -> subprocess.CompletedProcess:
+    """The command in a process; ``variables`` are added to its environment."""
+    env = environment(**{"COLUMNS": "80", **variables})
     command = [sys.executable, "-m", "fastdino", *map(str, arguments)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == code, done.stderr
@@ -74,13 +75,33 @@ def test_a_mistake_is_one_message_and_exit_code_2(arguments, says, tmp_path):
 
 def test_every_rank_says_what_stopped_it(monkeypatch, capsys):
     """It may be the only one: a worker that died, a folder that one machine lacks. But all are told of a notice."""
-    monkeypatch.setenv("RANK", "3")
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     for raised, says in ((cli.UserError("worker killed"), "rank 3: worker killed\n"), (Preempted("a signal"), "")):
         monkeypatch.setattr(cli, "_run", lambda *_, raised=raised: (_ for _ in ()).throw(raised))
         with pytest.raises(SystemExit) as ended:
             cli.main(["train"])
         assert capsys.readouterr().err == (f"fastdino train, {says}" if says else "")
         assert ended.value.code == (2 if says else 85)
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "77"}, "start it with srun"),
+        ({"LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "RANK is missing beside WORLD_SIZE, LOCAL_RANK"),
+    ],
+)
+def test_an_environment_that_cannot_work_is_one_message(variables, says, tmp_path):
+    done = fastdino("train", "vit_small_16", *TINY, "--run.dir", tmp_path / "run", code=2, **variables)
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_a_launcher_adds_to_the_command_is_dropped():
+    done = fastdino("--local-rank=0", "recipes", "demo", "--local_rank", 0)
+    assert '"arch": "vit_nano"' in done.stdout
 
 
 def test_help_teaches():

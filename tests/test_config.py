@@ -2,13 +2,25 @@
 
 import dataclasses
 import json
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import fastdino.config
 from fastdino import Config, ConfigError, recipes
-from fastdino.config import DataConfig, EngineConfig, LossConfig, ModelConfig, OptimConfig, RunConfig, ViewsConfig
+from fastdino.config import (
+    DataConfig,
+    EngineConfig,
+    HeadConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    ViewsConfig,
+)
 
 # DINO v1's option, its default, ours. Its use_fp16 became engine.precision (bf16 needs no loss scaler); dist_url and
 # local_rank are the launcher's.
@@ -79,6 +91,151 @@ def test_bad_values_say_what_to_change(make, says):
         make()
 
 
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (
+            {"optim": OptimConfig(freeze_last_layer=6, warmup_epochs=0)},
+            "freeze_last_layer=6 is longer than run.epochs=5",
+        ),
+        (
+            {"loss": LossConfig(teacher_temp=0.07, warmup_teacher_temp_epochs=30)},
+            "optim.warmup_epochs=10 and loss.warmup_teacher_temp_epochs=30 are longer than run.epochs=5: shorten them",
+        ),
+    ],
+)
+def test_what_would_not_end_within_the_run_is_refused(overrides, says):
+    with pytest.raises(ConfigError, match=says):
+        Config(run=RunConfig(epochs=5), **overrides)
+
+
+def test_a_warm_up_of_the_temperature_that_goes_nowhere_may_be_long():
+    Config(run=RunConfig(epochs=10), loss=LossConfig(warmup_teacher_temp_epochs=30))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ({"model": ModelConfig(arch="timm:resnet50", patch_size=8)}, ["model.patch_size=8 has no effect: timm:"]),
+        ({"model": ModelConfig(arch="timm:resnet50", pos_embed="sincos", attention="sdpa")},
+         ["model.attention=sdpa", "model.pos_embed=sincos"]),
+        ({"model": ModelConfig(weights=Path("x.safetensors"), pos_embed="sincos")}, ["model.pos_embed=sincos"]),
+        ({"data": DataConfig(root="/images", num_images=7)}, ["data.num_images=7 has no effect: a folder"]),
+        ({"data": DataConfig(root="shapes", num_images=7)}, []),
+        ({"views": ViewsConfig(num_local=0, local_size=64)}, ["views.local_size=64"]),
+        ({"engine": EngineConfig(name="torch", zero_stage=2)}, ["engine.zero_stage=2"]),
+        ({"optim": OptimConfig(clip=0, clip_mode="global")}, ["optim.clip_mode=global"]),
+        ({"run": RunConfig(knn_every=0, knn_root="/images")}, ["run.knn_root=/images"]),
+        ({"loss": LossConfig(warmup_teacher_temp=0.01)}, ["loss.warmup_teacher_temp=0.01"]),
+        ({}, []),
+    ],
+)  # fmt: skip
+def test_what_has_no_effect_is_said(overrides, says):
+    lines = Config(**overrides).ignored()
+    assert len(lines) == len(says)
+    assert all(line.startswith(start) for line, start in zip(lines, says, strict=True))
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_a_recipe_sets_nothing_in_vain(name):
+    given = recipes.get(name)
+    folder = dataclasses.replace(given.data, root=given.data.root or "/images")
+    assert dataclasses.replace(given, data=folder).ignored() == []
+
+
+HOME = str(Path.home())
+
+
+@pytest.mark.parametrize(
+    ("made", "equal"),
+    [
+        (lambda: RunConfig(dir="runs/x"), RunConfig(dir=Path("runs/x"))),  # type: ignore[arg-type]
+        (lambda: RunConfig(dir=Path("~/x")), RunConfig(dir=Path(HOME) / "x")),
+        (lambda: RunConfig(knn_root="~/x"), RunConfig(knn_root=f"{HOME}/x")),
+        (lambda: DataConfig(root=Path("/images")), DataConfig(root="/images")),  # type: ignore[arg-type]
+        (lambda: DataConfig(root=np.str_("~")), DataConfig(root=HOME)),
+        (lambda: ModelConfig(weights="a"), ModelConfig(weights=Path("a"))),  # type: ignore[arg-type]
+        (lambda: ViewsConfig(global_scale=[0.5, 1]), ViewsConfig(global_scale=(0.5, 1.0))),  # type: ignore[arg-type]
+        (lambda: ViewsConfig(blur=np.array([1, 0, 0.5])), ViewsConfig(blur=(1.0, 0.0, 0.5))),
+        (lambda: OptimConfig(lr=np.float32(0.5)), OptimConfig(lr=0.5)),
+        (lambda: OptimConfig(lr=torch.tensor(0.5)), OptimConfig(lr=0.5)),  # type: ignore[arg-type]
+        (lambda: OptimConfig(clip=3), OptimConfig(clip=3.0)),
+        (lambda: RunConfig(seed=np.int64(3), epochs=1e2), RunConfig(seed=3, epochs=100)),  # type: ignore[arg-type]
+        (lambda: EngineConfig(zero_stage=np.int64(2)), EngineConfig(zero_stage=2)),  # type: ignore[arg-type]
+        (lambda: HeadConfig(batch_norm=np.bool_(True)), HeadConfig(batch_norm=True)),
+    ],
+)
+def test_values_as_notebooks_and_sweeps_give_them(made, equal):
+    found = made()
+    assert found == equal
+    for name in found.__dataclass_fields__:
+        given, wanted = getattr(found, name), getattr(equal, name)
+        assert repr(given) == repr(wanted), "the same types, at any depth"
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: EngineConfig(name="ddp"), "engine.name='ddp' must be one of deepspeed, torch"),
+        (lambda: EngineConfig(precision="fp16"), "engine.precision='fp16' must be one of auto, fp32, bf16"),
+        (lambda: EngineConfig(zero_stage=3), "engine.zero_stage=3 must be one of auto, 0, 1, 2"),
+        (lambda: EngineConfig(zero_stage=True), "engine.zero_stage=True must be one of"),
+        (lambda: EngineConfig(device=None), "engine.device=None must be one of"),
+        (lambda: HeadConfig(batch_norm="false"), "head.batch_norm='false' must be True or False"),
+        (lambda: HeadConfig(batch_norm=1), "head.batch_norm=1 must be True or False"),
+        (lambda: RunConfig(epochs=1.5), "run.epochs=1.5 must be a whole number"),
+        (lambda: RunConfig(epochs=True), "run.epochs=True must be a whole number"),
+        (lambda: RunConfig(epochs="10"), "run.epochs='10' must be a whole number"),
+        (lambda: RunConfig(epochs=float("inf")), "run.epochs=inf must be a whole number"),
+        (lambda: RunConfig(seed=2**64), r"run.seed=18446744073709551616 must be in \[0, 2\*\*64\)"),
+        (lambda: RunConfig(seed=-1), "run.seed=-1 must be in"),
+        (lambda: RunConfig(dir=""), "run.dir='' must be a path"),
+        (lambda: RunConfig(dir=None), "run.dir=None must be a path"),
+        (lambda: RunConfig(knn_root=None), "run.knn_root=None must be text"),
+        (lambda: OptimConfig(lr=float("nan")), "optim.lr=nan must be a finite number"),
+        (lambda: OptimConfig(lr=float("inf")), "optim.lr=inf must be a finite number"),
+        (lambda: OptimConfig(lr=10**400), "optim.lr=10+ must be a finite number"),
+        (lambda: OptimConfig(lr="high"), "optim.lr='high' must be a finite number"),
+        (lambda: OptimConfig(lr=[0.1]), r"optim.lr=\[0.1\] must be a finite number"),
+        (lambda: ViewsConfig(blur=(1, 2)), r"views.blur=\(1, 2\) must be 3 numbers"),
+        (lambda: ViewsConfig(blur="abc"), "views.blur='abc' must be 3 numbers"),
+        (lambda: ViewsConfig(blur=0.5), "views.blur=0.5 must be 3 numbers"),
+        (lambda: ViewsConfig(blur=(0, 0, None)), "views.blur=None must be a finite number"),
+        (lambda: Config(model={"arch": "vit_small"}), "model={'arch': 'vit_small'} must be a ModelConfig"),
+        (lambda: Config(run=OptimConfig()), "run=OptimConfig.* must be a RunConfig"),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_named(make, says):
+    with pytest.raises(ConfigError, match=says):
+        make()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_config_reads_back_equal_to_itself(seed):
+    """Of values drawn at random, odd ones among them."""
+    draw = random.Random(seed)
+    folders = ["~", "~/x y", "../up", "a/~/b", "./~nobody-of-that-name", "/", "\u00e9\n", "a\udcff", ".", "shapes"]
+    numbers = [0, 1, 0.1, np.float32(0.3), np.float64(1) / 3, 1e-300, np.float16(0.7), torch.tensor(0.2)]
+
+    config = Config(
+        model=ModelConfig(arch=draw.choice(["vit_small", "timm:\u00e9"]), weights=draw.choice([None, *folders])),
+        views=ViewsConfig(
+            blur=draw.choice([list, tuple, np.array])([float(draw.choice(numbers)) for _ in range(3)]),
+            global_scale=[np.float32(0.1), 1], jitter=draw.choice(numbers), flip=draw.choice(numbers),
+        ),
+        data=DataConfig(
+            root=draw.choice(folders), num_images=np.int32(draw.randrange(1, 10**9)), max_bad=draw.choice(numbers),
+        ),
+        optim=OptimConfig(lr=draw.choice(numbers), min_lr=np.float32(draw.random()), clip=draw.randrange(9)),
+        engine=EngineConfig(zero_stage=draw.choice(["auto", 0, np.int64(1), 2])),
+        run=RunConfig(dir=draw.choice(folders), seed=draw.choice([0, 2**53 + 1, 2**64 - 1, np.uint64(2**63)])),
+    )  # fmt: skip
+    again = Config.from_json(config.to_json())
+    assert again == config
+    assert repr(again) == repr(config)
+    assert again.to_json() == config.to_json()
+
+
 def test_no_local_views_need_no_local_size():
     Config(views=ViewsConfig(local_size=90, num_local=0))
 
@@ -102,17 +259,31 @@ def test_wrong_recipe_names_the_nearest():
 def test_json_of_another_version_is_refused():
     content = json.loads(Config().to_json())
     content["loss"]["temperature"] = 1
-    with pytest.raises(ConfigError, match=r"unknown setting loss.temperature"):
+    with pytest.raises(ConfigError, match=r"unknown setting loss.temperature: another version .* wrote it"):
         Config.from_json(json.dumps(content))
-    with pytest.raises(ConfigError, match="not a config"):
-        Config.from_json("{}")
+    del content["loss"]["temperature"]
+    content["loss"]["teacher_temperature"] = content["loss"].pop("teacher_temp")
+    with pytest.raises(ConfigError, match=r"unknown setting loss.teacher_temperature.* call it loss.teacher_temp if"):
+        Config.from_json(json.dumps(content))
+    for text in ("{}", "[]", "3", "null", '{"model": 3}', "{", json.dumps({"ibot": {}})):
+        with pytest.raises(ConfigError, match="not a config"):
+            Config.from_json(text)
+
+
+def test_a_setting_of_later_takes_its_default():
+    content = json.loads(Config().to_json())
+    del content["loss"]["center_momentum"]
+    assert Config.from_json(json.dumps(content)) == Config()
+    content["loss"]["teacher_temp"] = "warm"
+    with pytest.raises(ConfigError, match=r"loss.teacher_temp='warm' must be a finite number"):
+        Config.from_json(json.dumps(content))
 
 
 def test_settings_are_few_and_each_is_explained():
     """A new setting is a decision: raise the number knowingly."""
     source = "".join(file.read_text() for file in Path(fastdino.config.__file__).parent.glob("*.py"))
     names = [f.name for group in dataclasses.fields(Config) for f in dataclasses.fields(group.type)]
-    assert len(names) == 65
+    assert len(names) == 67
     for name in set(names):
         assert f"    {name}: " in source
         after = source.split(f"    {name}: ")[1].split("\n", 1)[1].lstrip()

@@ -1,15 +1,19 @@
-"""Which rank a process is, under every launcher and none."""
+"""Ranks that come together under every launcher and none, talk, and leave; and what they say when they cannot."""
 
+import signal
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastdino.distributed import Ranks, _gpu, init
-from fastdino.launch import first_host, place
+from fastdino import distributed
+from fastdino.config import ConfigError
+from fastdino.distributed import Ranks, _gpu, _rendezvous, init
+from fastdino.launch import LaunchError, Place
 from tests.children import environment
 
 PROGRAM = """
@@ -76,44 +80,64 @@ def test_deepspeed_launcher(tmp_path: Path) -> None:
     assert {"0 2 0 cpu 0.5 True False", "1 2 1 cpu 0.5 True False"} <= set(done.stdout.splitlines())
 
 
-def test_launcher_variables() -> None:
-    assert place(LAUNCHER) == (3, 8, 1, "tcp://host:29500")
-    assert place(LAUNCHER | {"TORCHELASTIC_RUN_ID": "x"}) == (3, 8, 1, "env://")
-    assert place(LAUNCHER | SLURM)[:3] == (3, 8, 1), "torchrun within a SLURM job"
-    assert place({}) == (0, 1, 0, None)
+@pytest.mark.parametrize("launcher", ["Open MPI", "Kubeflow"])
+def test_launchers_that_are_not_installed_here(launcher: str) -> None:
+    """Their variables, as they would set them for two processes on this machine."""
+    port = {"MASTER_PORT": free_port()}
+    if launcher == "Open MPI":
+        common = port | {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+        names: tuple[str, ...] = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
+    else:
+        common, names = port | {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, ("RANK",)
+    local = 1 if launcher == "Open MPI" else 0
+    environments = [common | dict.fromkeys(names, str(rank)) for rank in range(2)]
+    assert outputs(environments) == ["0 2 0 cpu 0.5 True False", f"1 2 {local} cpu 0.5 True False"]
 
 
-def test_slurm_variables() -> None:
-    assert place(SLURM) == (5, 16, 1, f"tcp://gpu017:{20000 + 123456 % 20000}")
-    assert place(SLURM | {"SLURM_STEP_NUM_TASKS": "8"})[1] == 8, "srun -n 8 within a job of 16"
-    assert place(SLURM | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "7"})[3] == "tcp://10.0.0.1:7"
-    assert place({**SLURM, "SLURM_NTASKS": "1"}) == (0, 1, 0, None)
+def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        here = Place(0, 2, 0, ("localhost", taken.getsockname()[1]), "RANK")
+        with pytest.raises(LaunchError, match=f"port {here.address[1]}.* is in use .*set MASTER_PORT"):  # type: ignore[index]
+            _rendezvous(here)
 
 
-@pytest.mark.parametrize("name", LAUNCHER)
-def test_half_set_launcher_variables(name: str) -> None:
-    env = {key: value for key, value in LAUNCHER.items() if key != name}
-    with pytest.raises(RuntimeError, match=f"half set.*{name} missing"):
-        place(env)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_do_not_come_are_named(
+    rank: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a line that said at once where this one waits."""
+    monkeypatch.setattr(distributed, "PATIENCE", timedelta(seconds=0.5))
+    caplog.set_level("INFO")
+    here = Place(rank, 2, 0, ("localhost", int(free_port())), "SLURM_PROCID")
+    says = "1 of 2 ranks have not come .*rank 1:.*SLURM_PROCID" if rank == 0 else "no rank 0 at localhost.*MASTER_ADDR"
+    with pytest.raises(LaunchError, match=says):
+        _rendezvous(here)
+    assert "waiting for 2 ranks at localhost" in caplog.text
+    assert "to train with this process alone, unset SLURM_PROCID" in caplog.text
 
 
-def test_slurm_without_srun() -> None:
-    with pytest.raises(RuntimeError, match="srun"):
-        place({key: value for key, value in SLURM.items() if key != "SLURM_STEP_ID"})
+def test_a_rank_that_waits_hears_ctrl_c() -> None:
+    env = environment() | {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+    code = "import logging; logging.basicConfig(level=20)\n" + PROGRAM
+    waiting = subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.PIPE, text=True)
+    assert waiting.stderr is not None
+    assert any("waiting for 2 ranks" in line for line in waiting.stderr)
+    waiting.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in waiting.communicate(timeout=60)[1]
 
 
-@pytest.mark.parametrize(
-    ("nodelist", "host"),
-    [("gpu[003-010,020],login", "gpu003"), ("node7", "node7"), ("a1,a2", "a1"), ("rack-2-n[9,11]", "rack-2-n9"),
-     ("n[1-3]-ib", "n1-ib")],
-)  # fmt: skip
-def test_first_host(nodelist: str, host: str) -> None:
-    assert first_host(nodelist) == host
+def test_a_group_of_somebody_else_is_left_alone() -> None:
+    with init("cpu"):
+        with pytest.raises(LaunchError, match="destroy_process_group"):
+            init("cpu")
+        assert torch.distributed.is_initialized()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_cuda_asked_for_and_absent() -> None:
-    with pytest.raises(RuntimeError, match="no GPU"):
+    with pytest.raises(ConfigError, match="no GPU"):
         init("cuda")
 
 
@@ -122,7 +146,7 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for name, value in LAUNCHER.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(RuntimeError, match="local rank 1 has no GPU"):
+    with pytest.raises(LaunchError, match="local rank 1 has no GPU"):
         init("auto")
 
 
@@ -130,7 +154,7 @@ def test_srun_shows_each_task_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     """--gpus-per-task=1: one GPU in sight, whatever the local rank."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert _gpu(3, SLURM | {"SLURM_GPUS_PER_TASK": "1"}) == 0
-    with pytest.raises(RuntimeError, match="local rank 3 has no GPU"):
+    with pytest.raises(LaunchError, match="local rank 3 has no GPU"):
         _gpu(3, SLURM)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert _gpu(3, SLURM | {"SLURM_GPUS_PER_TASK": "1"}) == 3

@@ -1,13 +1,14 @@
 """All settings of a run, and the checks between groups."""
 
 import dataclasses
+import difflib
 import json
+import os
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import get_type_hints
 
 from fastdino.config.data import DataConfig, ViewsConfig
-from fastdino.config.errors import ConfigError
+from fastdino.config.errors import ConfigError, require
 from fastdino.config.method import LossConfig
 from fastdino.config.model import HeadConfig, ModelConfig
 from fastdino.config.optim import EngineConfig, OptimConfig
@@ -28,6 +29,18 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            require(isinstance(getattr(self, name), kind), name, getattr(self, name), f"a {kind.__name__}")
+        self._check_views()
+        self._check_lengths()
+        if self.model.attention == "xformers" and self.engine.device == "cpu":
+            raise ConfigError(
+                "model.attention='xformers' needs a GPU, and engine.device='cpu': xformers has no CPU path; "
+                "use model.attention=auto or sdpa"
+            )
+
+    def _check_views(self) -> None:
+        """Our own ViT takes sides of whole patches."""
         if self.model.is_vit:
             for name in ("global_size", "local_size"):
                 size, patch = getattr(self.views, name), self.model.patch_size
@@ -35,39 +48,65 @@ class Config:
                     below, above = size // patch * patch, -(-size // patch) * patch
                     remedy = f"use {below} or {above}" if below else f"use {above}"
                     raise ConfigError(f"views.{name}={size} is not a multiple of model.patch_size={patch}: {remedy}")
-        if self.optim.warmup_epochs > self.run.epochs:
+
+    def _check_lengths(self) -> None:
+        """What ends after some epochs ends within the run: else the rest of it would be dropped without a word."""
+        optim = self.optim
+        lengths = {"optim.warmup_epochs": optim.warmup_epochs, "optim.freeze_last_layer": optim.freeze_last_layer}
+        if self.loss.warmup_teacher_temp != self.loss.teacher_temp:
+            lengths["loss.warmup_teacher_temp_epochs"] = self.loss.warmup_teacher_temp_epochs
+        too_long = [f"{name}={epochs:g}" for name, epochs in lengths.items() if epochs > self.run.epochs]
+        if too_long:
+            are, them = ("is", "it") if len(too_long) == 1 else ("are", "them")
             raise ConfigError(
-                f"optim.warmup_epochs={self.optim.warmup_epochs:g} is longer than run.epochs={self.run.epochs}: "
-                "shorten the warm-up or train longer"
+                f"{' and '.join(too_long)} {are} longer than run.epochs={self.run.epochs}: "
+                f"shorten {them} or train longer"
             )
-        if self.model.attention == "xformers" and self.engine.device == "cpu":
-            raise ConfigError(
-                "model.attention='xformers' needs a GPU, and engine.device='cpu': xformers has no CPU path; "
-                "use model.attention=auto or sdpa"
-            )
+
+    def ignored(self) -> list[str]:
+        """A line for each setting that is not at its default, and that others make without effect."""
+        cases = [
+            (not self.model.is_vit, "model", "patch_size attention pos_embed", f"{self.model.arch} has its own"),
+            (self.model.weights is not None, "model", "pos_embed", "model.weights are loaded"),
+            (self.data.root != "shapes", "data", "num_images", "a folder has as many as it holds"),
+            (self.views.num_local == 0, "views", "local_size local_scale", "views.num_local is 0"),
+            (self.head.num_layers == 1, "head", "hidden_dim", "head.num_layers is 1"),
+            (self.engine.name == "torch", "engine", "zero_stage", "engine.name=torch shards nothing"),
+            (self.optim.clip == 0, "optim", "clip_mode", "optim.clip is 0"),
+            (self.run.knn_every == 0, "run", "knn_root", "run.knn_every is 0"),
+            (self.loss.warmup_teacher_temp_epochs == 0, "loss", "warmup_teacher_temp",
+             "loss.warmup_teacher_temp_epochs is 0"),
+        ]  # fmt: skip
+        lines, defaults = [], Config()
+        for without_effect, group, names, reason in cases:
+            for name in names.split() if without_effect else ():
+                value = getattr(getattr(self, group), name)
+                if value != getattr(getattr(defaults, group), name):
+                    lines.append(f"{group}.{name}={value} has no effect: {reason}")
+        return lines
 
     def to_json(self) -> str:
         """The whole config as indented JSON, which :meth:`from_json` reads back to an equal config."""
-        return json.dumps(dataclasses.asdict(self), indent=2, default=str)
+        return json.dumps(dataclasses.asdict(self), indent=2, default=os.fspath)
 
     @classmethod
     def from_json(cls, text: str) -> "Config":
         """Reads :meth:`to_json`. Raises ConfigError for text that is not a config of this version."""
         try:
             groups = json.loads(text)
-            return cls(**{f.name: _group(f.type, f.name, groups.pop(f.name)) for f in dataclasses.fields(cls)})  # type: ignore[arg-type]
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"not a config of this version of fastdino: {error!r}") from error
-
-
-def _group(kind: type, name: str, values: dict[str, Any]) -> Any:
-    """One group from JSON: lists become tuples, path strings become paths."""
-    known = {f.name: f for f in dataclasses.fields(kind)}
-    if unknown := values.keys() - known.keys():
-        raise ConfigError(f"unknown setting {name}.{sorted(unknown)[0]}: written by another version of fastdino")
-    for key, value in values.items():
-        if isinstance(value, list):
-            values[key] = tuple(value)
-        elif isinstance(value, str) and "Path" in str(known[key].type):
-            values[key] = Path(value)
-    return kind(**values)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"not a config: {error}") from error
+        kinds = get_type_hints(cls)
+        if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
+            raise ConfigError("not a config of fastdino: groups of settings are missing")
+        if missing := kinds.keys() - groups.keys():
+            raise ConfigError(f"not a config of this version of fastdino: the group {min(missing)} is missing")
+        ours = {f"{name}.{f.name}" for name, kind in kinds.items() for f in dataclasses.fields(kind)}
+        for setting in (f"{name}.{key}" for name, group in groups.items() for key in group):
+            if setting not in ours:
+                near = difflib.get_close_matches(setting, ours, n=1)
+                raise ConfigError(
+                    f"unknown setting {setting}: another version of fastdino wrote it; use that one"
+                    + (f", or call it {near[0]} if that is its name now" if near else "")
+                )
+        return cls(**{name: kind(**groups[name]) for name, kind in kinds.items()})

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from fastdino.config.errors import require, require_range
+from fastdino.config.group import Group
 
 MAX_VIEWS = 32  # S, student views of one image that the fused loss takes
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViewsConfig:
+class ViewsConfig(Group):
     """Multi-crop: an image becomes 2 global and L local views. Probabilities are DINO v1's."""
 
     global_size: int = 224
@@ -37,22 +37,25 @@ class ViewsConfig:
     solarize: float = 0.2
     """Probability of solarization in the second global view."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         for name in ("global_size", "local_size"):
-            require(getattr(self, name) >= 1, f"views.{name}", getattr(self, name), "a positive size", "pixels")
-        require_range("views.global_scale", self.global_scale)
-        require_range("views.local_scale", self.local_scale)
-        require(
-            0 <= self.num_local <= MAX_VIEWS - 2, "views.num_local", self.num_local, f"in [0, {MAX_VIEWS - 2}]",
+            self.require(getattr(self, name) >= 1, name, "a positive number of pixels")
+        for name in ("global_scale", "local_scale"):
+            low, high = getattr(self, name)
+            self.require(
+                0 < low <= high <= 1, name, "two numbers with 0 < low <= high <= 1", "shares of the image's area"
+            )
+        self.require(
+            0 <= self.num_local <= MAX_VIEWS - 2, "num_local", f"in [0, {MAX_VIEWS - 2}]",
             f"the fused loss holds at most {MAX_VIEWS} views of an image, two of them global",
         )  # fmt: skip
         for name in ("flip", "jitter", "grayscale", "solarize"):
-            require(0 <= getattr(self, name) <= 1, f"views.{name}", getattr(self, name), "in [0, 1]", "a probability")
-        require(all(0 <= p <= 1 for p in self.blur), "views.blur", self.blur, "in [0, 1]", "they are probabilities")
-        require(0 <= self.rotate <= 180, "views.rotate", self.rotate, "in [0, 180]", "degrees either way")
-        require(
-            min(self.jitter_strength) >= 0 and self.jitter_strength[3] <= 0.5, "views.jitter_strength",
-            self.jitter_strength, "four numbers >= 0, the last at most 0.5", "a hue shift of 0.5 is the whole circle",
+            self.require(0 <= getattr(self, name) <= 1, name, "a probability in [0, 1]")
+        self.require(all(0 <= p <= 1 for p in self.blur), "blur", "three probabilities in [0, 1]")
+        self.require(0 <= self.rotate <= 180, "rotate", "in [0, 180] degrees")
+        self.require(
+            min(self.jitter_strength) >= 0 and self.jitter_strength[3] <= 0.5, "jitter_strength",
+            "four numbers >= 0, the last at most 0.5", "a hue shift of 0.5 is the whole circle",
         )  # fmt: skip
 
     @property
@@ -62,7 +65,7 @@ class ViewsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Group):
     """Where images come from."""
 
     root: str = ""
@@ -77,9 +80,15 @@ class DataConfig:
     """Processes per rank that decode and augment; 0 works in the training process."""
     max_bad: float = 0.01
     """Largest share of an epoch's images that may be unreadable; above it the run stops."""
+    max_pixels: int = 178956970
+    """Largest image that is decoded, in pixels; a larger one counts as unreadable. Default: Pillow's limit."""
+    bits: int = 16
+    """Bits that 16-bit gray images use: 12 for the files of many cameras and microscopes."""
 
-    def __post_init__(self) -> None:
-        require(self.num_images >= 1, "data.num_images", self.num_images, "at least 1", "an epoch needs images")
-        require(self.image_size >= 8, "data.image_size", self.image_size, "at least 8 pixels", "objects must show")
-        require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more", "it is a count")
-        require(0 <= self.max_bad <= 1, "data.max_bad", self.max_bad, "in [0, 1]", "it is a share")
+    def check(self) -> None:
+        self.require(self.num_images >= 1, "num_images", "at least 1")
+        self.require(self.image_size >= 8, "image_size", "at least 8 pixels", "objects must show")
+        self.require(self.num_workers >= 0, "num_workers", "0 or more")
+        self.require(0 <= self.max_bad <= 1, "max_bad", "a share in [0, 1]")
+        self.require(self.max_pixels >= 1, "max_pixels", "at least 1")
+        self.require(8 <= self.bits <= 16, "bits", "in [8, 16]", "8 of them are kept")

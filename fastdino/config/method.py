@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from fastdino.config.errors import require
+from fastdino.config.group import Group
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossConfig:
+class LossConfig(Group):
     """Temperatures and centering of the self-distillation loss."""
 
     student_temp: float = 0.1
@@ -20,16 +20,12 @@ class LossConfig:
     center_momentum: float = 0.9
     """Weight of the center's old value in its moving average over steps."""
 
-    def __post_init__(self) -> None:
-        require(self.student_temp > 0, "loss.student_temp", self.student_temp, "positive", "it divides the logits")
+    def check(self) -> None:
+        self.require(self.student_temp > 0, "student_temp", "positive", "it divides the logits")
+        bounds = f"in (0, loss.student_temp={self.student_temp}]"
         for name in ("teacher_temp", "warmup_teacher_temp"):
-            require(
-                0 < getattr(self, name) <= self.student_temp, f"loss.{name}", getattr(self, name),
-                f"in (0, loss.student_temp={self.student_temp}]", "the teacher has to be sharper than the student",
-            )  # fmt: skip
-        warmup = self.warmup_teacher_temp_epochs
-        require(warmup >= 0, "loss.warmup_teacher_temp_epochs", warmup, "0 or more", "it is a count")
-        require(
-            0 <= self.center_momentum < 1, "loss.center_momentum", self.center_momentum, "in [0, 1)",
-            "at 1 the center never moves and training collapses",
-        )  # fmt: skip
+            sharper = 0 < getattr(self, name) <= self.student_temp
+            self.require(sharper, name, bounds, "the teacher has to be sharper than the student")
+        self.require(self.warmup_teacher_temp_epochs >= 0, "warmup_teacher_temp_epochs", "0 or more")
+        moves = 0 <= self.center_momentum < 1
+        self.require(moves, "center_momentum", "in [0, 1)", "at 1 the center never moves and training collapses")

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastdino.config.errors import require
+from fastdino.config.group import Group
 
 VIT_SIZES = ("nano", "tiny", "small", "base", "large", "huge", "giant")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Group):
     """The backbone: an image becomes a feature vector."""
 
     arch: str = "vit_small"
@@ -28,15 +28,13 @@ class ModelConfig:
     weights: Path | None = None
     """Backbone weights to start from (.safetensors, timm's or DINO v1's names); default: start from noise."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         vit = self.arch.removeprefix("vit_")
         known = ", ".join(f"vit_{size}" for size in VIT_SIZES)
-        require(
-            self.arch.startswith("timm:") or (self.arch.startswith("vit_") and vit in VIT_SIZES),
-            "model.arch", self.arch, f"one of {known} or timm:NAME", "no other backbone is known",
-        )  # fmt: skip
-        require(self.patch_size > 0, "model.patch_size", self.patch_size, "a positive number of pixels", "a side")
-        require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "in [0, 1)", "it is a probability")
+        ours = self.arch.startswith("vit_") and vit in VIT_SIZES
+        self.require(ours or self.arch.startswith("timm:"), "arch", f"one of {known} or timm:NAME")
+        self.require(self.patch_size > 0, "patch_size", "a positive number of pixels")
+        self.require(0 <= self.drop_path < 1, "drop_path", "in [0, 1)", "at 1 no block would be left")
 
     @property
     def is_vit(self) -> bool:
@@ -45,7 +43,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadConfig:
+class HeadConfig(Group):
     """The projection head: a feature vector becomes K logits."""
 
     num_prototypes: int = 65536
@@ -64,7 +62,7 @@ class HeadConfig:
     """Keep each prototype at length 1 (DINO v1: norm_last_layer). False usually scores higher for ViT-S; True is safer
     for ViT-B and larger."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         for name in ("num_prototypes", "num_layers", "hidden_dim", "bottleneck_dim"):
-            require(getattr(self, name) >= 1, f"head.{name}", getattr(self, name), "at least 1", "it is a width")
-        require(self.num_prototypes >= 2, "head.num_prototypes", self.num_prototypes, "at least 2", "ln K would be 0")
+            self.require(getattr(self, name) >= 1, name, "at least 1")
+        self.require(self.num_prototypes >= 2, "num_prototypes", "at least 2", "one prototype tells nothing apart")

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from fastdino.config.errors import require
+from fastdino.config.group import Group
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(Group):
     """Optimizer, schedules and the teacher's momentum."""
 
     name: Literal["adamw", "sgd", "lars"] = "adamw"
@@ -33,16 +33,16 @@ class OptimConfig:
     teacher_momentum_end: float = 1.0
     """Weight of the teacher's old value at the end of its cosine schedule."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         for name in ("lr", "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "clip", "freeze_last_layer"):
-            require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "0 or more", "it is a magnitude")
+            self.require(getattr(self, name) >= 0, name, "0 or more")
         start, end = self.teacher_momentum, self.teacher_momentum_end
-        require(0 <= start <= 1, "optim.teacher_momentum", start, "in [0, 1]", "it is the old value's weight")
-        require(start <= end <= 1, "optim.teacher_momentum_end", end, f"in [{start}, 1]", "momentum rises")
+        self.require(0 <= start <= 1, "teacher_momentum", "in [0, 1]", "it is the weight of the teacher's old value")
+        self.require(start <= end <= 1, "teacher_momentum_end", f"in [{start}, 1]", "the momentum only rises")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig:
+class EngineConfig(Group):
     """What runs the step, in which precision, sharded how."""
 
     name: Literal["deepspeed", "torch"] = "deepspeed"
@@ -58,5 +58,5 @@ class EngineConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPUs if there are any."""
 
-    def __post_init__(self) -> None:
-        require(self.accumulate >= 1, "engine.accumulate", self.accumulate, "at least 1", "it is a count")
+    def check(self) -> None:
+        self.require(self.accumulate >= 1, "accumulate", "at least 1")

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastdino.config.errors import require
+from fastdino.config.group import Group
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Group):
     """Length of the run, where it is kept, what it reports."""
 
     dir: Path = Path("runs/default")
@@ -35,8 +35,9 @@ class RunConfig:
     max_nonfinite: int = 10
     """Skipped steps in a row (non-finite loss or gradient) after which the run stops."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         for name in ("epochs", "local_batch", "save_every", "keep", "log_every", "max_nonfinite"):
-            require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), "at least 1", "it is a count")
-        for name in ("save_every_steps", "keep_every", "knn_every", "seed"):
-            require(getattr(self, name) >= 0, f"run.{name}", getattr(self, name), "0 or more", "it is a count")
+            self.require(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("save_every_steps", "keep_every", "knn_every"):
+            self.require(getattr(self, name) >= 0, name, "0 or more")
+        self.require(0 <= self.seed < 2**64, "seed", "in [0, 2**64)", "a generator's seed has 64 bits")

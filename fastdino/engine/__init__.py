@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fastdino.config import Config
+from fastdino.config import Config, ConfigError
 from fastdino.distributed import Ranks
 from fastdino.engine.engine import BatchNorm, Engine
 from fastdino.engine.torch_engine import TorchEngine
@@ -17,7 +17,7 @@ def build_engine(config: Config, student: nn.Module, teacher: nn.Module, ranks: 
         student, teacher: fp32 networks of equal names and shapes. Both are moved to the device, cast, and start as rank
             0's student, buffers included. Their parameters become views of flat buffers: make no optimizer of them.
 
-    Raises RuntimeError for batch normalisation over several processes without GPUs.
+    Raises ConfigError for batch normalisation over several processes without GPUs.
     """
     student, teacher = (_prepare(network, ranks) for network in (student, teacher))
     if ranks.world_size > 1:
@@ -43,7 +43,7 @@ def _prepare(network: nn.Module, ranks: Ranks) -> nn.Module:
     """On the device, with batch statistics over all ranks where there are any, as in DINO v1."""
     if ranks.world_size > 1 and any(isinstance(m, BatchNorm) for m in network.modules()):
         if ranks.device.type == "cpu":
-            raise RuntimeError(
+            raise ConfigError(
                 f"batch normalisation over {ranks.world_size} processes needs GPUs, because torch's SyncBatchNorm has "
                 "no CPU path: use one process, head.batch_norm=False or a backbone without it"
             )

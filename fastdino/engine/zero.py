@@ -15,6 +15,7 @@ from fastdino.engine.engine import Engine
 from fastdino.engine.schedules import Now
 from fastdino.engine.shards import Shard
 from fastdino.engine.torch_engine import TorchEngine
+from fastdino.launch import LaunchError
 
 
 def deepspeed_config(config: Config, stage: int, bf16: bool) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def _import_deepspeed(ranks: Ranks) -> Any:
     from deepspeed.accelerator import get_accelerator
 
     if get_accelerator().device_name() != device.type:
-        raise RuntimeError(
+        raise LaunchError(
             f"DeepSpeed was imported for {get_accelerator().device_name()} before the engine asked for {device.type}: "
             f"set DS_ACCELERATOR={device.type}"
         )

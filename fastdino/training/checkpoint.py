@@ -7,10 +7,13 @@ name is complete. Loading copies the parts of pieces that a rank owns now, so ne
 ZeRO stage has to be the same. Nothing is ever unpickled.
 """
 
+import contextlib
 import json
 import logging
 import os
+import re
 import shutil
+import uuid
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -116,18 +119,20 @@ def save(
 
     Raises CheckpointError on all ranks if any could not write; checkpoints from before stay as they are.
     """
-    final, temporary = folder / f"step-{step:08d}", folder / f".writing-{step:08d}"
+    final, temporary, failure = path_of(folder, step), folder / f".writing-{step:08d}-{uuid.uuid4().hex[:8]}", None
     if ranks.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        _clear(folder)
-        temporary.mkdir()
-    ranks.gather(None)  # the folder is there
-    owned, name, failure, measured = list(pieces), f"rank-{ranks.rank:05d}.safetensors", None, {}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir()
+        except OSError as error:
+            failure = f"rank 0: {error}"
+    failure, temporary = ranks.gather((failure, temporary))[0]
+    owned, name, measured = list(pieces), f"rank-{ranks.rank:05d}.safetensors", dict[str, dict[str, int]]()
     try:
-        if owned:
+        if owned and failure is None:
             tensors = {_key(kind, p.name, p.start): tensor for p in owned for kind, tensor in p.tensors.items()}
             measured[name] = _write(temporary / name, tensors)
-        if ranks.is_main:
+        if ranks.is_main and failure is None:
             measured[SHARED] = _write(temporary / SHARED, shared)
     except (OSError, SafetensorError) as error:
         failure = f"rank {ranks.rank}: {error}"
@@ -135,22 +140,60 @@ def save(
     if ranks.is_main and not any(report[0] for report in reports):
         failure = _commit(temporary, final, step, reports, shapes, meta)
     failures = [failure for failure in (*(report[0] for report in reports), *ranks.gather(failure)) if failure]
+    if ranks.is_main:
+        _remove(temporary)
+        _remove(_doomed(final))
     if failures:
-        if ranks.is_main:
-            _clear(folder)
         raise CheckpointError(
             f"could not write checkpoint {final} ({failures[0]}). Older checkpoints are whole: free some room "
             "and run the same command again"
         )
-    if ranks.is_main:
-        _clear(folder)
     return final
 
 
-def _clear(folder: Path) -> None:
-    """Removes what was not finished: by this run, or by one that was killed."""
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` is, below the run's checkpoints/."""
+    return folder / f"step-{step:08d}"
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in ``folder``, ascending. Whatever else lies there, copies and notes, is passed over.
+
+    Raises CheckpointError when the folder is there and cannot be listed.
+    """
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be listed: {error.strerror}") from error
+    found = [(name, int(name[5:])) for name in names if re.fullmatch("step-[0-9]+", name)]
+    return sorted(step for name, step in found if path_of(folder, step).name == name and (folder / name).is_dir())
+
+
+def clear(folder: Path) -> None:
+    """Removes what a killed process did not finish; only for who alone writes in ``folder``."""
     for stale in (*folder.glob(".writing-*"), *folder.glob(".removing-*")):
-        shutil.rmtree(stale, ignore_errors=True)
+        _remove(stale)
+
+
+def _doomed(path: Path) -> Path:
+    """The name of a checkpoint that is being removed: half a folder never has a valid name."""
+    return path.with_name(f".removing-{path.name}")
+
+
+def _doom(path: Path) -> None:
+    _remove(_doomed(path))  # where something of that name was left
+    path.rename(_doomed(path))
+
+
+def _remove(path: Path) -> None:
+    """Removes a file or a folder, as far as the system lets it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _commit(
@@ -173,7 +216,7 @@ def _commit(
         _sync(path)
         _sync(temporary)
         if final.exists():  # the same step again: it was damaged, so training resumed from an older one
-            final.rename(final.with_name(f".removing-{final.name}"))
+            _doom(final)
         temporary.rename(final)
         _sync(final.parent)
     except OSError as error:
@@ -182,34 +225,47 @@ def _commit(
 
 
 def prune(folder: Path, keep: int, keep_for_good: Iterable[int]) -> None:
-    """Removes all but the newest ``keep`` checkpoints and the steps in ``keep_for_good``; rank 0 only."""
+    """Removes all but the newest ``keep`` checkpoints and the steps in ``keep_for_good``; rank 0 only.
+
+    A disk that refuses is warned of: too many checkpoints end no run.
+    """
     kept = set(keep_for_good)
-    for path in sorted(folder.glob("step-*"))[:-keep]:
-        if int(path.name.removeprefix("step-")) not in kept:
-            doomed = path.with_name(f".removing-{path.name}")  # renamed first: half a folder never has a valid name
-            path.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+    try:
+        for path in (path_of(folder, step) for step in steps(folder)[:-keep] if step not in kept):
+            _doom(path)
+            _remove(_doomed(path))
+    except (OSError, CheckpointError) as error:
+        log.warning("an old checkpoint could not be removed: %s", error)
 
 
 def read_manifest(path: Path) -> Manifest:
     """The manifest of a checkpoint whose files are all there and whole; raises CheckpointError otherwise."""
     try:
         content = json.loads((path / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a checkpoint: its {MANIFEST} cannot be read ({error})") from error
-    if not isinstance(content, dict) or content.get("format", 0) > FORMAT:
-        version = content.get("format") if isinstance(content, dict) else content
+    version = content.get("format") if isinstance(content, dict) else None
+    if isinstance(version, int) and version > FORMAT:
         raise NewerFormatError(
             f"{path} has format {version}, this fastdino reads up to {FORMAT}: install the fastdino that wrote it"
         )
     try:
         manifest = Manifest(**content)
-    except TypeError as error:
+        files = manifest.files.items()
+    except (TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}/{MANIFEST} is not one of fastdino's: {error}") from error
-    for name, expected in manifest.files.items():
-        if not (path / name).is_file():
-            raise CheckpointError(f"{path} is incomplete: {name} is missing. Use an older checkpoint")
-        if (found := _measure(path / name)) != expected:
+    if path.name.startswith("step-") and path.name != path_of(path, manifest.step).name:
+        raise CheckpointError(
+            f"{path} was renamed: it is the checkpoint of step {manifest.step}. Give it its name back"
+        )
+    for name, expected in files:
+        try:
+            found = _measure(path / name)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is incomplete: {name} is missing. Use an older checkpoint") from None
+        except OSError as error:
+            raise CheckpointError(f"{path}/{name} cannot be read: {error.strerror}. Use an older checkpoint") from error
+        if found != expected:
             raise CheckpointError(
                 f"{path}/{name} is damaged: {found['bytes']} bytes with checksum {found['crc32']:08x}, written as "
                 f"{expected['bytes']} bytes with {expected['crc32']:08x}. Use an older checkpoint"
@@ -233,7 +289,11 @@ def newest(folder: Path, ranks: Ranks | None = None) -> tuple[Path, Manifest] | 
 
 def _newest(folder: Path) -> tuple[Path, Manifest] | CheckpointError | None:
     damage: CheckpointError | None = None
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    try:
+        paths = [path_of(folder, step) for step in reversed(steps(folder))]
+    except CheckpointError as error:
+        return error
+    for path in paths:
         try:
             return path, read_manifest(path)
         except NewerFormatError as error:
@@ -291,8 +351,15 @@ def _copy(piece: Piece, kind: str, view: Tensor, written: list[tuple[int, int, s
         raise CheckpointError(f"the checkpoint holds {filled} of {piece.stop - piece.start} values of {piece.name}")
 
 
-def read_weights(path: Path, shapes: dict[str, list[int]], kind: str = "ema") -> dict[str, Tensor]:
-    """A network's weights by name, fp32 on the CPU: the teacher's (``ema``) or the student's (``param``).
+def read_weights(
+    path: Path, manifest: Manifest, shapes: dict[str, list[int]], kind: str = "ema"
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A network's weights by name, fp32 on the CPU, and the small tensors that all ranks share: center, buffers.
+
+    Args:
+        path, manifest: of the checkpoint, as :func:`newest` or :func:`read_manifest` gave them.
+        shapes: of every parameter by name.
+        kind: the teacher's weights (``ema``) or the student's (``param``).
 
     Raises CheckpointError when the checkpoint is of a network of other ``shapes``.
     """
@@ -306,10 +373,4 @@ def read_weights(path: Path, shapes: dict[str, list[int]], kind: str = "ema") ->
 
     weights = {name: torch.empty(shape) for name, shape in shapes.items()}
     pieces = [Whole(name, 0, whole.numel(), {kind: whole.view(-1)}) for name, whole in weights.items()]
-    load(path, read_manifest(path), pieces, shapes)
-    return weights
-
-
-def read_shared(path: Path) -> dict[str, Tensor]:
-    """The small tensors that are equal on all ranks: center, counters, buffers."""
-    return _all_tensors(_open(path / SHARED))
+    return weights, load(path, manifest, pieces, shapes)

@@ -1,47 +1,68 @@
 """What a run reports: a progress bar, metrics.jsonl and TensorBoard."""
 
+import contextlib
+import errno
 import json
 import logging
+import os
 import time
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 log = logging.getLogger(__name__)
 
+SILENCE = 60.0  # seconds after which a log file gets a line, however far the next report is
+WEEKS = 14 * 86400.0  # seconds; a longer run is likely a mistake, and says so
+UNITS = (("year", 365 * 86400.0), ("week", 7 * 86400.0), ("day", 86400.0), ("hour", 3600.0), ("minute", 60.0))
+
 
 class Metrics:
     """Writes one JSON line per report and the same numbers to TensorBoard; rank 0 only.
+
+    A disk that refuses a line is warned of once; training goes on.
 
     Args:
         folder: the run folder. Lines of steps after ``start_step`` are dropped: a killed run wrote them, and this one
             will write them again.
         start_step, total_steps: of the run; the progress bar goes from one to the other.
         global_batch: images per step over all ranks.
+        compiles: the first step compiles kernels, so its time says nothing about those after it.
+
+    Attributes:
+        last: the newest value of each name in metrics.jsonl.
     """
 
-    def __init__(self, folder: Path, start_step: int, total_steps: int, global_batch: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
-
+    def __init__(
+        self, folder: Path, start_step: int, total_steps: int, global_batch: int, compiles: bool = False
+    ) -> None:
         self.path = folder / "metrics.jsonl"
-        kept = _lines_until(self.path, start_step)
-        self.path.write_text("".join(kept))
-        self._file = self.path.open("a", buffering=1)  # by line, so that a killed run loses none
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
+        self._warned: set[str] = set()
+        self.last: dict[str, Any] = {}
+        self._drop_after(start_step)
+        self._board = self._open_board(folder / "tensorboard", start_step)
         self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=None)
         self._clock = _Clock(start_step, total_steps, global_batch)
-
-    def waited(self, seconds: float) -> None:
-        """Adds time that the step spent waiting for views."""
-        self._clock.waiting += seconds
+        self._outlook = _Outlook(start_step, total_steps, compiles)
+        self._spoke = time.monotonic()
 
     def restart_clock(self, step: int) -> None:
         """Leaves what happened since the last report out of the pace: an evaluation, a checkpoint."""
         self._clock = _Clock(step, self._clock.total_steps, self._clock.global_batch)
 
-    def advance(self) -> None:
-        """One step is done."""
+    def times(self, step: int) -> bool:
+        """Whether the time of ``step`` tells how long the run takes, so that it is worth waiting for the device."""
+        return step <= self._outlook.start_step + 2
+
+    def advance(self, step: int, seconds: float, waited: float) -> None:
+        """One step is done: number ``step``, in so many seconds, of which it waited some for views."""
         self._bar.update()
+        self._clock.waiting += waited
+        for text, alarming in self._outlook.lines(step, seconds, waited):
+            self.say(text, logging.WARNING if alarming else logging.INFO)
+        if self._bar.disable and time.monotonic() - self._spoke > SILENCE:
+            self.say(f"step {step} of {self._clock.total_steps}", logging.INFO)
 
     def report(self, step: int, values: dict[str, float], **more: float | int | str) -> dict[str, float]:
         """Writes ``values`` and the pace since the last report; returns both."""
@@ -54,28 +75,78 @@ class Metrics:
         }
         self._bar.set_postfix(shown, refresh=False)
         if self._bar.disable:  # not a terminal: a log file wants lines
-            log.info(
-                "step %d of %d  %s  eta %s", step, self._bar.total or 0, _pairs(shown), _hms(values["eta_seconds"])
-            )
+            pace = f"{_pairs(shown)}  eta {_hms(values['eta_seconds'])}"
+            self.say(f"step {step} of {self._clock.total_steps}  {pace}", logging.INFO)
         return values
 
     def write(self, step: int, values: dict[str, float | int | str]) -> None:
-        """Writes ``values`` as one line and to TensorBoard."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(name, value, step)
+        """Writes ``values`` as one line and to TensorBoard, and keeps them in ``last``."""
+        self.last |= values
+        try:
+            _append(self.path, json.dumps({"step": step, **values}).encode() + b"\n")
+        except OSError as error:
+            self._warn(str(self.path), error, "lines are missing there")
+        if self._board is None:
+            return
+        try:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(name, value, step)
+            self._board.flush()
+        except OSError as error:
+            self._warn("TensorBoard's events", error, "they end here")
+            self._board = None
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, level: int = logging.WARNING) -> None:
         """A line above the progress bar."""
+        self._spoke = time.monotonic()
         with tqdm.external_write_mode():
-            log.warning(text)
+            log.log(level, text)
 
     def close(self) -> None:
-        """Ends the bar and the files."""
+        """Ends the bar and TensorBoard's file."""
         self._bar.close()
-        self._file.close()
-        self._board.close()
+        try:
+            if self._board is not None:
+                self._board.close()
+        except OSError as error:
+            self._warn("TensorBoard's events", error, "their end is missing")
+
+    def _open_board(self, folder: Path, start_step: int) -> Any:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
+
+        try:
+            # It is flushed at every report: what its own thread fails to write would be a traceback there.
+            return SummaryWriter(str(folder), purge_step=start_step, flush_secs=10**9)
+        except OSError as error:
+            self._warn("TensorBoard's events", error, "this run has none")
+            return None
+
+    def _drop_after(self, step: int) -> None:
+        """Keeps the whole lines of steps up to ``step``; a killed run or a power cut leaves others."""
+        temporary = self.path.with_name(f".{self.path.name}")
+        try:
+            lines = self.path.read_bytes().splitlines() if self.path.exists() else []
+            parsed = [_parse(line) for line in lines]
+            broken = [line for line, values in zip(lines, parsed, strict=True) if values is None]
+            kept = [line for line, values in zip(lines, parsed, strict=True) if values and values["step"] <= step]
+            if broken:
+                log.warning("%s: dropped %d lines that are not whole: %.60r", self.path, len(broken), broken[0])
+            self.last = {k: v for values in parsed if values and values["step"] <= step for k, v in values.items()}
+            if len(kept) < len(lines):
+                temporary.write_bytes(b"".join(line + b"\n" for line in kept))
+                os.replace(temporary, self.path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            self._warn(str(self.path), error, "lines of steps to come may stand there twice")
+
+    def _warn(self, what: str, error: OSError, meaning: str) -> None:
+        """Once for each file."""
+        if what not in self._warned:
+            self._warned.add(what)
+            reason = error.strerror or str(error)
+            log.warning("%s cannot be written (%s): training goes on, %s", what, reason, meaning)
 
 
 class _Clock:
@@ -99,16 +170,59 @@ class _Clock:
         return pace
 
 
-def _lines_until(path: Path, step: int) -> list[str]:
-    """Whole lines of ``path`` of steps up to ``step``; the last line of a killed run may be cut."""
-    kept = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError):
-            log.warning("%s: dropped a line that is not whole: %.60r", path, line)
-    return kept
+class _Outlook:
+    """How long the run will take, as soon as a step has been seen: the first, or the second if it differs."""
+
+    def __init__(self, start_step: int, total_steps: int, compiles: bool) -> None:
+        self.start_step, self.total_steps, self.compiles = start_step, total_steps, compiles
+        self._first = 0.0
+        self._alarmed = False
+
+    def lines(self, step: int, seconds: float, waited: float) -> list[tuple[str, bool]]:
+        """What there is to say after ``step``, and whether it is a warning."""
+        left, taken = self.total_steps - step, f"step {step} took {seconds:.3g} s"
+        if step == self.start_step + 1:
+            self._first = seconds
+            taken += f", {waited:.3g} s of it waiting for images"
+            if self.compiles:
+                return [(f"{taken}. It compiled the kernels: the next one tells the pace", False)]
+        elif step > self.start_step + 2 or not (self.compiles or seconds < self._first / 2):
+            return []
+        remaining = left * seconds
+        lines = [(f"{taken}: about {about(remaining)} for the {left} steps to the end", False)]
+        if remaining > WEEKS and not self._alarmed:
+            self._alarmed = True
+            remedy = "lower run.epochs, views.num_local or views.global_size, or take a smaller model.arch"
+            lines.append(
+                (f"this machine would train for {about(remaining)}: use a GPU or more ranks, or {remedy}", True)
+            )
+        return lines
+
+
+def about(seconds: float) -> str:
+    """A duration in the unit that a person would use."""
+    for name, size in UNITS:
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {name}s"
+    return f"{seconds:.0f} seconds"
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Adds a line whole or not at all. The file is opened anew each time: it may be gone, or its server back."""
+    with path.open("ab", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        if file.write(line) != len(line):
+            file.truncate(before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The numbers of a line; None when it is not whole."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):  # no JSON, or bytes that are no UTF-8
+        return None
+    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
 
 
 def _pairs(values: dict[str, str]) -> str:

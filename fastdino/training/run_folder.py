@@ -1,18 +1,38 @@
-"""The run folder: which run it holds, and whether the run at hand may go on in it."""
+"""The run folder: which run it holds, whether the run at hand may go on in it, and who writes there."""
 
 import dataclasses
+import fcntl
+import functools
+import json
+import logging
 import os
+import socket
+import time
+import weakref
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import IO, Any
 
-from fastdino.config import Config, ConfigError
+from torch import Tensor
 
-# What may change between a run and its resumption: none of it changes what is computed, but for rounding.
+from fastdino.config import Config, ConfigError, UserError
+from fastdino.distributed import Ranks
+from fastdino.training import checkpoint
+from fastdino.training.checkpoint import CheckpointError, Manifest, Piece
+
+log = logging.getLogger(__name__)
+
+# What may change between a run and its resumption: none of it changes what is computed, but for rounding. Images are
+# known by their names and count, and the weights that a run started from are not read again. A longer run has other
+# schedules, which RunFolder.restore says.
 MAY_CHANGE = {
-    "engine.name", "engine.zero_stage", "engine.accumulate", "engine.device", "model.attention", "data.num_workers",
-    "data.max_bad", "run.dir", "run.local_batch", "run.save_every", "run.save_every_steps", "run.keep",
-    "run.keep_every", "run.log_every", "run.knn_every", "run.knn_root", "run.max_nonfinite",
+    "engine.name", "engine.zero_stage", "engine.accumulate", "engine.device", "model.attention", "model.weights",
+    "head.weights", "data.root", "data.num_workers", "data.max_bad", "run.dir", "run.epochs", "run.local_batch",
+    "run.save_every", "run.save_every_steps", "run.keep", "run.keep_every", "run.log_every", "run.knn_every",
+    "run.knn_root", "run.max_nonfinite",
 }  # fmt: skip
+MAX_FAILED_SAVES = 3  # in a row, after which a run whose disk refuses checkpoints ends
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -24,36 +44,269 @@ def flatten(config: Config) -> dict[str, Any]:
 def read_config(folder: Path) -> Config:
     """The config of a run. Raises ConfigError when the folder holds none."""
     path = folder / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"{folder} is not a run folder: it has no config.json")
-    return Config.from_json(path.read_text())
-
-
-def check_run(config: Config) -> None:
-    """Raises ConfigError when the run folder holds another config, or files that are no run's."""
-    folder = config.run.dir
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"run.dir={str(folder)!r} is a file: choose a folder")
-    if (folder / "config.json").exists():
-        theirs, ours = flatten(read_config(folder)), flatten(config)
-        differ = [name for name in ours if name not in MAY_CHANGE and ours[name] != theirs[name]]
-        if differ:
-            listed = "; ".join(f"{name} is {theirs[name]!r} there, {ours[name]!r} here" for name in differ)
-            raise ConfigError(
-                f"run.dir={str(folder)!r} holds another run ({listed}): give this one its own folder with --run.dir, "
-                "or run with the settings of the first to resume it"
-            )
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(f"run.dir={str(folder)!r} has files but no config.json: choose an empty or a new folder")
-
-
-def write_config(config: Config) -> None:
-    """Makes the run folder, if there is none, and writes config.json. Raises ConfigError when the disk refuses."""
-    folder = config.run.dir
-    temporary = folder / ".config.json"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(config.to_json() + "\n")
-        os.replace(temporary, folder / "config.json")
-    except OSError as error:
-        raise ConfigError(f"run.dir={str(folder)!r} cannot be written: {error.strerror}") from error
+        return Config.from_json(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"{folder} is not a run folder: it has no config.json") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {_reason(error)}") from error
+
+
+class RunFolder:
+    """A run's folder, for as long as this run is its one writer: a context manager that every rank enters.
+
+    Entering makes the folder, refuses one of another run, and locks it; leaving lets it go, and removes it again if
+    nothing was written. Rank 0 does the work; what it finds wrong is raised on every rank.
+
+    Raises ConfigError when the folder holds another run, files that are no run's, or cannot be written, and when
+    another process is training in it.
+
+    Attributes:
+        failed_saves: checkpoints that the disk refused.
+        config_before: the config of the run when it was last started; None on other ranks than 0 and for a new run.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        self.path, self.checkpoints = config.run.dir, config.run.dir / "checkpoints"
+        self.failed_saves = self._failed_in_row = 0
+        self.config_before: Config | None = None
+        self._newest_step: int | None = None
+        self._lock = Lock(self.path / ".lock")
+        self._made: list[Path] = []
+
+    def __enter__(self) -> "RunFolder":
+        try:
+            self.ranks.on_main(self._take)
+        except UserError:
+            self._let_go()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._lock.release()
+        for folder in self._made:
+            try:
+                folder.rmdir()
+            except OSError:  # it holds something, and so do those above it
+                break
+
+    def write_config(self) -> None:
+        """Writes config.json; not before everything else has been found in order, for it claims the folder."""
+        self.ranks.on_main(self._write_config)
+
+    def newest(self) -> tuple[Path, Manifest] | None:
+        """The newest whole checkpoint; see :func:`fastdino.training.checkpoint.newest`."""
+        found = checkpoint.newest(self.checkpoints, self.ranks)
+        self._newest_step = found[1].step if found else None
+        return found
+
+    def save(
+        self,
+        step: int,
+        *,
+        pieces: Iterable[Piece],
+        shared: dict[str, Tensor],
+        shapes: dict[str, list[int]],
+        meta: dict[str, Any],
+        keep_for_good: Iterable[int],
+        last: bool,
+    ) -> None:
+        """Writes a checkpoint and removes those that need not be kept; every rank calls it at the same step.
+
+        A disk that refuses is an error in the log; the next save tries again. Raises CheckpointError the third time in
+        a row, and when this is the ``last`` save of the process: what was trained would be lost without a word.
+        """
+        if step == self._newest_step:
+            return
+        try:
+            checkpoint.save(self.checkpoints, step, self.ranks, pieces=pieces, shared=shared, shapes=shapes, meta=meta)
+        except CheckpointError as error:
+            self.failed_saves += 1
+            self._failed_in_row += 1
+            if last or self._failed_in_row >= MAX_FAILED_SAVES:
+                raise
+            left = MAX_FAILED_SAVES - self._failed_in_row
+            if self.ranks.is_main:
+                log.error("%s. Training goes on; the run ends when %d more saves in a row fail", error, left)
+            return
+        self._newest_step, self._failed_in_row = step, 0
+        if self.ranks.is_main:
+            checkpoint.prune(self.checkpoints, self.config.run.keep, keep_for_good)
+
+    def check_images(self, path: Path, manifest: Manifest, meta: dict[str, Any]) -> None:
+        """Raises ConfigError when checkpoint ``path`` was written for another global batch or other images.
+
+        Args:
+            meta: what this run would write into a checkpoint. What an older checkpoint lacks is not compared.
+        """
+        was = manifest.meta
+        for name in ("global_batch", "num_images"):
+            if was[name] != meta[name]:
+                raise ConfigError(
+                    f"{path} was written with {name} {was[name]}, now it is {meta[name]}: the run would not go on "
+                    "as it began. Keep local batch * ranks * engine.accumulate, and the images, as they were"
+                )
+        if was.get("images", meta.get("images")) != meta.get("images"):
+            raise ConfigError(
+                f"{path} was written for other images: data.root={self.config.data.root!r} holds as many, but under "
+                "other names. Point data.root at the images that the run began with, or give this run its own folder"
+            )
+
+    def _take(self) -> None:
+        """Checks the folder, locks it, and checks again what may have changed until it was locked."""
+        self._check()
+        try:
+            self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+            self.path.mkdir(parents=True, exist_ok=True)
+            holder = self._lock.acquire()
+        except OSError as error:
+            raise self._cannot_write(error) from error
+        if holder:
+            raise ConfigError(
+                f"run.dir={str(self.path)!r} is in use: {holder} is training in it. Wait for it or stop it, or give "
+                "this run its own folder with --run.dir"
+            )
+        self._check()
+        (self.path / ".config.json").unlink(missing_ok=True)
+        checkpoint.clear(self.checkpoints)
+
+    def _check(self) -> None:
+        """Raises ConfigError when the folder holds another config, or files that are no run's."""
+        folder = self.path
+        try:
+            if folder.exists() and not folder.is_dir():
+                raise ConfigError(f"run.dir={str(folder)!r} is a file: choose a folder")
+            # a name with a dot is a desktop's or a file system's note, a lock, or what a killed process left
+            strangers = folder.is_dir() and [name for name in os.listdir(folder) if not name.startswith(".")]
+        except OSError as error:
+            raise self._cannot_write(error) from error
+        if (folder / "config.json").exists():
+            self.config_before = read_config(folder)
+            theirs, ours = flatten(self.config_before), flatten(self.config)
+            differ = [name for name in ours if name not in MAY_CHANGE and ours[name] != theirs[name]]
+            if differ:
+                listed = "; ".join(f"{name} is {theirs[name]!r} there, {ours[name]!r} here" for name in differ)
+                raise ConfigError(
+                    f"run.dir={str(folder)!r} holds another run ({listed}): give this one its own folder with "
+                    "--run.dir, or run with the settings of the first to resume it"
+                )
+        elif strangers:
+            raise ConfigError(f"run.dir={str(folder)!r} has files but no config.json: choose an empty or a new folder")
+
+    def _write_config(self) -> None:
+        if self.config == self.config_before:
+            return
+        temporary = self.path / ".config.json"
+        try:
+            temporary.write_text(self.config.to_json() + "\n")
+            os.replace(temporary, self.path / "config.json")
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise self._cannot_write(error) from error
+
+    def _cannot_write(self, error: OSError) -> ConfigError:
+        return ConfigError(
+            f"run.dir={str(self.path)!r} cannot be written: {_reason(error)}. Choose another folder with --run.dir, or "
+            "make room and rights there"
+        )
+
+
+class Lock:
+    """A lock file that says which process holds it. It is gone with the process, however that ends.
+
+    flock is the lock, also over NFS; the text in the file is for a person. Where a file system has no flock, the file
+    itself is the lock: that of a dead process of this host is taken over.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: IO[bytes] | None = None
+
+    def acquire(self) -> str | None:
+        """Takes the lock; or returns who holds it. Raises OSError when the file cannot be made."""
+        while True:
+            file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                with file:
+                    return _describe(_holder(file))
+            except OSError:  # this file system has no flock
+                if (holder := _holder(file)) and _may_live(holder):
+                    file.close()
+                    return f"{_describe(holder)} (if it is gone, remove {self.path})"
+            if self._is_there(file):
+                break
+            file.close()  # its holder removed it between our opening and locking it
+        try:
+            file.truncate(0)
+            file.write(json.dumps(_ourselves()).encode())
+        except OSError:  # a full disk: the lock holds, and only its holder's name is missing
+            pass
+        self._file = file
+        os.register_at_fork(after_in_child=functools.partial(_close, weakref.ref(file)))
+        return None
+
+    def release(self) -> None:
+        """Lets the lock go, if it is held."""
+        if self._file is not None:
+            if self._is_there(self._file):
+                self.path.unlink(missing_ok=True)
+            self._file.close()
+            self._file = None
+
+    def _is_there(self, file: IO[bytes]) -> bool:
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
+        except OSError:
+            return False
+
+
+def _close(file: "weakref.ref[IO[bytes]]") -> None:
+    """In a forked process: flock passes to it, and a worker that outlives the run must not hold the lock on."""
+    if opened := file():
+        opened.close()
+
+
+def _ourselves() -> dict[str, Any]:
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    return {"host": socket.gethostname(), "pid": os.getpid(), "since": since, "started": _started(os.getpid())}
+
+
+def _holder(file: IO[bytes]) -> dict[str, Any]:
+    """What the holder of a lock file wrote into it; empty when it has not yet, or could not."""
+    try:
+        file.seek(0)
+        found = json.loads(file.read())
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _describe(holder: dict[str, Any]) -> str:
+    if not holder:
+        return "another process"
+    return f"process {holder.get('pid')} on host {holder.get('host')}, since {holder.get('since')},"
+
+
+def _may_live(holder: dict[str, Any]) -> bool:
+    """False when the holder is known to be dead: a process of this host that has ended."""
+    return holder.get("host") != socket.gethostname() or holder.get("started") == _started(holder.get("pid"))
+
+
+def _started(pid: object) -> str | None:
+    """When a process of this host was started, in the kernel's count; None when there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return None
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

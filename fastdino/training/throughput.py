@@ -1,12 +1,9 @@
 """How fast a recipe trains on this machine, and whether the input pipeline or the step holds it back."""
 
-import dataclasses
 import math
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -58,22 +55,20 @@ class Throughput:
 
 
 def measure(config: Config) -> Throughput:
-    """Trains for about a minute in a temporary run folder; nothing is kept.
+    """Trains for about a minute; nothing is kept.
 
     Every rank calls it, under any launcher. Raises what :func:`fastdino.training.trainer.train` raises.
     """
     with distributed.init(config.engine.device) as ranks:
-        with tempfile.TemporaryDirectory() as folder:
-            run = dataclasses.replace(config.run, dir=Path(folder) / "run")  # no checkpoint is written
-            trainer = Trainer(dataclasses.replace(config, run=run), ranks)
+        trainer = Trainer(config, ranks)
 
-            def fetch() -> list[Batch]:
-                return [next(trainer.batches) for _ in range(config.engine.accumulate)]
+        def fetch() -> list[Batch]:
+            return [next(trainer.batches) for _ in range(config.engine.accumulate)]
 
-            training = _rate(lambda: trainer.train_step(fetch()), trainer)
-            views = fetch()
-            step = _rate(lambda: trainer.train_step(views), trainer)
-            pipeline = _rate(fetch, trainer)
+        training = _rate(lambda: trainer.train_step(fetch()), trainer)
+        views = fetch()
+        step = _rate(lambda: trainer.train_step(views), trainer)
+        pipeline = _rate(fetch, trainer)
         memory = torch.cuda.max_memory_allocated() / 1e9 if ranks.device.type == "cuda" else 0.0
         return Throughput(training, step, pipeline, affordable(config.data.num_workers), memory)
 

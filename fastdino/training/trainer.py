@@ -1,32 +1,32 @@
 """The loop: images in, a better teacher out. One step is :meth:`Trainer.train_step`; read that first."""
 
 import logging
-import signal
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastdino import distributed
-from fastdino.config import Config, ConfigError, UserError
+from fastdino.config import Config, UserError
 from fastdino.data import Batch, normalize, open_source, train_batches
 from fastdino.distributed import Ranks
 from fastdino.engine import build_engine, zero_stage
 from fastdino.engine.schedules import Schedules
-from fastdino.eval import OnlineKnn, Reading
+from fastdino.eval import OnlineKnn
 from fastdino.method.dino import Dino
 from fastdino.method.health import Health
 from fastdino.method.targets import Centering
 from fastdino.model import Network, build_network
 from fastdino.training import checkpoint
+from fastdino.training.checkpoint import Manifest
 from fastdino.training.metrics import Metrics
-from fastdino.training.run_folder import check_run, write_config
-from fastdino_kernels._backend import use_triton
+from fastdino.training.preemption import Interrupted, Preempted, PreemptionNotice
+from fastdino.training.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +48,6 @@ class TrainingDiverged(UserError, RuntimeError):
     """Too many steps in a row were skipped because the loss or a gradient was not finite."""
 
 
-class Preempted(UserError, RuntimeError):
-    """SIGTERM or SIGUSR1 ended the run after a checkpoint; the same command resumes it."""
-
-
 def train(config: Config) -> Result:
     """Trains the run in ``config.run.dir``, from its newest checkpoint if it has one.
 
@@ -59,37 +55,43 @@ def train(config: Config) -> Result:
     calls it. Raises ConfigError for settings that cannot work, CheckpointError for a checkpoint that cannot be used,
     BadData when too many images are unreadable, TrainingDiverged, and Preempted after SIGTERM or SIGUSR1.
     """
-    with distributed.init(config.engine.device) as ranks:
-        return Trainer(config, ranks).run()
+    with distributed.init(config.engine.device) as ranks, RunFolder(config, ranks) as folder:
+        for line in config.ignored() if ranks.is_main else ():
+            log.warning(line)
+        return Trainer(config, ranks, folder).run()
 
 
 class Trainer:
-    """Everything that one rank needs for a run, at the step where the run stands."""
+    """Everything that one rank needs for a run, at the step where the run stands.
 
-    def __init__(self, config: Config, ranks: Ranks) -> None:
-        self.config, self.ranks = config, ranks
+    Args:
+        config: the run's.
+        ranks: of which this process is one.
+        folder: where the run is kept and resumed from; without one, steps can be taken and nothing is kept.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks, folder: RunFolder | None = None) -> None:
+        self.config, self.ranks, self.folder = config, ranks, folder
         self.source = open_source(config.data.root, config.data)
         self.online_knn: OnlineKnn | None = None  # on rank 0, where one was asked for
-        self._on_main(self._open_knn)  # what is wrong with its images is said now, not in hours
-        self._on_main(check_run)
+        if folder:
+            ranks.on_main(self._open_knn)  # what is wrong with its images is said now, not in hours
+        newest = folder.newest() if folder else None
         torch.manual_seed(config.run.seed)
-        student, teacher = build_network(config), build_network(config, teacher=True)
+        load = newest is None  # a checkpoint holds all weights: those that the run started from may be gone
+        student, teacher = build_network(config, load=load), build_network(config, teacher=True, load=load)
         self.shapes = {name: list(p.shape) for name, p in student.named_parameters()}
         self.engine = build_engine(config, student, teacher, ranks)
         target = Centering(config.head.num_prototypes, config.loss.center_momentum, config.engine.accumulate, ranks)
         self.method = Dino(self.engine.student, self.engine.teacher, config.loss, target)
         self.global_batch = config.run.local_batch * ranks.world_size * config.engine.accumulate
-        self.step = self._restore()
+        self.step = self._restore(*newest) if newest else 0
         self.batches = train_batches(
             config, self.source, rank=ranks.rank, world_size=ranks.world_size, start_step=self.step, device=ranks.device
         )
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.total_steps = self.steps_per_epoch * config.run.epochs
         self.schedules = Schedules(config, self.steps_per_epoch, self.global_batch)
-        self.num_bad = 0
-        self._notice = False  # a signal asked this rank to stop
-        self._noticed: Callable[[], bool] = lambda: False  # whether one had asked any rank, a step ago
-        self._on_main(write_config)  # not before everything else has been found in order
 
     # ------------------------------------------------------------------------------------------------ one step
 
@@ -136,50 +138,61 @@ class Trainer:
 
     def run(self) -> Result:
         """Trains to the end; checkpoints, logs and evaluates on the way."""
+        assert self.folder is not None, "a run needs a folder"
+        self.folder.write_config()
         metrics = self._metrics()
         health = Health(self.config.head.num_prototypes)
-        loss, knn = float("nan"), None
-        handlers = {number: signal.signal(number, self._on_notice) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        loss, knn = self.ranks.gather(metrics and (metrics.last.get("loss", float("nan")), metrics.last.get("knn")))[0]
+        noticed = self.ranks.ask(False)  # whether any rank was given notice, a step ago
         try:
-            while self.step < self.total_steps:
-                started = time.perf_counter()
-                batches = [self._count_bad(next(self.batches)) for _ in range(self.config.engine.accumulate)]
-                waited = time.perf_counter() - started
-                figures = self.train_step(batches)
-                if metrics:
-                    metrics.waited(waited)
-                    metrics.advance()
-                if self._logs(self.step):
-                    loss = self._report(figures, metrics, health)
-                self._stop_if_asked()
-                knn = self._end_of_epoch(metrics, knn)
+            with PreemptionNotice() as notice:
+                while self.step < self.total_steps:
+                    figures = self._timed_step(metrics, notice)
+                    if self._logs(self.step):
+                        loss = self._report(figures, metrics, health)
+                    # Asked at every step, because a launcher that was told to stop kills soon (torchrun after 30
+                    # seconds); what is answered was asked a step before, so that no host waits.
+                    if noticed() and self.step < self.total_steps:
+                        self._preempt()
+                    knn = self._end_of_epoch(metrics, knn, notice)
+                    noticed = self.ranks.ask(notice.given)
         except KeyboardInterrupt:
             log.warning("stopped at step %d; the same command resumes from the newest checkpoint", self.step)
             raise
         finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
             if metrics:
                 metrics.close()
         return Result(self.config.run.dir, self.step, loss, knn)
 
-    def _on_notice(self, number: int, frame: object) -> None:
-        """Signal handler: a cluster is about to take the machine away."""
-        self._notice = True
-
-    def _stop_if_asked(self) -> None:
-        """Saves and stops on all ranks at the same step when any rank was given notice.
-
-        Asked at every step, because a launcher that was told to stop kills soon (torchrun after 30 seconds); what is
-        answered at one step was asked at the one before, so that no host waits.
-        """
-        if self._noticed() and self.step < self.total_steps:
+    def _timed_step(self, metrics: Metrics | None, notice: PreemptionNotice) -> dict[str, Tensor]:
+        """Waits for images and takes a step."""
+        started = time.perf_counter()
+        try:
+            with notice.interruptible():  # a read that hangs must not keep the process from ending
+                batches = [next(self.batches) for _ in range(self.config.engine.accumulate)]
+        except Interrupted:
+            if self.ranks.world_size == 1:
+                self._preempt()
             raise Preempted(
-                f"stopped by a signal at step {self.step}, saved in {self.save()}: the same command resumes"
-            )
-        self._noticed = self.ranks.ask(self._notice)
+                f"stopped by a signal at step {self.step + 1}, which waited for images: the same command resumes from "
+                "the newest checkpoint"
+            ) from None
+        waited = time.perf_counter() - started
+        figures = self.train_step(batches)
+        if metrics:
+            if metrics.times(self.step):
+                figures["loss"].item()  # waits for the device, so that the time is the step's
+            metrics.advance(self.step, time.perf_counter() - started, waited)
+        return figures
 
-    def _end_of_epoch(self, metrics: Metrics | None, knn: float | None) -> float | None:
+    def _preempt(self) -> None:
+        """Saves and stops; all ranks at the same step."""
+        self._save(last=True)
+        raise Preempted(
+            f"stopped by a signal at step {self.step}, saved in {self.config.run.dir}: the same command resumes"
+        )
+
+    def _end_of_epoch(self, metrics: Metrics | None, knn: float | None, notice: PreemptionNotice) -> float | None:
         """Saves and evaluates where the settings ask for it; returns the newest k-NN score."""
         run = self.config.run
         epoch, rest = divmod(self.step, self.steps_per_epoch)
@@ -187,9 +200,9 @@ class Trainer:
         by_epoch = rest == 0 and epoch % run.save_every == 0
         by_step = run.save_every_steps and self.step % run.save_every_steps == 0
         if last or by_epoch or by_step:
-            self.save()
+            self._save(last)
         if rest == 0 and run.knn_every and (last or epoch % run.knn_every == 0):
-            knn = self._knn(metrics, epoch, knn)
+            knn = self._knn(metrics, epoch, knn, notice)
         if metrics and (rest == 0 or by_step):
             metrics.restart_clock(self.step)
         return knn
@@ -206,7 +219,8 @@ class Trainer:
             epoch = self.step / self.steps_per_epoch
             schedule = {"lr": now.lr, "weight_decay": now.weight_decay, "momentum": now.momentum}
             more = {"teacher_temp": now.teacher_temp, "grad_norm": float(self.engine.grad_norm)}
-            counts = {"skipped_steps": skipped, "bad_images": self.num_bad}
+            failed = self.folder.failed_saves if self.folder else 0
+            counts = {"skipped_steps": skipped, "bad_images": self.batches.num_bad, "failed_saves": failed}
             metrics.report(self.step, values, epoch=epoch, **schedule, **more, **counts)
             for alarm in health.check(values, first_epoch=epoch < 1):
                 metrics.say(f"step {self.step}: {alarm}")
@@ -220,15 +234,16 @@ class Trainer:
             )
         return values["loss"]
 
-    def _knn(self, metrics: Metrics | None, epoch: int, before: float | None) -> float | None:
+    def _knn(self, metrics: Metrics | None, epoch: int, before: float | None, notice: PreemptionNotice) -> float | None:
         """Weighted k-NN of the teacher on rank 0, while the others wait. One that fails is an alarm, not the end."""
         if self.online_knn and metrics:
             backbone = self.engine.teacher.backbone
             assert isinstance(backbone, nn.Module)
             try:
-                score = self.online_knn(backbone)
-            except Preempted:
-                raise
+                with notice.interruptible(grace=0):
+                    score = self.online_knn(backbone)
+            except Interrupted:
+                metrics.say(f"epoch {epoch}: a signal ended the k-NN")
             except Exception as error:  # files that are gone, a worker that died, memory: none of it concerns the step
                 metrics.say(f"epoch {epoch}: the k-NN failed, training goes on: {type(error).__name__}: {error}")
             else:
@@ -238,90 +253,66 @@ class Trainer:
         self.ranks.barrier()
         return before
 
-    def _open_knn(self, config: Config) -> None:
+    def _open_knn(self) -> None:
+        config = self.config
         root = config.run.knn_root or ("shapes" if config.data.root == "shapes" else "")
         if config.run.knn_every and root:
-            reading = Reading(size=config.views.global_size, normalize=config.data.normalize)
-            batch, workers = config.run.local_batch, config.data.num_workers
-            self.online_knn = OnlineKnn(root, config.data.image_size, reading, batch=batch, num_workers=workers)
-
-    def _count_bad(self, batch: Batch) -> Batch:
-        self.num_bad += len(batch.bad)
-        for name in batch.bad:
-            log.warning("skipped an image that cannot be read: %s", name)
-        return batch
+            size, batch = config.views.global_size, config.run.local_batch
+            self.online_knn = OnlineKnn(root, config.data, size=size, batch=batch)
 
     # ------------------------------------------------------------------------------------------------ its folder
 
-    def _on_main(self, work: Callable[[Config], None]) -> None:
-        """Rank 0 looks after the run folder and the k-NN; what it finds wrong is raised on every rank."""
-        problem: UserError | None = None
-        if self.ranks.is_main:
-            try:
-                work(self.config)
-            except UserError as error:
-                problem = error
-        if self.ranks.any(problem is not None):
-            raise problem or ConfigError("rank 0 refused the run: its message says why")
-
     def _metrics(self) -> Metrics | None:
+        """On rank 0, after a word on what is trained, how."""
         if not self.ranks.is_main:
             return None
+        run, engine = self.config.run, self.config.engine.name
         log.info(
             "%d images, %d steps per epoch, %d steps; global batch %d = %d * %d ranks * %d",
             len(self.source), self.steps_per_epoch, self.total_steps, self.global_batch,
-            self.config.run.local_batch, self.ranks.world_size, self.config.engine.accumulate,
+            run.local_batch, self.ranks.world_size, self.config.engine.accumulate,
         )  # fmt: skip
-        engine, stage = self.config.engine.name, zero_stage(self.config, self.ranks)
-        network = self.engine.student_network
+        network, on_gpu = self.engine.student_network, self.ranks.device.type == "cuda"
         assert isinstance(network, Network)
         log.info(
             "%s, %s on %s, %s, loss and averages by %s",
-            f"{engine} ZeRO {stage}" if engine == "deepspeed" else engine,
+            f"{engine} ZeRO {zero_stage(self.config, self.ranks)}" if engine == "deepspeed" else engine,
             str(self.engine.dtype).removeprefix("torch."), self.ranks.device,
             network.backbone.implementation,
-            "Triton kernels" if use_triton(torch.empty(0, device=self.ranks.device)) else "plain torch",
+            "Triton kernels" if on_gpu else "plain torch",
         )  # fmt: skip
-        return Metrics(self.config.run.dir, self.step, self.total_steps, self.global_batch)
-
-    @property
-    def _checkpoints(self) -> Path:
-        return self.config.run.dir / "checkpoints"
+        if self.step < self.total_steps:
+            log.info("step %d waits for its images", self.step + 1)
+        else:
+            log.info("all %d steps are done; a larger run.epochs goes on from here", self.total_steps)
+        return Metrics(run.dir, self.step, self.total_steps, self.global_batch, compiles=on_gpu)
 
     def _shared(self) -> dict[str, Tensor]:
         """Live tensors that are equal on all ranks and belong into a checkpoint."""
         return {**self.method.state(), **self.engine.state()}
 
-    def save(self) -> Path:
-        """Writes a checkpoint of the present step and removes those that need not be kept."""
-        run = self.config.run
-        pieces: Iterator = self.engine.fragments() if self.engine.saves else iter(())
-        meta = {
-            "global_batch": self.global_batch,
-            "num_images": len(self.source),
-            "epoch": self.step / self.steps_per_epoch,
-        }
-        path = checkpoint.save(
-            self._checkpoints, self.step, self.ranks,
-            pieces=pieces, shared=self._shared(), shapes=self.shapes, meta=meta,
-        )  # fmt: skip
-        if self.ranks.is_main:
-            stride = run.keep_every * self.steps_per_epoch
-            checkpoint.prune(self._checkpoints, run.keep, range(stride, self.total_steps + 1, stride) if stride else ())
-        return path
+    def _meta(self) -> dict[str, Any]:
+        """What a resumption has to have in common with this run."""
+        return {"global_batch": self.global_batch, "num_images": len(self.source)}
 
-    def _restore(self) -> int:
-        """Loads the newest checkpoint of the run folder; returns the step at which the run goes on."""
-        found = checkpoint.newest(self._checkpoints, self.ranks)
-        if found is None:
-            return 0
-        path, manifest = found
-        for name, here in (("global_batch", self.global_batch), ("num_images", len(self.source))):
-            if manifest.meta[name] != here:
-                raise ConfigError(
-                    f"{path} was written with {name} {manifest.meta[name]}, now it is {here}: the run would not go on "
-                    "as it began. Keep local batch * ranks * engine.accumulate, and the images, as they were"
-                )
+    def _save(self, last: bool) -> None:
+        """Writes a checkpoint of the present step; the ``last`` one of this process has to succeed."""
+        assert self.folder is not None
+        stride = self.config.run.keep_every * self.steps_per_epoch
+        self.folder.save(
+            self.step,
+            pieces=self.engine.fragments() if self.engine.saves else (),
+            shared=self._shared(),
+            shapes=self.shapes,
+            meta={**self._meta(), "epoch": self.step / self.steps_per_epoch},
+            keep_for_good=range(stride, self.total_steps + 1, stride) if stride else (),
+            last=last,
+        )
+
+    def _restore(self, path: Path, manifest: Manifest) -> int:
+        """Loads a checkpoint; returns the step at which the run goes on."""
+        assert self.folder is not None
+        self.folder.check_images(path, manifest, self._meta())
         saved = checkpoint.load(path, manifest, self.engine.fragments(), self.shapes)
         for name, live in self._shared().items():
             live.copy_(saved[name])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdino.config import Config, EngineConfig
+from fastdino.config import Config, ConfigError, EngineConfig
 from fastdino.distributed import Ranks
 from fastdino.engine import build_engine
 from fastdino.engine.zero import deepspeed_config
@@ -190,5 +190,5 @@ def test_deepspeed_config(stage: Any, bf16: bool) -> None:
 
 def test_batch_norm_over_processes_needs_gpus() -> None:
     network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    with pytest.raises(RuntimeError, match="SyncBatchNorm"):
+    with pytest.raises(ConfigError, match="SyncBatchNorm"):
         build_engine(Config(), network, network, Ranks(0, 2, 0, torch.device("cpu")))

@@ -178,14 +178,13 @@ def test_the_variant_in_groups(dtype: torch.dtype, group: int) -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-@BOTH
-def test_inplace_consumes_the_logits(implementation: Callable[..., Tensor]) -> None:
+def test_inplace_consumes_the_logits() -> None:
     student, teacher, center = random_inputs((4, 2, 2, 100))
-    want = loss_and_grad(implementation, student, teacher, center)[1]
+    want = loss_and_grad(dino_loss, student, teacher, center)[1]
     leaf = student.clone().requires_grad_()
     logits = leaf * 1
     other = logits.square().sum()  # saves the logits too
-    value = implementation(logits, teacher, center, **TEMPS, inplace_grad=True)
+    value = dino_loss(logits, teacher, center, **TEMPS, inplace_grad=True)
     address = logits.data_ptr()
     (grad,) = torch.autograd.grad(value * UPSTREAM, logits, retain_graph=True)
     assert grad.data_ptr() == address
@@ -195,6 +194,18 @@ def test_inplace_consumes_the_logits(implementation: Callable[..., Tensor]) -> N
         torch.autograd.grad(value, logits, retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         other.backward()
+
+
+@BOTH
+def test_autocast_changes_nothing(implementation: Callable[..., Tensor]) -> None:
+    inputs = random_inputs((4, 2, 2, 100))
+    leaf = inputs[0].requires_grad_()
+    values = []
+    for enabled in (False, True):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=enabled):
+            values.append(implementation(leaf, *inputs[1:], **TEMPS))
+    assert torch.equal(*values)
+    assert torch.equal(*(torch.autograd.grad(value, leaf)[0] for value in values))
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -246,13 +257,12 @@ def test_a_block_of_impossible_prototypes() -> None:
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("grad_mode", [True, False])
-@BOTH
-def test_no_gradient_asked_for(implementation: Callable[..., Tensor], grad_mode: bool) -> None:
+def test_no_gradient_asked_for(grad_mode: bool) -> None:
     """Neither by the logits nor under no_grad: they stay as they are."""
     kept, teacher, center = random_inputs((3, 2, 2, 100))
     student = kept.clone() if grad_mode else kept.clone().requires_grad_() * 1
     with torch.set_grad_enabled(grad_mode):
-        value = implementation(student, teacher, center, **TEMPS, inplace_grad=True)
+        value = dino_loss(student, teacher, center, **TEMPS, inplace_grad=True)
     assert not value.requires_grad
     assert torch.equal(student.detach(), kept)
 

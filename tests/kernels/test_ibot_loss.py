@@ -140,12 +140,11 @@ def test_strides_and_inplace() -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("implementation", [ibot_loss, ibot_loss_reference], ids=["kernel", "reference"])
-def test_no_grad_leaves_the_logits(implementation: Callable[..., Tensor]) -> None:
+def test_no_grad_leaves_the_logits() -> None:
     kept, *others = random_inputs((5, 100))
     student = kept.clone().requires_grad_() * 1
     with torch.no_grad():
-        implementation(student, *others, **TEMPS, inplace_grad=True)
+        ibot_loss(student, *others, **TEMPS, inplace_grad=True)
     assert torch.equal(student.detach(), kept)
 
 

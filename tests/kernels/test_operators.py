@@ -27,7 +27,6 @@ from fastdino_kernels import (
     segment_squares,
     sinkhorn,
 )
-from fastdino_kernels.losses.soft_cross_entropy_reference import scale_reference_
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TEMPS: dict[str, float] = {"student_temp": 0.1, "teacher_temp": 0.04}
@@ -90,12 +89,6 @@ def clipped(param: Tensor, grad: Tensor) -> list[Tensor]:
     return state
 
 
-def scaled(x: Tensor, factor: Tensor) -> Tensor:
-    """What only a compiled backward pass of the references calls."""
-    scale_reference_(x := x.clone(), factor)
-    return x
-
-
 LOGITS = random(4, 3, 100).requires_grad_(), random(2, 3, 100), random(100)
 PATCHES = random(5, 100).requires_grad_(), random(5, 100), random(100), random(5).exp()
 FEATURES = (
@@ -115,7 +108,6 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         partial(dino, inplace_grad=True),
         tuple(x.detach().double().requires_grad_(x.requires_grad) for x in LOGITS),
     ),
-    "scaled": (scaled, (random(2, 3), random(1)[0])),
     "ibot_loss": (ibot, PATCHES),
     "ibot_loss in place": (partial(ibot, inplace_grad=True), PATCHES),
     "center_mean": (center_mean, (random(2, 3, 100),)),

@@ -66,7 +66,7 @@ def test_loads_with_any_split(tmp_path, write_bounds, read_bounds):
     assert torch.equal(shared["center"], torch.arange(3.0))
     for kind in saved:
         assert torch.equal(saved[kind], loaded[kind]), kind
-    assert torch.equal(checkpoint.read_weights(path, SHAPES)["head.v"], saved["ema"][:35].view(7, 5))
+    assert torch.equal(checkpoint.read_weights(path, manifest, SHAPES)[0]["head.v"], saved["ema"][:35].view(7, 5))
 
 
 def test_no_checkpoint(tmp_path):
@@ -183,7 +183,8 @@ checkpoint.save(Path({str(tmp_path)!r}), 2, ALONE, pieces=[Part()], shared=share
     found = checkpoint.newest(tmp_path)
     assert found is not None
     assert found[1].step == (2 if (point, when) == ("rename", "after") else 1)
-    assert write(tmp_path, 2, first, []).exists(), "the next attempt clears what the killed one left"
+    assert write(tmp_path, 2, first, []).exists()
+    checkpoint.clear(tmp_path)
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
@@ -201,5 +202,85 @@ def test_nothing_is_unpickled(tmp_path):
     manifest["files"]["rank-00000.safetensors"] = checkpoint._measure(path / "rank-00000.safetensors")
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="rank-00000"):
-        checkpoint.read_weights(path, SHAPES)
+        checkpoint.read_weights(path, checkpoint.read_manifest(path), SHAPES)
     assert not trap.exists()
+
+
+def leave(folder: Path) -> None:
+    """What people and systems leave beside checkpoints."""
+    for name in ("step-00000003 (copy)", "step-3-backup", "step-three", "step-000000003", "step-", "notes"):
+        (folder / name).mkdir()
+    for name in ("notes.txt", ".DS_Store", "step-00000009", "step-00000001.tar", ".removing-step-00000001"):
+        (folder / name).write_text("x")
+
+
+def test_what_a_person_leaves_ends_nothing(tmp_path):
+    for step in (1, 2, 3):
+        write(tmp_path, step, random_flat(), [])
+    leave(tmp_path)
+    strangers = {path.name for path in tmp_path.iterdir()} - {f"step-0000000{step}" for step in (1, 2, 3)}
+    write(tmp_path, 4, random_flat(), [])
+    assert checkpoint.steps(tmp_path) == [1, 2, 3, 4]
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found[1].step == 4
+    checkpoint.prune(tmp_path, keep=2, keep_for_good=[])
+    assert checkpoint.steps(tmp_path) == [3, 4]
+    assert {path.name for path in tmp_path.iterdir()} - {"step-00000003", "step-00000004"} >= strangers - {
+        ".removing-step-00000001"
+    }
+    checkpoint.clear(tmp_path)
+    assert not (tmp_path / ".removing-step-00000001").exists()
+
+
+def test_a_renamed_checkpoint_is_passed_over(tmp_path, caplog):
+    write(tmp_path, 1, random_flat(), [])
+    write(tmp_path, 2, random_flat(), []).rename(tmp_path / "step-00000007")
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found[1].step == 1
+    assert "step-00000007 was renamed: it is the checkpoint of step 2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "content", [b"[1]", b"null", b"{}", b'{"format": "one"}', b"\xff\xfe", b'{"format": 1, "files": 3}']
+)
+def test_a_manifest_of_something_else_is_damage(tmp_path, content):
+    path = write(tmp_path, 1, random_flat(), [])
+    (path / "manifest.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match="step-00000001"):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_a_message(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(CheckpointError, match=r"could not write checkpoint .*File exists"):
+        write(tmp_path / "checkpoints", 1, random_flat(), [])
+
+
+def test_two_writers_do_not_touch_each_other(tmp_path, monkeypatch):
+    """A second save while the first is half done: the first's files stay."""
+    original = checkpoint._write
+
+    def second(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+        monkeypatch.setattr(checkpoint, "_write", original)
+        write(tmp_path, 1, random_flat(), [])
+        return original(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "_write", second)
+    write(tmp_path, 2, random_flat(), [])
+    assert checkpoint.steps(tmp_path) == [1, 2]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_pruning_on_a_disk_that_refuses_is_a_warning(tmp_path, monkeypatch, caplog):
+    for step in (1, 2):
+        write(tmp_path, step, random_flat(), [])
+
+    def refuse(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    checkpoint.prune(tmp_path, keep=1, keep_for_good=[])
+    assert "Read-only file system" in caplog.text
+    assert checkpoint.steps(tmp_path) == [1, 2]

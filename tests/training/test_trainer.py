@@ -28,6 +28,7 @@ from fastdino.config import (
     RunConfig,
     ViewsConfig,
 )
+from fastdino.data import Batch
 from fastdino.training import checkpoint
 from fastdino.training.run_folder import read_config
 from fastdino.training.trainer import Trainer, TrainingDiverged
@@ -149,8 +150,11 @@ def test_resumes_with_other_ranks_and_stage(tmp_path):
     for step in expected:
         assert found[step] == pytest.approx(expected[step], rel=1e-5), step
     paths = [tmp_path / run / "checkpoints/step-00000010" for run in ("straight", "moved")]
-    shapes = checkpoint.read_manifest(paths[0]).shapes
-    teacher, moved = (checkpoint.read_weights(path, shapes) for path in paths)
+    manifests = [checkpoint.read_manifest(path) for path in paths]
+    teacher, moved = (
+        checkpoint.read_weights(path, manifest, manifests[0].shapes)[0]
+        for path, manifest in zip(paths, manifests, strict=True)
+    )
     for name, weight in teacher.items():
         torch.testing.assert_close(moved[name], weight, atol=2e-5, rtol=1e-4)
 
@@ -212,12 +216,13 @@ def test_a_step_never_waits_for_the_device(tmp_path, overrides):
 def test_a_run_that_diverges_stops_and_names_the_step(tmp_path, monkeypatch):
     """Views of NaN from step 3 on: those steps change nothing, are counted, and end the run."""
     config = tiny(tmp_path / "run", run__max_nonfinite=3)
-    original = Trainer._groups
-    monkeypatch.setattr(
-        Trainer,
-        "_groups",
-        lambda self, batch: [g * (torch.nan if self.step >= 3 else 1) for g in original(self, batch)],
-    )
+    original = Trainer._normalized
+
+    def spoilt(self: Trainer, batch: Batch) -> Batch:
+        views = original(self, batch).views
+        return Batch({name: group * (torch.nan if self.step >= 3 else 1) for name, group in views.items()})
+
+    monkeypatch.setattr(Trainer, "_normalized", spoilt)
     with pytest.raises(TrainingDiverged, match=r"3 steps in a row up to step 5 .*max_nonfinite=3"):
         fastdino.train(config)
     monkeypatch.undo()

@@ -8,8 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastdino_kernels._backend import LOG2_E, check_single_backward, dense_rows, operator, use_triton
-from fastdino_kernels.losses.soft_cross_entropy_reference import Terms, soft_cross_entropy_reference
+from fastdino_kernels._backend import LOG2_E, check_single_backward, compute_dtype, dense_rows, operator, use_triton
 
 MAX_STUDENT_VIEWS = 32
 
@@ -31,9 +30,9 @@ def dino_loss(
         center: (K,) fp32 running mean of the teacher's logits (fp64 with fp64 logits).
         student_temp: temperature of the student, > 0.
         teacher_temp: temperature of the teacher, > 0.
-        inplace_grad: write the gradient over the student's logits, which saves their size in memory. They are then
-            consumed, possibly by the call already: their version counter moves, and a second backward raises
-            RuntimeError.
+        inplace_grad: a kernel may write the gradient over the student's logits, which saves their size in memory.
+            They are then consumed, possibly by the call already: their version counter moves, and a second backward
+            raises RuntimeError. The reference (on a CPU, and in fp64) keeps them, and (S, B, K) probabilities besides.
 
     Returns the fp32 (fp64 for fp64 logits) scalar mean over the pairs of views t != s and over B, with a gradient for
     ``student``. It is not finite when a logit that takes part is not; but a teacher's -inf is a probability of 0.
@@ -48,22 +47,20 @@ def dino_loss(
         )
     if use_triton(student) and torch.float64 not in (student.dtype, teacher.dtype):
         return _DinoLoss.apply(student, teacher, center, student_temp, teacher_temp, inplace_grad)
-    temps = {"student_temp": student_temp, "teacher_temp": teacher_temp}
-    return dino_loss_reference(student, teacher, center, **temps, inplace_grad=inplace_grad)
+    return dino_loss_reference(student, teacher, center, student_temp=student_temp, teacher_temp=teacher_temp)
 
 
 def dino_loss_reference(
-    student: Tensor,
-    teacher: Tensor,
-    center: Tensor,
-    *,
-    student_temp: float,
-    teacher_temp: float,
-    inplace_grad: bool = False,
+    student: Tensor, teacher: Tensor, center: Tensor, *, student_temp: float, teacher_temp: float
 ) -> Tensor:
     """:func:`dino_loss` in plain torch: the definition that the kernel is tested against, and what a CPU runs."""
-    terms = Terms(student_temp, teacher_temp, 1 / num_terms(student, teacher), other_views=True)
-    return soft_cross_entropy_reference(student, teacher, center, None, terms, inplace_grad)
+    dtype = compute_dtype(student)
+    with torch.autocast(student.device.type, enabled=False):  # it would round log-probabilities to bf16
+        log_p = torch.log_softmax(student.to(dtype) / student_temp, dim=-1)
+        q = torch.softmax((teacher.to(dtype) - center) / teacher_temp, dim=-1)
+        cross_entropy = -torch.einsum("tbk,sbk->ts", q.to(dtype), log_p)
+        same_view = torch.eye(len(teacher), len(student), dtype=torch.bool, device=student.device)
+        return cross_entropy.masked_fill(same_view, 0).sum() / num_terms(student, teacher)
 
 
 def num_terms(student: Tensor, teacher: Tensor) -> int:

@@ -8,8 +8,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastdino_kernels._backend import LOG2_E, check_single_backward, dense_rows, operator, scale_, use_triton
-from fastdino_kernels.losses.soft_cross_entropy_reference import Terms, soft_cross_entropy_reference
+from fastdino_kernels._backend import (
+    LOG2_E,
+    check_single_backward,
+    compute_dtype,
+    dense_rows,
+    operator,
+    scale_,
+    use_triton,
+)
 
 
 def ibot_loss(
@@ -32,8 +39,8 @@ def ibot_loss(
         weight: (M,) fp32 weight of each patch. iBOT's is 1 / (images * masked patches of the patch's image).
         student_temp: temperature of the student, > 0.
         teacher_temp: temperature of the teacher, > 0.
-        inplace_grad: write the gradient over the student's logits, as in :func:`dino_loss`, but possibly in the forward
-            pass already.
+        inplace_grad: a kernel may write the gradient over the student's logits, as in :func:`dino_loss`; this one does
+            so in the forward pass.
 
     Returns the fp32 (fp64 for fp64 logits) scalar, with a gradient for ``student``.
     Raises ValueError when shapes, dtypes, devices or temperatures do not fit.
@@ -45,23 +52,17 @@ def ibot_loss(
         raise ValueError("inplace_grad=True would overwrite student, a leaf tensor: pass the output of a layer")
     if use_triton(student) and torch.float64 not in (student.dtype, teacher.dtype) and len(student):
         return _IbotLoss.apply(student, teacher, center, weight, student_temp, teacher_temp, inplace_grad)
-    temps = {"student_temp": student_temp, "teacher_temp": teacher_temp}
-    return ibot_loss_reference(student, teacher, center, weight, **temps, inplace_grad=inplace_grad)
+    return ibot_loss_reference(student, teacher, center, weight, student_temp=student_temp, teacher_temp=teacher_temp)
 
 
 def ibot_loss_reference(
-    student: Tensor,
-    teacher: Tensor,
-    center: Tensor,
-    weight: Tensor,
-    *,
-    student_temp: float,
-    teacher_temp: float,
-    inplace_grad: bool = False,
+    student: Tensor, teacher: Tensor, center: Tensor, weight: Tensor, *, student_temp: float, teacher_temp: float
 ) -> Tensor:
     """:func:`ibot_loss` in plain torch: the definition that the kernel is tested against, and what a CPU runs."""
-    terms = Terms(student_temp, teacher_temp, scale=1.0, other_views=False)
-    return soft_cross_entropy_reference(student, teacher, center, weight, terms, inplace_grad)
+    dtype = compute_dtype(student)
+    log_p = torch.log_softmax(student.to(dtype) / student_temp, dim=-1)
+    q = torch.softmax((teacher.to(dtype) - center) / teacher_temp, dim=-1)
+    return -(weight * (q * log_p).sum(dim=-1)).sum()
 
 
 def _check(
@@ -124,7 +125,7 @@ class _IbotLoss(torch.autograd.Function):
         else:
             student, teacher, center, weight = ctx.saved_tensors
             grad = torch.empty_like(student, memory_format=torch.contiguous_format)
-            ibot_loss_rows_(grad, student, teacher, center, weight * grad_loss, *ctx.temps)
+            ibot_loss_rows_(grad, student, teacher, center, weight.float() * grad_loss, *ctx.temps)
         return grad, None, None, None, None, None, None
 
 

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastdino_kernels._backend import compute_dtype, operator, use_triton
+from fastdino_kernels._backend import operator, use_triton
 from fastdino_kernels.losses.ibot_loss import ibot_loss_reference, ibot_loss_rows_
-from fastdino_kernels.losses.soft_cross_entropy_reference import Terms, reference_loss
 
 
 def linear_ibot_loss(
@@ -25,7 +24,7 @@ def linear_ibot_loss(
     """ibot_loss(student @ student_weight.T, teacher @ teacher_weight.T, center, weight), never with all its logits.
 
     The gradients are made along with the loss, a chunk of rows at a time, and only scaled in the backward pass, which
-    can run once. What does not require a gradient costs nothing.
+    can run once. What does not require a gradient costs nothing. The reference (on a CPU, and in fp64) has all logits.
 
     Args:
         student: (M, D) normalised features of M masked patches, which may be 0; fp32, bf16 or fp64. Not fp16, in which
@@ -44,6 +43,8 @@ def linear_ibot_loss(
     """
     tensors = (student, student_weight, teacher, teacher_weight, center, weight)
     _check(*tensors, student_temp, teacher_temp)
+    if not use_triton(student) or torch.float64 in (student.dtype, teacher.dtype):
+        return linear_ibot_loss_reference(*tensors, student_temp=student_temp, teacher_temp=teacher_temp)
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in tensors[:2]]
     return _LinearIbotLoss.apply(*tensors, student_temp, teacher_temp, *wanted)
 
@@ -59,11 +60,11 @@ def linear_ibot_loss_reference(
     student_temp: float,
     teacher_temp: float,
 ) -> Tensor:
-    """:func:`linear_ibot_loss` in plain torch with all logits: what it is tested against. A CPU runs chunks as well."""
-    logits, teacher_logits = student @ student_weight.T, teacher @ teacher_weight.T
-    return ibot_loss_reference(
-        logits, teacher_logits, center, weight, student_temp=student_temp, teacher_temp=teacher_temp
-    )
+    """:func:`linear_ibot_loss` in plain torch, with all logits: what the kernel is tested against and a CPU runs."""
+    with torch.autocast(student.device.type, enabled=False):
+        logits, teacher_logits = student @ student_weight.T, teacher @ teacher_weight.T
+    temps = {"student_temp": student_temp, "teacher_temp": teacher_temp}
+    return ibot_loss_reference(logits, teacher_logits, center, weight, **temps)
 
 
 class _LinearIbotLoss(torch.autograd.Function):
@@ -102,10 +103,8 @@ class _LinearIbotLoss(torch.autograd.Function):
         return grad_student, grad_weight, None, None, None, None, None, None, None, None
 
 
-def max_rows(device_type: str) -> int:
-    """Most rows of logits at a time. Each chunk reads both weights and updates the gradient of one: on a GPU, few
-    chunks; a CPU sums in fp32 from fp32 copies, which are to stay small."""
-    return 256 if device_type == "cpu" else 2048
+# Most rows of logits at a time. Each chunk reads both weights and updates the gradient of one, so few chunks are best.
+MAX_ROWS = 2048
 
 
 @operator()
@@ -121,17 +120,16 @@ def linear_ibot_loss_forward(
     for_student: bool,
     for_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and its gradients for ``student`` and (in fp32 at least) for ``student_weight``; empty if not wanted.
+    """The loss, and its gradients for ``student`` and (in fp32) for ``student_weight``; empty if not wanted.
 
     One operator, so that torch.compile does not unroll the chunks.
     """
-    (M, D), K, dtype = student.shape, len(student_weight), compute_dtype(student)
-    terms = Terms(student_temp, teacher_temp, scale=1.0, other_views=False)
+    (M, D), K, temps = student.shape, len(student_weight), (student_temp, teacher_temp)
     center, weight = center.contiguous(), weight.contiguous()
-    loss = torch.zeros((), dtype=dtype, device=student.device)
+    loss = torch.zeros((), device=student.device)
     grad_student = student.new_empty((M if for_student else 0, D))
-    grad_weight = student.new_zeros((K if for_weight else 0, D), dtype=dtype)
-    rows = -(-M // max(1, -(-M // max_rows(student.device.type))))  # chunks of equal size
+    grad_weight = student.new_zeros((K if for_weight else 0, D), dtype=torch.float32)
+    rows = -(-M // max(1, -(-M // MAX_ROWS)))  # chunks of equal size
     logits, teacher_logits = (
         x.new_empty((rows, K)) for x in (student, teacher)
     )  # with out=, autocast leaves products alone
@@ -140,7 +138,8 @@ def linear_ibot_loss_forward(
         num_rows = chunk.stop - start
         z = torch.mm(student[chunk], student_weight.T, out=logits[:num_rows])
         z_teacher = torch.mm(teacher[chunk], teacher_weight.T, out=teacher_logits[:num_rows])
-        loss += _loss_and_grad_(z, z_teacher, center, weight[chunk], terms, for_student or for_weight)
+        grad, z_student = (z, None) if for_student or for_weight else (None, z)
+        loss += ibot_loss_rows_(grad, z_student, z_teacher, center, weight[chunk], *temps)
         if for_student:
             torch.mm(z, student_weight, out=grad_student[chunk])
         if for_weight:
@@ -150,20 +149,10 @@ def linear_ibot_loss_forward(
 
 @linear_ibot_loss_forward.register_fake
 def _(student: Tensor, student_weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    (M, D), K, dtype = student.shape, len(student_weight), compute_dtype(student)
+    (M, D), K = student.shape, len(student_weight)
     for_student, for_weight = args[-2:]
-    grads = student.new_empty((M if for_student else 0, D)), student.new_empty((K if for_weight else 0, D), dtype=dtype)
-    return student.new_empty((), dtype=dtype), *grads
-
-
-def _loss_and_grad_(
-    logits: Tensor, teacher_logits: Tensor, center: Tensor, weight: Tensor, terms: Terms, wanted: bool
-) -> Tensor:
-    """The chunk's share of the loss; if wanted, ``logits`` becomes the gradient for it."""
-    if not use_triton(logits) or torch.float64 in (logits.dtype, teacher_logits.dtype):
-        return reference_loss(logits, teacher_logits, center, weight, terms, grad=logits if wanted else None)
-    grad, student_logits = (logits, None) if wanted else (None, logits)
-    return ibot_loss_rows_(grad, student_logits, teacher_logits, center, weight, *terms[:2])
+    grad_weight = student.new_empty((K if for_weight else 0, D), dtype=torch.float32)
+    return grad_weight.new_empty(()), student.new_empty((M if for_student else 0, D)), grad_weight
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:

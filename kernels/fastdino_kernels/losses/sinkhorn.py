@@ -1,6 +1,5 @@
 """Sinkhorn-Knopp: the teacher's probabilities with equal use of every prototype, as two scaling vectors."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -9,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdino_kernels._backend import LOG2_E, compute_dtype, operator, use_triton
-from fastdino_kernels._chunks import chunks
 
 
 def sinkhorn(
@@ -53,34 +51,13 @@ def sinkhorn_reference(
     logits: Tensor, *, temp: float, iterations: int = 3, all_reduce: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """:func:`sinkhorn` in plain torch: the definition that the kernel is tested against, and what a CPU runs."""
-    (R, K), dtype = logits.shape, compute_dtype(logits)
-    row, column_lse = (torch.zeros(size, dtype=dtype, device=logits.device) for size in (R, K))
-    for k in chunks(K, 2 * R, on_gpu=logits.is_cuda):
-        x = logits[:, k].to(dtype) / temp
-        column_lse[k] = torch.logsumexp(without_subnormals_(x, x.amax(0)) if R else x, dim=0)
-    for i in range(iterations):
+    x = logits.to(compute_dtype(logits)) / temp
+    row = x.new_zeros(len(x))
+    for _ in range(iterations):
+        column_lse = torch.logsumexp(x + row[:, None], dim=0)
         column = -(column_lse if all_reduce is None else all_reduce(column_lse))
-        column_sum = torch.zeros_like(column)
-        for r in chunks(R, 2 * K, on_gpu=logits.is_cuda):
-            x = torch.add(column, logits[r].to(dtype), alpha=1 / temp)
-            top = x.amax(1, keepdim=True)
-            q = torch.softmax(without_subnormals_(x, top), dim=1, out=x)
-            row[r] = q.amax(1).log_() - top[:, 0]
-            if i + 1 < iterations:
-                # The next sums over rows, by the exponentials that are at hand. None is lost: a column summed to 1
-                # before its rows were divided by sums of at most K, so that it is 1 / (R K) at least.
-                column_sum += q.sum(0)
-        column_lse = column_sum.log_() - column
+        row = -torch.logsumexp(x + column, dim=1)
     return row, column
-
-
-def without_subnormals_(x: Tensor, top: Tensor) -> Tensor:
-    """Raises exponents ``x`` to 58 (in fp64 472) below ``top``, their maxima, before a softmax or a log-sum-exp.
-
-    e^-58 next to 1 is far below the rounding error of fp32, as is e^-472 in fp64. But beyond e^-87 (e^-708) numbers are
-    subnormal, and whatever touches them takes a CPU many times as long.
-    """
-    return x.clamp_(min=top + math.log(torch.finfo(x.dtype).tiny) * 2 / 3)
 
 
 def launch_config(num_rows: int, num_prototypes: int) -> dict[str, dict[str, int]]:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,15 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdino_kernels._backend import lerp, operator, use_triton
-from fastdino_kernels._chunks import GPU_CHUNK_ELEMENTS
 from fastdino_kernels.optim.ema_update import ema_update_reference_
 from fastdino_kernels.optim.segment_squares import BLOCK, Segments, check_divides, load_chunk
 
-PIECE = 2**17  # elements that a CPU works on at a time: several of its passes over them find them in the cache
-
 
 class AdamWHyper(NamedTuple):
-    """The numbers of one step."""
+    """Hyperparameters of one step."""
 
     lr: float
     weight_decay: float
@@ -131,29 +128,17 @@ def adamw_ema_reference_(
     """:func:`adamw_ema_` in plain torch: the CPU path and the definition that the kernel is tested against."""
     if found_inf is not None and found_inf.tolist() != 0:  # on a CPU there is nothing to wait for
         return
-    lengths = (param.numel(),) if segments is None else segments.lengths
-    scales = [None] * len(lengths) if grad_scale is None else grad_scale.expand(len(lengths)).unbind()
-    for piece, scale in _pieces(lengths, scales, GPU_CHUNK_ELEMENTS if param.is_cuda else PIECE):
-        g = grad[piece].to(param.dtype) if scale is None else grad[piece].to(param.dtype) * scale
-        torch._fused_adamw_(
-            [param[piece]], [g], [exp_avg[piece]], [exp_avg_sq[piece]], [], [step], lr=hyper.lr, beta1=hyper.betas[0],
-            beta2=hyper.betas[1], weight_decay=hyper.weight_decay, eps=hyper.eps, amsgrad=False, maximize=False,
-        )  # fmt: skip
-        copy = None if ema_lp is None else ema_lp[piece]
-        ema_update_reference_(ema[piece], param[piece], hyper.momentum, copy)
-        if param_lp is not None:
-            param_lp[piece].copy_(param[piece])
-
-
-def _pieces(
-    lengths: Sequence[int], scales: Sequence[Tensor | None], most: int
-) -> Iterator[tuple[slice, Tensor | None]]:
-    """Stretches of ``most`` elements at most, each within one segment, with the segment's scale."""
-    start = 0
-    for length, scale in zip(lengths, scales, strict=True):
-        for i in range(start, start + length, most):
-            yield slice(i, min(i + most, start + length)), scale
-        start += length
+    g = grad.to(param.dtype)
+    if grad_scale is not None:
+        parts, scales = ([g], [grad_scale]) if segments is None else (segments.split(g), grad_scale.unbind())
+        g = torch.cat([g[:0], *(part * scale for part, scale in zip(parts, scales, strict=True))])
+    torch._fused_adamw_(
+        [param], [g], [exp_avg], [exp_avg_sq], [], [step], lr=hyper.lr, beta1=hyper.betas[0], beta2=hyper.betas[1],
+        weight_decay=hyper.weight_decay, eps=hyper.eps, amsgrad=False, maximize=False,
+    )  # fmt: skip
+    ema_update_reference_(ema, param, hyper.momentum, ema_lp)
+    if param_lp is not None:
+        param_lp.copy_(param)
 
 
 def _check_hyper(hyper: AdamWHyper) -> None:

@@ -1,0 +1,211 @@
+"""The run folder: one writer, who is named; no leftover and no failed save ends a run."""
+
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastdino.config import Config, ConfigError, RunConfig
+from fastdino.distributed import Ranks
+from fastdino.training import checkpoint
+from fastdino.training.checkpoint import CheckpointError
+from fastdino.training.run_folder import Lock, RunFolder
+from tests.children import environment
+
+ALONE = Ranks(0, 1, 0, torch.device("cpu"))
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from fastdino.training.run_folder import Lock
+lock = Lock(Path(sys.argv[1]))
+print(lock.acquire(), flush=True)
+if len(sys.argv) > 2 and os.fork() == 0:  # a worker, which outlives its parent
+    time.sleep(60)
+print("forked", flush=True)
+time.sleep(60)
+"""
+
+
+def folder(path: Path, **settings: Any) -> RunFolder:
+    return RunFolder(Config(run=RunConfig(dir=path, **settings)), ALONE)
+
+
+def hold(path: Path, *arguments: str) -> subprocess.Popen[str]:
+    """A process that holds the lock ``path``."""
+    command = [sys.executable, "-c", HOLDER, str(path), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment(), start_new_session=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "None\n"
+    assert process.stdout.readline() == "forked\n"
+    return process
+
+
+def test_a_second_writer_is_refused_and_told_who_is_there(tmp_path):
+    with folder(tmp_path / "run") as first:
+        first.write_config()
+        with pytest.raises(ConfigError, match=f"process {os.getpid()} on host {socket.gethostname()}.*--run.dir"):
+            folder(tmp_path / "run").__enter__()
+        assert (tmp_path / "run/.lock").exists(), "the one refused leaves the lock alone"
+    with folder(tmp_path / "run"):
+        pass
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+def no_flock(*_: object) -> None:
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+@pytest.mark.parametrize("flock", [True, False])
+def test_the_lock_of_a_killed_process_does_not_hold(tmp_path, monkeypatch, flock):
+    """kill -9 of the trainer alone: a worker that it forked goes on living."""
+    process = hold(tmp_path / ".lock", "fork")
+    if not flock:
+        monkeypatch.setattr(fcntl, "flock", no_flock)
+    try:
+        assert f"process {process.pid}" in (Lock(tmp_path / ".lock").acquire() or "")
+        process.kill()
+        process.wait()
+        lock = Lock(tmp_path / ".lock")
+        assert lock.acquire() is None
+        lock.release()
+        assert not (tmp_path / ".lock").exists()
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_without_flock_a_process_of_another_host_is_believed(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    path = tmp_path / ".lock"
+    path.write_text(json.dumps({"host": "gpu003", "pid": 7, "since": "yesterday", "started": "1"}))
+    assert Lock(path).acquire() == f"process 7 on host gpu003, since yesterday, (if it is gone, remove {path})"
+    path.write_text("")
+    assert Lock(path).acquire() is None, "nobody ever wrote a name into it"
+
+
+def test_a_lock_that_was_removed_while_waiting_is_taken_anew(tmp_path, monkeypatch):
+    """Its holder left between our opening the file and locking it: what we locked is no longer there."""
+    path, original, calls = tmp_path / ".lock", fcntl.flock, []
+
+    def flock(*arguments: Any) -> None:
+        if not calls:
+            path.unlink()
+        calls.append(1)
+        original(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    lock = Lock(path)
+    assert lock.acquire() is None
+    assert len(calls) == 2
+    assert Lock(path).acquire() is not None
+
+
+def test_nothing_stays_of_a_run_that_could_not_start(tmp_path):
+    with pytest.raises(KeyError), folder(tmp_path / "a/b/run"):
+        raise KeyError
+    assert not any(tmp_path.iterdir())
+
+
+def test_hidden_leftovers_are_no_strangers(tmp_path):
+    for name in (".DS_Store", ".config.json", ".lock"):
+        (tmp_path / name).write_text("x")
+    with folder(tmp_path) as run:
+        run.write_config()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".DS_Store", "config.json"]
+
+
+def test_leftovers_of_a_killed_save_are_cleared(tmp_path):
+    with folder(tmp_path / "run") as run:
+        run.write_config()
+        (run.checkpoints / ".writing-00000001-abc").mkdir(parents=True)
+    with folder(tmp_path / "run"):
+        assert not any(run.checkpoints.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
+@pytest.mark.parametrize("call", ["mkdir", "open", "replace"])
+def test_a_folder_that_cannot_be_written_is_one_message(tmp_path, monkeypatch, number, call):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    run = folder(tmp_path / "run")
+    monkeypatch.setattr(Path if call == "mkdir" else os, call, refuse)
+    with pytest.raises(ConfigError, match=f"cannot be written: {os.strerror(number)}"):  # noqa: SIM117
+        with run:
+            run.write_config()
+    monkeypatch.undo()
+    assert not (tmp_path / "run").exists()
+
+
+class Disk:
+    """checkpoint.save on a disk that refuses at the steps named."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> None:
+        self.written: list[int] = []
+        self.bad = bad
+        monkeypatch.setattr(checkpoint, "save", self.save)
+        monkeypatch.setattr(checkpoint, "prune", lambda *_: None)
+
+    def save(self, path: Path, step: int, ranks: Ranks, **_: Any) -> None:
+        if step in self.bad:
+            raise CheckpointError(f"could not write checkpoint {step}")
+        self.written.append(step)
+
+
+def save(run: RunFolder, step: int, last: bool = False) -> None:
+    run.save(step, pieces=(), shared={}, shapes={}, meta={}, keep_for_good=(), last=last)
+
+
+def test_a_failed_save_is_told_and_the_next_one_tried(tmp_path, monkeypatch, caplog):
+    disk = Disk(monkeypatch, bad={2, 3, 5, 6, 7})
+    with folder(tmp_path / "run") as run:
+        for step in range(1, 7):
+            save(run, step)
+        assert disk.written == [1, 4]
+        assert run.failed_saves == 4
+        assert "could not write checkpoint 3. Training goes on; the run ends when 1 more" in caplog.text
+        with pytest.raises(CheckpointError, match="checkpoint 7"):
+            save(run, 7)
+
+
+def test_the_last_save_has_to_succeed(tmp_path, monkeypatch):
+    Disk(monkeypatch, bad={1})
+    with folder(tmp_path / "run") as run, pytest.raises(CheckpointError, match="checkpoint 1"):
+        save(run, 1, last=True)
+
+
+def test_a_step_is_saved_once(tmp_path, monkeypatch):
+    """A notice right after a checkpoint: writing it again would take it away for a moment."""
+    disk = Disk(monkeypatch, bad=set())
+    with folder(tmp_path / "run") as run:
+        save(run, 1)
+        save(run, 1, last=True)
+    assert disk.written == [1]
+
+
+def test_a_run_in_use_by_another_process(tmp_path):
+    config = Config(run=RunConfig(dir=tmp_path / "run"))
+    with RunFolder(config, ALONE) as run:
+        run.write_config()
+    process = hold(tmp_path / "run/.lock")
+    try:
+        started = time.monotonic()
+        with pytest.raises(ConfigError, match=f"in use: process {process.pid} on host"):
+            RunFolder(config, ALONE).__enter__()
+        assert time.monotonic() - started < 1
+        other = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=1))
+        with pytest.raises(ConfigError, match="holds another run"):
+            RunFolder(other, ALONE).__enter__()
+    finally:
+        process.kill()
+        process.wait()
