@@ -17,7 +17,7 @@ from fastdino.data import Batch, normalize, open_source, train_batches
 from fastdino.distributed import Ranks
 from fastdino.engine import build_engine, zero_stage
 from fastdino.engine.schedules import Schedules
-from fastdino.eval import OnlineKnn, Reading
+from fastdino.eval import OnlineKnn
 from fastdino.method.dino import Dino
 from fastdino.method.health import Health
 from fastdino.method.targets import Centering
@@ -78,8 +78,8 @@ class Trainer:
             ranks.on_main(self._open_knn)  # what is wrong with its images is said now, not in hours
         newest = folder.newest() if folder else None
         torch.manual_seed(config.run.seed)
-        # A checkpoint holds all weights: those that the run started from may be gone.
-        student, teacher = (build_network(config, teacher=role, load=not newest) for role in (False, True))
+        load = newest is None  # a checkpoint holds all weights: those that the run started from may be gone
+        student, teacher = build_network(config, load=load), build_network(config, teacher=True, load=load)
         self.shapes = {name: list(p.shape) for name, p in student.named_parameters()}
         self.engine = build_engine(config, student, teacher, ranks)
         target = Centering(config.head.num_prototypes, config.loss.center_momentum, config.engine.accumulate, ranks)
@@ -259,9 +259,8 @@ class Trainer:
         config = self.config
         root = config.run.knn_root or ("shapes" if config.data.root == "shapes" else "")
         if config.run.knn_every and root:
-            reading = Reading(size=config.views.global_size, normalize=config.data.normalize)
-            batch, workers = config.run.local_batch, config.data.num_workers
-            self.online_knn = OnlineKnn(root, config.data, reading, batch=batch, num_workers=workers)
+            size, batch = config.views.global_size, config.run.local_batch
+            self.online_knn = OnlineKnn(root, config.data, size=size, batch=batch)
 
     # ------------------------------------------------------------------------------------------------ its folder
 
