@@ -38,8 +38,9 @@ format: install
 bench: $(BENCHES:%=bench-%)
 	$(BIN)/python -m bench.report
 
+bench-ceilings bench-attention: room := kernels.
 $(BENCHES:%=bench-%): bench-%: install
-	$(BIN)/python -m bench.$*
+	$(BIN)/python -m bench.$(room)$*
 
 clean:
 	rm -rf .venv build dist *.egg-info runs

@@ -6,6 +6,7 @@ Exit code 0: as fast, faster or AMBIGUOUS. 1: slower, in two runs. 2: unfit, or 
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -20,11 +21,19 @@ from typing import Any
 
 import torch
 
+import fastdino_kernels
+from bench.kernels.case import OURS, PLAIN, check
+from bench.kernels.measure import BENCHES, make_work, num_inputs
 from bench.record import ROOT, python_path
-from bench.timing import Ratio, paired_ratio
+from bench.step import NUM_BATCHES, build
+from bench.step import check as check_step
+from bench.timing import Clock, Ratio, Work, paired_ratio
+from bench.workload import random_batch, step_config
+from fastdino import distributed
 
 SLOWER = 1.05  # the interval's lower end above it is a regression, if a second run agrees
 UNFIT = {"cuda": 0.02, "cpu": 0.05}  # half-width of the base against itself
+WARMUP = 3  # calls
 ROUNDS = {"cuda": 200, "cpu": 60}
 
 
@@ -32,7 +41,7 @@ class Side:
     """A process that runs one case in one tree, a call at a time."""
 
     def __init__(self, tree: Path, device: str, case: str) -> None:
-        command = [sys.executable, "-m", "bench.compare_side", device, case]
+        command = [sys.executable, "-m", "bench.compare", "--serve", "--device", device, "--case", case]
         env = os.environ | {"PYTHONPATH": python_path(tree)}
         self.process = subprocess.Popen(
             command, cwd=tree, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -86,11 +95,16 @@ def verdict(ratio: Ratio, again: Ratio | None) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__)
-    parser.add_argument("--base", required=True, help="commit to compare with")
+    parser.add_argument("--base", help="commit to compare with")
+    parser.add_argument("--serve", action="store_true", help="be one side: time one call of --case for every line read")
     parser.add_argument("--device", choices=list(ROUNDS), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--case", nargs="+", default=["dino_loss", "adamw_ema_", "ema_update_", "center_mean", "step"])
+    parser.add_argument("--case", nargs="+", default=["dino_loss", "adamw_ema_", "ema_update_", "step"])
     parser.add_argument("--rounds", type=int)
     options = parser.parse_args()
+    if options.serve:
+        return serve(torch.device(options.device), options.case[0])
+    if not options.base:
+        parser.error("--base COMMIT is missing")
     rounds, worst = options.rounds or ROUNDS[options.device], 0
     try:
         with worktree(options.base) as base:
@@ -139,6 +153,56 @@ def worktree(revision: str) -> Iterator[Path]:
             yield tree
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", str(tree)], **git)
+
+
+def serve(device: torch.device, name: str) -> int:
+    """Judges the case, says so, then times one call for every line it reads."""
+    assert Path.cwd() in Path(fastdino_kernels.__file__).parents, "another tree is installed over this one"
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            work = _step(device, Path(folder)) if name == "step" else _kernel(name, device)
+        except AssertionError as error:
+            print(json.dumps({"wrong": str(error)}), flush=True)
+            return 1
+        clock = Clock(device)  # calibrates its pause, which wants a device that is awake
+        host = 0.0
+        for _ in range(WARMUP):
+            host = clock.host_seconds(lambda: work.run(0))
+            work.after(0)
+        print(json.dumps({"wrong": None}), flush=True)
+        for _ in sys.stdin:
+            print(_alone(work, clock, 0.0 if name == "step" else host), flush=True)
+    return 0
+
+
+def _alone(work: Work, clock: Clock, host_seconds: float) -> float:
+    """Seconds of one call. Whoever reads them lets the other side run, so the device must be done with this one."""
+    seconds = clock(lambda: work.run(0), host_seconds)
+    work.after(0)
+    clock.synchronize()
+    return seconds
+
+
+def _kernel(name: str, device: torch.device) -> Work:
+    """Ours at the operation's first shape, judged against float64; every call has other inputs."""
+    case = BENCHES[name].case(BENCHES[name].shapes[device.type][0], device, compiled=False)
+    for other in case.variants.keys() - {OURS, PLAIN}:
+        del case.variants[other]
+    check(case)
+    inputs = [case.make(1 + i) for i in range(num_inputs(case, device))]
+    return make_work(case.variants[OURS], inputs, itertools.count())
+
+
+def _step(device: torch.device, folder: Path) -> Work:
+    """A training step, whose losses must be those of the public peer."""
+    config = step_config("vit_small" if device.type == "cuda" else "vit_nano", device)
+    ranks = distributed.init("cuda" if device.type == "cuda" else "cpu")
+    batches = [random_batch(config, device, seed) for seed in range(NUM_BATCHES)]
+    contenders = build(config, ranks, folder, ["lightly + timm"])
+    check_step(contenders, batches, config)
+    order = itertools.cycle(batches)
+    return Work(lambda index: contenders[OURS].step(next(order)))
 
 
 if __name__ == "__main__":

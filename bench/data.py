@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bench import data_peers
+from bench.peers import views as peers
 from bench.record import provenance, result_path, write
 from bench.timing import Clock, Work, interleave, paired_ratio
 from fastdino.config import Config, DataConfig, RunConfig, ViewsConfig
@@ -104,14 +104,14 @@ def check(paths: list[Path], config: ViewsConfig) -> None:
     """Same draws, same pixels; and torchvision's own draws give views of our sizes, means and deviations."""
     ours: list[list[Tensor]] = []
     for index, path in enumerate(paths):
-        image = data_peers.read_pil(path)
+        image = peers.read_pil(path)
         params = sample_params(0, 0, index, config, image.size)
         ours.append([view for group in apply(image, params, config).values() for view in group])
-        for number, (a, b) in enumerate(zip(ours[-1], data_peers.same_draws(image, params, config), strict=True)):
+        for number, (a, b) in enumerate(zip(ours[-1], peers.same_draws(image, params, config), strict=True)):
             assert torch.equal(a, b), f"no figure: view {number} of image {index} differs from torchvision's"
-    data_peers.seed_all(0)
-    for name, read, tensors in ((PEER, data_peers.read_pil, False), (TENSORS, data_peers.read_tensor, True)):
-        transform = data_peers.multi_crop(config, tensors=tensors)
+    peers.seed_all(0)
+    for name, read, tensors in ((PEER, peers.read_pil, False), (TENSORS, peers.read_tensor, True)):
+        transform = peers.multi_crop(config, tensors=tensors)
         theirs = [transform(read(path)) for path in paths]
         assert [x.shape for x in theirs[0]] == [x.shape for x in ours[0]], (
             f"no figure: {name} makes views of other sizes"
@@ -130,9 +130,9 @@ Way = Callable[[int], object]  # what is done with image number ``index``, count
 def stage_ways(folder: Path, paths: list[Path], config: ViewsConfig) -> dict[str, dict[str, Way]]:
     """The ways to go through each stage, which one process goes alone."""
     source, count = FolderSource(folder), len(paths)
-    images = [data_peers.read_pil(path) for path in paths]
-    pixels = [data_peers.read_tensor(path) for path in paths]
-    on_pil, on_tensors = (data_peers.multi_crop(config, tensors=tensors) for tensors in (False, True))
+    images = [peers.read_pil(path) for path in paths]
+    pixels = [peers.read_tensor(path) for path in paths]
+    on_pil, on_tensors = (peers.multi_crop(config, tensors=tensors) for tensors in (False, True))
 
     def params(index: int) -> Tensor:
         return sample_params(0, index // count, index % count, config, images[index % count].size)
@@ -140,26 +140,26 @@ def stage_ways(folder: Path, paths: list[Path], config: ViewsConfig) -> dict[str
     return {
         "decode": {
             OURS: lambda i: source.read(i % count),
-            PEER: lambda i: data_peers.read_pil(paths[i % count]),
-            TENSORS: lambda i: data_peers.read_tensor(paths[i % count]),
+            PEER: lambda i: peers.read_pil(paths[i % count]),
+            TENSORS: lambda i: peers.read_tensor(paths[i % count]),
         },
         "views": {
             OURS: lambda i: apply(images[i % count], params(i), config),
-            SAME: lambda i: data_peers.same_draws(images[i % count], params(i), config),
+            SAME: lambda i: peers.same_draws(images[i % count], params(i), config),
             PEER: lambda i: on_pil(images[i % count]),
             TENSORS: lambda i: on_tensors(pixels[i % count]),
         },
         "decode and views": {
             OURS: lambda i: apply(source.read(i % count)[0], params(i), config),
-            PEER: lambda i: on_pil(data_peers.read_pil(paths[i % count])),
-            TENSORS: lambda i: on_tensors(data_peers.read_tensor(paths[i % count])),
+            PEER: lambda i: on_pil(peers.read_pil(paths[i % count])),
+            TENSORS: lambda i: on_tensors(peers.read_tensor(paths[i % count])),
         },
     }
 
 
 def _stage(ways: dict[str, Way], sizes: Sizes) -> dict[str, dict[str, Any]]:
     """Processor time of one thread, in turns; all go through the same images."""
-    data_peers.seed_all(1)
+    peers.seed_all(1)
 
     def work(way: Way) -> Work:
         def run(index: int) -> None:
@@ -206,7 +206,7 @@ def _ours(folder: Path, views: ViewsConfig, batch: int, workers: int) -> Iterato
 
 @contextmanager
 def _peer(paths: list[Path], views: ViewsConfig, batch: int, workers: int) -> Iterator[Iterator[object]]:
-    batches = (x for x in data_peers.loader(paths, views, batch, workers))
+    batches = (x for x in peers.loader(paths, views, batch, workers))
     yield batches
     batches.close()  # drops torch's iterator, which ends its workers
 

@@ -9,7 +9,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 UNKNOWN = "unknown"
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-H200 = "nvidia-h200"  # its files' DEVICE: targets and predictions are for it alone
+H200 = "nvidia-h200"  # its files' DEVICE: the bounds of bench.compile are for it alone
 PACKAGES = (
     "torch", "triton", "deepspeed", "xformers", "lightly", "timm", "liger-kernel", "fla-core", "torchvision", "pillow",
 )  # fmt: skip
@@ -28,13 +28,11 @@ PACKAGES = (
 def provenance(device: torch.device, module: str) -> dict[str, Any]:
     """Commit, device, versions, command and date of a measurement that ``python -m module ...`` makes now.
 
-    Figures are worth more than what is not known of where they come from: without git the commit is UNKNOWN.
+    Without git and without FASTDINO_COMMIT the commit is recorded as UNKNOWN.
     """
     found, dirty = commit(), None
-    if found != UNKNOWN:
-        dirty = bool(
-            _printed("git", "status", "--porcelain", "--", "fastdino", "kernels", "bench/*.py", "bench/kernels")
-        )
+    if found not in (UNKNOWN, os.environ.get("FASTDINO_COMMIT")):
+        dirty = bool(_printed("git", "status", "--porcelain", "--", "fastdino", "kernels", "bench/**/*.py"))
     return {
         "commit": found,
         "dirty": dirty,
@@ -54,8 +52,8 @@ def python_path(tree: Path = ROOT) -> str:
 
 
 def commit() -> str:
-    """Of this tree, or UNKNOWN."""
-    return _printed("git", "rev-parse", "HEAD") or UNKNOWN
+    """Of this tree: what FASTDINO_COMMIT says, where a copy has no git, or git, or UNKNOWN."""
+    return os.environ.get("FASTDINO_COMMIT") or _printed("git", "rev-parse", "HEAD") or UNKNOWN
 
 
 def device_name(device: torch.device) -> str:
@@ -77,12 +75,12 @@ def write(path: Path, document: dict[str, Any]) -> None:
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def may_add(path: Path, where: str, now: dict[str, Any]) -> bool:
-    """Whether figures with the provenance ``now`` may stand beside those of ``path``, which has its under ``where``.
+def may_add(path: Path, now: dict[str, Any]) -> bool:
+    """Whether figures with the provenance ``now`` may stand beside those of ``path``.
 
     If not, a line says why: figures of other code or another device are not mixed.
     """
-    recorded = json.loads(path.read_text())[where] if path.exists() else now
+    recorded = json.loads(path.read_text())["provenance"] if path.exists() else now
     same = ("device", "driver", "threads", "versions", "sources")
     others = [key for key in same if recorded.get(key) != now[key]]
     if others:
@@ -90,14 +88,15 @@ def may_add(path: Path, where: str, now: dict[str, Any]) -> bool:
     return not others
 
 
-def add(path: Path, part: dict[str, Any], where: str, entries: str, name: Callable[[dict[str, Any]], str]) -> None:
-    """Writes ``part`` into ``path``, its entries in the place of those of the same names; see :func:`may_add`."""
+def add(path: Path, part: dict[str, Any], name: Callable[[dict[str, Any]], Hashable]) -> None:
+    """Writes ``part`` into ``path``, its cases in the place of those of the same names; see :func:`may_add`."""
     if path.exists():
         before = json.loads(path.read_text())
-        measured = {name(entry) for entry in part[entries]}
-        kept = [entry for entry in before[entries] if name(entry) not in measured]
-        commands = dict.fromkeys([*before[where]["command"].split("; "), part[where]["command"]])
-        part = before | {entries: kept + part[entries], where: before[where] | {"command": "; ".join(commands)}}
+        measured = {name(case) for case in part["cases"]}
+        kept = [case for case in before["cases"] if name(case) not in measured]
+        commands = dict.fromkeys([*before["provenance"]["command"].split("; "), part["provenance"]["command"]])
+        where = before["provenance"] | {"command": "; ".join(commands)}
+        part = {"provenance": where, "cases": kept + part["cases"]}
     write(path, part)
 
 

@@ -11,17 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import plots, targets
 from bench.kernels.case import OURS
 from bench.record import H200, RESULTS, ROOT
-from bench.targets import Target
 
 MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- bench:(\w+) -->")
 Rows = list[list[str]]
 # Cases of the compile gate that bench.kernels times at the same sizes: operation, shape, variant.
 HEADLINES = {
-    "dino_loss": ("dino_loss", targets.HEADLINE, OURS),
+    "dino_loss": ("dino_loss", "10,2,64,65536,bf16", OURS),
     "center_mean": ("center_mean", "2,64,65536,bf16", OURS),
     "prototype_weight": ("prototype_weight", "65536,256,bf16", OURS),
 }
@@ -59,12 +57,12 @@ def rewritten(text: str, results: Path) -> str:
 
 def kernels_table(results: Path) -> str:
     """One table for each device: milliseconds, share of the copy bandwidth, how many times as long the others take."""
-    return _by_device(results, "kernels", "machine_info", _kernel_rows)
+    return _by_device(results, "kernels", _kernel_rows)
 
 
 def step_table(results: Path) -> str:
     """One table for each device: images per second, MFU, memory, syncs and launches of the contenders."""
-    return _by_device(results, "step", "provenance", _step_rows)
+    return _by_device(results, "step", _step_rows)
 
 
 def counts_table(results: Path) -> str:
@@ -122,12 +120,12 @@ def demo_table(results: Path) -> str:
 
 def ceilings_table(results: Path) -> str:
     """One table for each device: what it can do at best."""
-    return _by_device(results, "ceilings", "provenance", _ceiling_rows)
+    return _by_device(results, "ceilings", _ceiling_rows)
 
 
 def attention_table(results: Path) -> str:
     """One table for each device: every way to attend, forward and backward."""
-    return _by_device(results, "attention", "provenance", _attention_rows)
+    return _by_device(results, "attention", _attention_rows)
 
 
 def data_table(results: Path) -> str:
@@ -150,38 +148,10 @@ def data_table(results: Path) -> str:
     return f"{caption}\n\n{_table(['stage', 'by', 'images/s', 'per core', 'takes'], rows)}"
 
 
-def plots_table(results: Path) -> str:
-    """The pictures that bench.plots drew from a GPU's sweep."""
-    files = [file for file in plots.files(results) if file.stem != "sweep-cpu"]
-    operations = (
-        [e["extra_info"].get("operation") for e in json.loads(files[0].read_text())["benchmarks"]] if files else []
-    )
-    names = dict.fromkeys(operation for operation in operations if operation)
-    return "\n".join(f"![{name} over sizes]({plots.name(name)})\n" for name in names) or NOT_MEASURED
-
-
-def targets_table(results: Path) -> str:
-    """Every target beside its measured value, reached or not."""
-    rows = []
-    for device, name, label in (("cuda", H200, "H200"), ("cpu", "cpu", "CPU")):
-        cases = _cases(results / f"kernels-{name}.json")
-        here = [target for target in targets.TARGETS if target.device == device]
-        rows += [[label, target.text, *_reached(target, cases)] for target in here]
-    return _table(["on", "target", "asked", "measured", "reached"], rows)
-
-
-def _cases(file: Path) -> targets.Cases:
-    """The figures in ``file``; none where there is no such file, so that no other device's stand for them."""
-    return targets.read(json.loads(file.read_text())) if file.exists() else {}
-
-
-def _reached(target: Target, cases: targets.Cases) -> list[str]:
-    asked = f"at {'most' if target.at_most else 'least'} {target.bound:g} {target.unit}"
-    try:
-        value = target.read(cases)
-    except KeyError:
-        return [asked, "not measured", "-"]
-    return [asked, f"{value:.3g} {target.unit}", "yes" if target.reached(value) else "no"]
+def _cases(file: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """Variants by operation and shape; none where there is no file, so that no other device's figures stand for it."""
+    cases = json.loads(file.read_text())["cases"] if file.exists() else []
+    return {(case["operation"], case["shape"]): case["variants"] for case in cases}
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
@@ -193,19 +163,17 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "ceilings": ceilings_table,
     "attention": attention_table,
     "data": data_table,
-    "plots": plots_table,
-    "targets": targets_table,
 }
 
 
-def _by_device(results: Path, bench: str, provenance: str, rows_of: Callable[..., tuple[list[str], Rows]]) -> str:
+def _by_device(results: Path, bench: str, rows_of: Callable[..., tuple[list[str], Rows]]) -> str:
     """GPUs first; says so when there is none."""
     files = sorted(results.glob(f"{bench}-*.json"))
     parts = [] if any(file.stem != f"{bench}-cpu" for file in files) else [NOT_MEASURED]
     for file in sorted(files, key=lambda file: file.stem == f"{bench}-cpu"):
         document = json.loads(file.read_text())
         on_gpu = file.stem != f"{bench}-cpu"
-        parts.append(f"{_caption(document[provenance], on_gpu)}\n\n{_table(*rows_of(document, on_gpu))}")
+        parts.append(f"{_caption(document['provenance'], on_gpu)}\n\n{_table(*rows_of(document, on_gpu))}")
     return "\n".join(parts)
 
 
@@ -221,25 +189,22 @@ def _state(where: dict[str, Any]) -> str:
 
 
 def _kernel_rows(document: dict[str, Any], on_gpu: bool) -> tuple[list[str], Rows]:
-    cases: dict[str, dict[str, Any]] = {}
-    for entry in document["benchmarks"]:
-        if info := entry["extra_info"]:
-            cases.setdefault(entry["group"], {})[info["variant"]] = info
     rows = []
-    for variants in cases.values():
-        ours = variants["fastdino"]
+    for case in document["cases"]:
+        variants = case["variants"]
+        ours = variants[OURS]
         compiled = [f for name, f in variants.items() if "torch.compile" in name]
         own = [name for name in variants if name.startswith(("fastdino", "reference")) or "torch.compile" in name]
         others = {name: f for name, f in variants.items() if name not in own}
         name = min(others, key=lambda other: others[other]["times_ours"]["median"], default=None)
         best = others[name] if name else None  # none: all were left out
         memory = f"{_megabytes(ours['peak_bytes'])} / {_megabytes(best['peak_bytes']) if best else '-'}"
-        row = [f"`{ours['operation']}`", ours["shape"], f"{ours['milliseconds']:.3g}"]
+        row = [f"`{case['operation']}`", case["shape"], f"{ours['milliseconds']:.3g}"]
         row += [f"{100 * ours['copy_fraction']:.0f} %", _times(variants["reference"])] if on_gpu else []
         row += [_times(compiled[0]) if compiled else "-", f"{_times(best)}, {name}" if best else "-"]
         rows.append([*row, memory])
-    device = ["of copy bandwidth", "reference takes"] if on_gpu else []
-    header = ["kernel", "sizes", "ms", *device, "torch.compile takes", "best other takes", "peak MB, ours / its"]
+    device = ["of copy bandwidth", "reference / ours"] if on_gpu else []
+    header = ["kernel", "sizes", "ms", *device, "torch.compile / ours", "best other / ours", "peak MB, ours / its"]
     return header, rows
 
 
@@ -254,7 +219,7 @@ def _step_rows(document: dict[str, Any], on_gpu: bool) -> tuple[list[str], Rows]
             rows.append([what, name, *speed, _times(f), memory, *counted])
             what = ""
     calls = "launches" if on_gpu else "aten calls"
-    header = ["step", "trainer", "ms", "images/s", "MFU", "takes", "peak MB", "host syncs", calls]
+    header = ["step", "trainer", "ms", "images/s", "MFU", "time / ours", "peak MB", "host syncs", calls]
     return header, rows
 
 
@@ -275,7 +240,7 @@ def _attention_rows(document: dict[str, Any], on_gpu: bool) -> tuple[list[str], 
             speed = [f"{f['milliseconds']:.3g}", f"{1e-12 * f['flops_per_s']:.3g}", share, _times(f)]
             rows.append([what, name, *speed, _megabytes(f["peak_bytes"])])
             what = ""
-    return ["sequences x tokens", "attention", "ms", "TFLOP/s", "of a matrix product", "takes", "peak MB"], rows
+    return ["sequences x tokens", "attention", "ms", "TFLOP/s", "of a matrix product", "time / ours", "peak MB"], rows
 
 
 def _times(figures: dict[str, Any]) -> str:

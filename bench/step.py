@@ -1,6 +1,7 @@
 """The whole training step beside a careful public peer, in the same run: same weights, views, precision.
 
-Correct first: before anything is timed, ours and the peers' losses over three steps must agree.
+Correct first: before anything is timed, ours and the peers' losses over three steps must agree. A contender that does
+not fit into the device's memory beside the others is left out by name.
 ``python -m bench.step`` writes bench/results/step-DEVICE.json.
 """
 
@@ -8,17 +9,17 @@ import argparse
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from bench.counters import KeptBytes, OpCounts, launches, peak_bytes
-from bench.peers import Peer
+from bench.peers.trainer import Peer
 from bench.record import add, may_add, provenance, result_path, write
 from bench.timing import Clock, Work, interleave, matmul_flops, paired_ratio
 from bench.workload import build_trainer, flatten_positions, random_batch, step_config, step_flops
@@ -30,10 +31,19 @@ from fastdino.model import build_network
 from fastdino.training.trainer import Trainer
 
 OURS = "fastdino"
+ENGINES: dict[str, tuple[str, int | str]] = {
+    OURS: ("deepspeed", "auto"),
+    "fastdino, ZeRO 1": ("deepspeed", 1),
+    "fastdino, ZeRO 2": ("deepspeed", 2),
+    "fastdino, torch engine": ("torch", "auto"),
+}
+PEERS = {"lightly + timm": False, "lightly + timm, torch.compile": True}  # compiled or not
+CONTENDERS = [*ENGINES, *PEERS][1:]
 ARCHS = {"cuda": ["vit_small", "vit_base"], "cpu": ["vit_tiny"]}
 ROUNDS = {"cuda": 60, "cpu": 15}
 NUM_BATCHES = 4
 CHECKED_STEPS = 3
+Made = TypeVar("Made")
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}  # of the loss, relative
 
 
@@ -52,35 +62,37 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--arch", nargs="+", help="default: ViT-S and -B on a GPU; is added to a file of the same code")
+    parser.add_argument("--contender", nargs="+", choices=CONTENDERS, help="beside fastdino; default: all of them")
+    parser.add_argument("--batch", type=int, help="images of a step")
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--no-compile", action="store_true", help="leave the compiled peer out; writes --out alone")
     parser.add_argument("--out", type=Path, help="default: bench/results/step-DEVICE.json, if nothing is changed")
     options = parser.parse_args()
     device = torch.device(options.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
     path, where = result_path("step", device), provenance(device, "bench.step")
-    changed = options.rounds or options.no_compile or options.out
-    part = bool(options.arch) and not changed and may_add(path, "provenance", where)
+    changed = options.rounds or options.contender is not None or options.batch or options.out
+    part = bool(options.arch) and not changed and may_add(path, where)
     with distributed.init("cuda" if device.type == "cuda" else "cpu") as ranks:
         rounds = options.rounds or ROUNDS[device.type]
         archs = options.arch or ARCHS[device.type]
-        cases = [measure(arch, ranks, rounds, compiled=not options.no_compile) for arch in archs]
+        others = CONTENDERS if options.contender is None else options.contender
+        cases = [measure(arch, ranks, rounds, others, options.batch) for arch in archs]
     document = {"provenance": where, "cases": cases}
     if part:
-        add(path, document, "provenance", "cases", lambda case: case["arch"])
-    elif options.out or not (options.arch or options.no_compile):
+        add(path, document, lambda case: case["arch"])
+    elif options.out or not (options.arch or changed):
         write(options.out or path, document)
     for case in cases:
         print(table(case))
     return 0
 
 
-def measure(arch: str, ranks: Ranks, rounds: int, compiled: bool) -> dict[str, Any]:
+def measure(arch: str, ranks: Ranks, rounds: int, others: Sequence[str], batch: int | None = None) -> dict[str, Any]:
     """All figures of one architecture. Raises AssertionError, and times nothing, when the losses disagree."""
-    config = step_config(arch, ranks.device)
+    config = step_config(arch, ranks.device, batch=batch)
     with tempfile.TemporaryDirectory() as folder:
-        contenders = build(config, ranks, Path(folder), compiled)
+        contenders = build(config, ranks, Path(folder), others)
         batches = [random_batch(config, ranks.device, seed) for seed in range(NUM_BATCHES)]
         losses = check(contenders, batches, config)
         works = {
@@ -122,24 +134,43 @@ def _figures(
     }
 
 
-def build(config: Config, ranks: Ranks, folder: Path, compiled: bool) -> dict[str, Contender]:
-    """Ours with each engine, the default one first, and the peer, all with the same weights."""
+def build(config: Config, ranks: Ranks, folder: Path, others: Sequence[str]) -> dict[str, Contender]:
+    """Ours and those of ``others`` that fit, all with the same weights."""
     _warm_up(ranks.device)
-    contenders, weights = {}, _start(config)
-    engines = {OURS: ("deepspeed", "auto"), "fastdino, ZeRO 1": ("deepspeed", 1), "fastdino, ZeRO 2": ("deepspeed", 2)}
-    for label, (engine, stage) in (engines | {"fastdino, torch engine": ("torch", "auto")}).items():
-        settings = step_config(config.model.arch, ranks.device, engine=engine, zero_stage=stage)
-        with (kept := KeptBytes(ranks.device)):
-            trainer = build_trainer(settings, ranks, folder / label)
-            _load(trainer, weights)
-        trained = [trainer.engine.student, trainer.engine.teacher]
-        contenders[label] = Contender(partial(_train_step, trainer), trained, kept)
-    peers = {"lightly + timm": False} | ({"lightly + timm, torch.compile": True} if compiled else {})
-    for label, compile_it in peers.items():
-        with (kept := KeptBytes(ranks.device, watch=ranks.device.type == "cuda" or not compile_it)):
-            peer = Peer(config, weights, ranks.device, compile_it)
-        contenders[label] = Contender(peer.train_step, [peer.student, peer.teacher], kept)
-    return contenders
+    weights = _start(config)
+    made = {
+        name: _if_it_fits(name, lambda n=name: _contender(n, config, ranks, folder / n, weights))  # type: ignore[misc]
+        for name in (OURS, *others)
+    }
+    return {name: contender for name, contender in made.items() if contender is not None}
+
+
+def _if_it_fits(name: str, work: Callable[[], Made]) -> Made | None:
+    """What ``work`` returns; None, with a line, where the device's memory is too small for a contender of ours."""
+    try:
+        return work()
+    except torch.OutOfMemoryError as error:
+        if name == OURS:
+            raise
+        why = str(error).splitlines()[0]
+    if torch.cuda.is_available():  # here, because the error held the tensors
+        torch.cuda.empty_cache()
+    print(f"{name} is left out: {why}")
+    return None
+
+
+def _contender(name: str, config: Config, ranks: Ranks, folder: Path, weights: dict[str, Tensor]) -> Contender:
+    if name in PEERS:
+        compiled = PEERS[name]
+        with (kept := KeptBytes(ranks.device, watch=ranks.device.type == "cuda" or not compiled)):
+            peer = Peer(config, weights, ranks.device, compiled)
+        return Contender(peer.train_step, [peer.student, peer.teacher], kept)
+    engine, stage = ENGINES[name]
+    settings = replace(config, engine=replace(config.engine, name=engine, zero_stage=stage))  # type: ignore[arg-type]
+    with (kept := KeptBytes(ranks.device)):
+        trainer = build_trainer(settings, ranks, folder)
+        _load(trainer, weights)
+    return Contender(partial(_train_step, trainer), [trainer.engine.student, trainer.engine.teacher], kept)
 
 
 def _train_step(trainer: Trainer, batch: Batch) -> Tensor:
@@ -168,19 +199,31 @@ def _load(trainer: Trainer, weights: dict[str, Tensor]) -> None:
 
 
 def check(contenders: dict[str, Contender], batches: list[Batch], config: Config) -> dict[str, list[float]]:
-    """Losses of the first steps without drop path; raises AssertionError when a peer's are not ours."""
+    """Losses of the first steps without drop path; raises AssertionError when a peer's are not ours.
+
+    A contender that does not fit leaves ``contenders``.
+    """
     losses: dict[str, list[float]] = {}
-    for name, contender in contenders.items():
-        for network in contender.networks:
-            network.eval()
-        with contender.kept:
-            losses[name] = [float(contender.step(batches[step % NUM_BATCHES])) for step in range(CHECKED_STEPS)]
-        for network in contender.networks:
-            network.train()
-        for step, (got, want) in enumerate(zip(losses[name], losses[OURS], strict=True)):
+    for name, contender in list(contenders.items()):
+        found = _if_it_fits(name, partial(_first_losses, contender, batches))
+        if found is None:
+            del contenders[name]
+            continue
+        losses[name] = found
+        for step, (got, want) in enumerate(zip(found, losses[OURS], strict=True)):
             assert abs(got - want) <= TOLERANCE[config.engine.precision] * abs(want), (
                 f"no figure: step {step} of {name} has loss {got}, ours {want}"
             )
+    return losses
+
+
+def _first_losses(contender: Contender, batches: list[Batch]) -> list[float]:
+    for network in contender.networks:
+        network.eval()
+    with contender.kept:
+        losses = [float(contender.step(batches[step % NUM_BATCHES])) for step in range(CHECKED_STEPS)]
+    for network in contender.networks:
+        network.train()
     return losses
 
 

@@ -31,6 +31,7 @@ def step_config(
     engine: str = "deepspeed",
     precision: str = "auto",
     zero_stage: int | str = "auto",
+    batch: int | None = None,
 ) -> Config:
     """DINO v1's settings at full size for a GPU; on a CPU 2 + 4 views of 96 and 48 pixels and 4096 prototypes.
 
@@ -39,7 +40,7 @@ def step_config(
     with momentum 0.9.
     """
     full = device.type == "cuda"
-    batch = 64 if full else 4
+    batch = batch or (64 if full else 4)
     if precision == "auto":
         precision = "bf16" if full else "fp32"
     return Config(

@@ -1,22 +1,46 @@
 """One call to measure: its inputs, its alternatives, the bytes that it cannot do without."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastdino_kernels.testing import assert_no_worse
 
-OURS, PLAIN = "fastdino", "reference"
+OURS, PLAIN, COMPILED = "fastdino", "reference", "torch.compile"
 # Beyond it a variant computes something else. lightly's losses need room in bf16: autocast rounds log-probabilities.
 PEER_ERROR = 0.05
 # Deviation of the random logits: cosines, as a head with frozen norms gives. Of four times as much many of the
 # teacher's probabilities would be subnormal, which slows many a CPU.
 LOGITS_STD = 0.25
 
+Function = Callable[..., Any]
+"""A computation on an operation's inputs, but for ``grad``; returns a tensor or several."""
 Bound = Callable[[], list[Tensor]]  # one call on given inputs; returns what is judged
+
+
+class Shape(NamedTuple):
+    """``10,2,64,65536,bf16`` on a device."""
+
+    text: str
+    device: torch.device
+
+    @property
+    def sizes(self) -> list[int]:
+        return [int(part) for part in self.text.split(",") if part.isdigit()]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The last part, or fp32 when none is named."""
+        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return dtypes.get(self.text.split(",")[-1], torch.float32)
+
+    def random(self, seed: int) -> Callable[..., Tensor]:
+        """torch.randn from this seed."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return lambda *size: torch.randn(*size, generator=generator, device=self.device)
 
 
 @dataclass(frozen=True)
@@ -48,6 +72,78 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.operation} {self.shape}"
+
+
+def with_gradients(function: Function, leaves: Sequence[str] = ()) -> Callable[[Any], Bound]:
+    """The call of ``function`` on a tuple of inputs, and the gradients of its result for the inputs named ``leaves``.
+
+    The inputs' ``grad``, if they have one, is the gradient that comes back. What the function is given is no leaf, like
+    the output of a layer.
+    """
+
+    def bind(inputs: Any) -> Bound:
+        names = [name for name in inputs._fields if name != "grad"]
+
+        def call() -> list[Tensor]:
+            given = (getattr(inputs, name) for name in names)
+            result = function(*(x.view_as(x) if name in leaves else x for name, x in zip(names, given, strict=True)))
+            if not leaves:
+                return [result] if isinstance(result, Tensor) else list(result)
+            wanted = [getattr(inputs, name) for name in leaves]
+            return [result.detach(), *torch.autograd.grad(result, wanted, getattr(inputs, "grad", None))]
+
+        return call
+
+    return bind
+
+
+def widened(inputs: Any) -> Any:
+    """The same inputs in float64, numbers on the device apart."""
+
+    def widen(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point() or not x.ndim:
+            return [widen(y) for y in x] if isinstance(x, list) else x
+        return x.detach().double().requires_grad_(x.requires_grad)
+
+    return type(inputs)(*map(widen, inputs))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """An operation: its usual shapes by device, the headline first, and how a shape becomes a case."""
+
+    name: str
+    shapes: dict[str, list[str]]
+    make: Callable[[Shape, int], Any]
+    """Random inputs, a NamedTuple in the order of the functions' arguments."""
+    bytes: Callable[[Shape], int]
+    ours: Function
+    reference: Function
+    others: Callable[[Shape], dict[str, Variant | Function]] = lambda shape: {}
+    compiled: Callable[[Shape], Function | None] | None = None
+    """What torch.compile is given, None for nothing; the reference by default."""
+    leaves: tuple[str, ...] = ()
+    restore: Callable[[Any], object] | None = None
+    """After a call of ours."""
+    judge: Callable[[Any, list[Tensor]], list[Tensor]] = lambda inputs, results: results
+
+    def bind(self, function: Function) -> Callable[[Any], Bound]:
+        return with_gradients(function, self.leaves)
+
+    def case(self, text: str, device: torch.device, compiled: bool) -> Case:
+        shape = Shape(text, device)
+        functions: dict[str, Variant | Function] = {PLAIN: self.reference, **self.others(shape)}
+        compile_it = self.reference if self.compiled is None else self.compiled(shape)
+        if compiled and compile_it is not None:
+            functions[COMPILED] = torch.compile(compile_it, dynamic=False)
+        variants = {OURS: Variant(self.bind(self.ours), self.restore, self.judge)}
+        for name, x in functions.items():
+            variants[name] = x if isinstance(x, Variant) else Variant(self.bind(x), judge=self.judge)
+
+        def exact(inputs: Any) -> list[Tensor]:
+            return self.judge(inputs, self.bind(self.reference)(widened(inputs))())
+
+        return Case(self.name, text, lambda seed: self.make(shape, seed), exact, variants, self.bytes(shape))
 
 
 def without_failing(case: Case) -> tuple[Case, dict[str, str]]:
@@ -94,15 +190,3 @@ def _results(case: Case, name: str) -> list[Tensor]:
 
 def _error(got: Tensor, exact: Tensor) -> float:
     return float((got.double() - exact).norm() / exact.norm())
-
-
-def generator(device: torch.device, seed: int) -> torch.Generator:
-    return torch.Generator(device).manual_seed(seed)
-
-
-def parse_shape(text: str) -> tuple[list[int], torch.dtype]:
-    """``10,2,64,65536,bf16`` -> sizes and dtype (fp32 when none is named)."""
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    parts = text.split(",")
-    dtype = dtypes[parts.pop()] if parts[-1] in dtypes else torch.float32
-    return [int(part) for part in parts], dtype

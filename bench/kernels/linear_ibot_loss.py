@@ -1,21 +1,15 @@
 """linear_ibot_loss, forward and backward: features of masked patches, gradients for them and the prototypes."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bench.kernels import ibot_loss as ibot_bench
-from bench.kernels.case import OURS, PLAIN, Bound, Case, Variant, generator, parse_shape
+from bench.kernels.case import Bench, Shape
+from bench.kernels.ibot_loss import TEMPS
 from fastdino_kernels import ibot_loss, linear_ibot_loss
 from fastdino_kernels.losses.linear_ibot_loss import linear_ibot_loss_reference
-
-TEMPS = ibot_bench.TEMPS
-SHAPES = {  # M, K, D
-    "cuda": ["3764,65536,256,bf16", "12800,131072,256,bf16"],
-    "cpu": ["1024,4096,256", "1024,4096,256,bf16"],
-}
 
 
 class Inputs(NamedTuple):
@@ -27,66 +21,39 @@ class Inputs(NamedTuple):
     weight: Tensor  # (M,)
 
 
-def cases(device: torch.device, shapes: list[str], compiled: bool) -> list[Case]:
-    return [_case(device, shape, compiled) for shape in shapes]
+def _make(shape: Shape, seed: int) -> Inputs:
+    (M, K, D), random = shape.sizes, shape.random(seed)
+    student, student_weight, teacher, teacher_weight = (
+        torch.nn.functional.normalize(random(rows, D), dim=1).to(shape.dtype) for rows in (M, K, M, K)
+    )
+    leaves = student.requires_grad_(), student_weight.requires_grad_()
+    return Inputs(*leaves, teacher, teacher_weight, 0.1 * random(K), torch.full((M,), 1 / M, device=shape.device))
 
 
-def _case(device: torch.device, shape: str, compiled: bool) -> Case:
-    (M, K, D), dtype = parse_shape(shape)
-
-    def make(seed: int) -> Inputs:
-        random: dict[str, Any] = {"generator": generator(device, seed), "device": device}
-        vectors = [torch.randn(rows, D, **random) for rows in (M, K, M, K)]
-        student, student_weight, teacher, teacher_weight = (
-            torch.nn.functional.normalize(x, dim=1).to(dtype) for x in vectors
-        )
-        weight = torch.full((M,), 1 / M, device=device)
-        center = 0.1 * torch.randn(K, **random)
-        leaves = student.requires_grad_(), student_weight.requires_grad_()
-        return Inputs(*leaves, teacher, teacher_weight, center, weight)
-
-    variants = {
-        OURS: Variant(_bind(lambda *x: linear_ibot_loss(*x, **TEMPS))),
-        PLAIN: Variant(_bind(_reference)),
-        "linear, ibot_loss": Variant(_bind(_whole)),
-        "formula": Variant(_bind(_formula)),
-    }
-    if compiled:
-        variants["formula, torch.compile"] = Variant(_bind(torch.compile(_formula, dynamic=False)))
-    # Both features and weights once, the two gradients; the products, not these bytes, set the pace.
-    num_bytes = (3 * M + 3 * K) * D * dtype.itemsize + 4 * (K + M)
-    return Case("linear_ibot_loss", shape, make, _exact, variants, num_bytes)
+def _bytes(shape: Shape) -> int:
+    """Both features and weights once, the two gradients; the products, not these bytes, set the pace."""
+    M, K, D = shape.sizes
+    return (3 * M + 3 * K) * D * shape.dtype.itemsize + 4 * (K + M)
 
 
-def _reference(*inputs: Tensor) -> Tensor:
-    return linear_ibot_loss_reference(*inputs, **TEMPS)
-
-
-def _logits(student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> tuple[Tensor, Tensor]:
-    return student @ student_weight.T, teacher @ teacher_weight.T
-
-
-def _whole(*inputs: Tensor) -> Tensor:
+def _whole(
+    student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor, center: Tensor, weight: Tensor
+) -> Tensor:
     """All logits at once, their gradient over them."""
-    return ibot_loss(*_logits(*inputs[:4]), *inputs[4:], **TEMPS, inplace_grad=True)
+    logits = student @ student_weight.T, teacher @ teacher_weight.T
+    return ibot_loss(*logits, center, weight, **TEMPS, inplace_grad=True)
 
 
-def _formula(*inputs: Tensor) -> Tensor:
-    return ibot_bench.formula(*_logits(*inputs[:4]), *inputs[4:])
-
-
-def _bind(implementation: Callable[..., Tensor]) -> Callable[[Inputs], Bound]:
-    def bind(inputs: Inputs) -> Bound:
-        def call() -> list[Tensor]:
-            loss = implementation(*inputs)
-            return [loss.detach(), *torch.autograd.grad(loss, inputs[:2])]
-
-        return call
-
-    return bind
-
-
-def _exact(inputs: Inputs) -> list[Tensor]:
-    leaves = [x.detach().double().requires_grad_() for x in inputs[:2]]
-    loss = _reference(*leaves, *(x.double() for x in inputs[2:]))
-    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+BENCH = Bench(
+    name="linear_ibot_loss",
+    shapes={  # M, K, D
+        "cuda": ["3764,65536,256,bf16", "12800,131072,256,bf16"],
+        "cpu": ["1024,4096,256", "1024,4096,256,bf16"],
+    },
+    make=_make,
+    bytes=_bytes,
+    ours=partial(linear_ibot_loss, **TEMPS),
+    reference=partial(linear_ibot_loss_reference, **TEMPS),
+    others=lambda shape: {"linear, ibot_loss": _whole},
+    leaves=("student", "student_weight"),
+)

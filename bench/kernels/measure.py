@@ -1,5 +1,6 @@
 """Measures one case: correct first, then all variants interleaved, beside a copy in the same rounds."""
 
+import importlib
 import itertools
 import statistics
 from collections.abc import Callable, Iterator
@@ -10,37 +11,15 @@ import torch
 from torch import Tensor
 
 from bench.counters import launches, peak_bytes
-from bench.kernels import (
-    adamw_ema,
-    center_mean,
-    dino_loss,
-    ema_update,
-    gather_layer_norm,
-    ibot_loss,
-    koleo_loss,
-    linear_ibot_loss,
-    prototype_weight,
-    scatter_add_scaled,
-    segment_squares,
-    sinkhorn,
-)
-from bench.kernels.case import OURS, Bound, Case, Variant, check, without_failing
-from bench.kernels.sweep import SWEEPS
+from bench.kernels.case import COMPILED, OURS, Bench, Bound, Case, Variant, check, without_failing
 from bench.timing import Clock, Work, interleave, paired_ratio
 
-OPERATIONS: dict[str, Any] = {
-    "dino_loss": dino_loss,
-    "center_mean": center_mean,
-    "ema_update_": ema_update,
-    "adamw_ema_": adamw_ema,
-    "segment_squares": segment_squares,
-    "prototype_weight": prototype_weight,
-    "ibot_loss": ibot_loss,
-    "linear_ibot_loss": linear_ibot_loss,
-    "sinkhorn": sinkhorn,
-    "koleo_loss": koleo_loss,
-    "gather_layer_norm": gather_layer_norm,
-    "scatter_add_scaled": scatter_add_scaled,
+_FILES = (
+    "dino_loss", "ibot_loss", "linear_ibot_loss", "sinkhorn", "koleo_loss", "center_mean", "adamw_ema", "ema_update",
+    "segment_squares", "prototype_weight", "gather_layer_norm", "scatter_add_scaled",
+)  # fmt: skip
+BENCHES: dict[str, Bench] = {
+    bench.name: bench for bench in (importlib.import_module(f"bench.kernels.{name}").BENCH for name in _FILES)
 }
 COPY = "copy"  # the yardstick of bandwidth
 ROUNDS = {"cuda": 200, "cpu": 25}
@@ -62,27 +41,19 @@ class NoRoom(Exception):
     """A case does not fit into the device's memory."""
 
 
-class Failed(Exception):
-    """A case that raised something unforeseen, in a line."""
+def make_cases(operations: list[str], shapes: list[str], device: torch.device, compiled: bool) -> Iterator[Case]:
+    """The cases of these operations, every operation's headline before any other shape.
 
-
-def make_cases(
-    only: str | None, shapes: list[str], device: torch.device, compiled: bool, sweep: bool = False
-) -> list[Case]:
-    """The cases of one operation or of all, at ``shapes`` or at those that each operation names for the device.
-
-    ``sweep``: at the sizes of :mod:`bench.kernels.sweep`, for the operations that have some.
+    ``shapes``: instead of those that each operation names for the device.
     """
-    cases = []
-    for name in [only] if only else SWEEPS if sweep else OPERATIONS:
-        usual = SWEEPS[name].shapes(device) if sweep else OPERATIONS[name].SHAPES[device.type]
-        cases += OPERATIONS[name].cases(device, shapes or usual, compiled)
-    return cases
+    rows = [[(name, shape) for shape in shapes or BENCHES[name].shapes[device.type]] for name in operations]
+    for name, shape in filter(None, itertools.chain.from_iterable(itertools.zip_longest(*rows))):
+        yield BENCHES[name].case(shape, device, compiled)
 
 
 def measure(case: Case, device: torch.device, rounds: int) -> Measured:
     """Raises AssertionError, and times nothing, when a result is wrong; NoRoom when memory is too small."""
-    if any("torch.compile" in name for name in case.variants):
+    if COMPILED in case.variants:
         torch.compiler.reset()  # a function that one process compiles for many sizes would at last run uncompiled
     try:
         return _measure(case, device, rounds)
@@ -115,7 +86,7 @@ def _measure(case: Case, device: torch.device, rounds: int) -> Measured:
             paired_ratio(*x) for x in ((seconds[name], [1e-3] * rounds), (seconds[COPY], seconds[name]))
         )
         # On a CPU the counters see aten calls, not what torch.compile made of them.
-        seen = device.type == "cuda" or "torch.compile" not in name
+        seen = device.type == "cuda" or name != COMPILED
         figures[name] = {
             "milliseconds": 1e3 * median,
             "times_ours": asdict(paired_ratio(seconds[name], seconds[OURS])),
@@ -124,7 +95,6 @@ def _measure(case: Case, device: torch.device, rounds: int) -> Measured:
                 "milliseconds": [alone.low, alone.high],
                 "copy_fraction": [x * case.bytes / copy_bytes for x in (beside_copy.low, beside_copy.high)],
             },
-            "least_bytes": case.bytes,
             "peak_bytes": peak_bytes(variant.bind(case.make(0)), device) if seen else None,
             "launches": launches(variant.bind(case.make(0)), device) if seen else None,
             "host_milliseconds": 1e3 * host[name],

@@ -80,9 +80,15 @@ class DataConfig(Group):
     """Processes per rank that decode and augment; 0 works in the training process."""
     max_bad: float = 0.01
     """Largest share of an epoch's images that may be unreadable; above it the run stops."""
+    max_pixels: int = 178956970
+    """Largest image that is decoded, in pixels; a larger one counts as unreadable. Default: Pillow's limit."""
+    bits: int = 16
+    """Bits that 16-bit gray images use: 12 for the files of many cameras and microscopes."""
 
     def check(self) -> None:
         self.require(self.num_images >= 1, "num_images", "at least 1")
         self.require(self.image_size >= 8, "image_size", "at least 8 pixels", "objects must show")
         self.require(self.num_workers >= 0, "num_workers", "0 or more")
         self.require(0 <= self.max_bad <= 1, "max_bad", "a share in [0, 1]")
+        self.require(self.max_pixels >= 1, "max_pixels", "at least 1")
+        self.require(8 <= self.bits <= 16, "bits", "in [8, 16]", "8 of them are kept")

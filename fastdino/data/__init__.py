@@ -3,18 +3,17 @@
 from fastdino.data.batch import Batch, Masks
 from fastdino.data.loader import BadData, TrainBatches, labelled_batches, train_batches
 from fastdino.data.sources.decode import BadImage
-from fastdino.data.sources.folder import FolderSource
+from fastdino.data.sources.folder import FolderSource, split_folders
 from fastdino.data.sources.shapes import ShapesSource
 from fastdino.data.sources.source import Source, open_source
 from fastdino.data.views import normalize
-from fastdino.data.workers import Interrupted, WorkerDied
+from fastdino.data.workers import WorkerDied
 
 __all__ = [
     "BadData",
     "BadImage",
     "Batch",
     "FolderSource",
-    "Interrupted",
     "Masks",
     "ShapesSource",
     "Source",
@@ -23,5 +22,6 @@ __all__ = [
     "labelled_batches",
     "normalize",
     "open_source",
+    "split_folders",
     "train_batches",
 ]

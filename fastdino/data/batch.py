@@ -27,7 +27,7 @@ class Batch:
     masks: Masks | None = None
     """None: every patch is seen."""
     bad: list[str] = field(default_factory=list)
-    """Names of images that could not be read; others stand in for them."""
+    """Name and reason of each image that could not be read; others stand in for them."""
 
     def pin_memory(self) -> "Batch":
         """The same in page-locked memory, from which a GPU copies while it computes. DataLoader calls this."""

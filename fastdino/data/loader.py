@@ -1,7 +1,7 @@
 """Batches of views for training, and labelled images for evaluation."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -51,17 +51,17 @@ class _Views(Dataset[Batch]):
         return Batch(groups, bad=bad)
 
     def _read(self, epoch: int, index: int, bad: list[str]) -> Image.Image | BadImage:
-        """Image ``index``, or the first readable one of a random row; names those that were not in ``bad``."""
+        """Image ``index``, or the first readable one of a random row; what was not readable is added to ``bad``."""
         try:
             return self.source.read(index)[0]
         except BadImage as error:
-            bad.append(error.name)
+            bad.append(f"{error.name}: {error.reason}")
         row = random_bits(Purpose.REPLACEMENT, self.seed, epoch, index, _MAX_ATTEMPTS) % np.uint64(len(self.source))
         for candidate in row.tolist():
             try:
                 return self.source.read(candidate)[0]
             except BadImage as error:
-                bad.append(error.name)
+                bad.append(f"{error.name}: {error.reason}")
                 last = error
         return last
 
@@ -81,7 +81,8 @@ class TrainBatches:
         self.plan, self.max_bad, self.device = plan, max_bad, device
         self._batches = batches
         self._made = start_step * plan.accumulate  # micro batches since the run's start
-        self._bad: list[str] = []  # names, of the present epoch, as far as this process read it
+        self.num_bad = 0  # images that could not be read, since this process began
+        self._bad: list[str] = []  # those of the present epoch, as far as this process read it
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: Batch | None = None  # on its way to the device
 
@@ -89,7 +90,7 @@ class TrainBatches:
         return self
 
     def __next__(self) -> Batch:
-        """The next micro batch, on the device. Raises BadData, WorkerDied and Interrupted."""
+        """The next micro batch, on the device. Raises BadData and WorkerDied."""
         if self._stream is None:
             return self._next_on_host().to(self.device)
         batch = self._ahead or self._upload()
@@ -120,13 +121,16 @@ class TrainBatches:
         if self._made % (self.plan.accumulate * self.plan.steps_per_epoch) == 0:
             self._bad = []
         self._made += 1
+        self.num_bad += len(bad)
         self._bad += bad
+        for image in bad:
+            log.warning("skipped an image that cannot be read: %s", image)
         in_epoch = self.plan.steps_per_epoch * self.plan.accumulate * self.plan.local_batch
         if len(self._bad) > self.max_bad * in_epoch:
             raise BadData(
                 f"{len(self._bad)} of an epoch's {in_epoch} images on this rank could not be read, more than "
-                f"data.max_bad={self.max_bad:g} allows: {', '.join(self._bad[:_NAMED])}"
-                f"{', ...' if len(self._bad) > _NAMED else ''}. Mend or delete them, or raise data.max_bad"
+                f"data.max_bad={self.max_bad:g} allows: {'; '.join(self._bad[:_NAMED])}"
+                f"{'; ...' if len(self._bad) > _NAMED else ''}. Mend or delete them, or raise data.max_bad"
             )
 
 
@@ -138,17 +142,12 @@ def train_batches(
     world_size: int,
     start_step: int,
     device: torch.device,
-    interrupted: Callable[[], bool] = lambda: False,
 ) -> TrainBatches:
     """This rank's micro batches from ``start_step`` on, ``config.engine.accumulate`` per step, on ``device``, endless.
 
     A batch is a pure function of (config, source, step, micro batch, rank): it does not depend on the number of workers
     or on where the run was resumed. On a GPU the next batch is copied on a stream of its own while one is in use.
-    An unreadable image is replaced by another; its name is in ``Batch.bad``.
-
-    Args:
-        interrupted: whether the process was asked to stop. A wait for a batch that goes on for 4 more seconds then ends
-            with Interrupted, so a read that hangs cannot hold up the end; without workers it can.
+    An unreadable image is replaced by another, counted, logged and named in ``Batch.bad``.
 
     Raises ConfigError when the source does not fill a global batch, WorkerDied when no worker can be started.
     """
@@ -163,9 +162,7 @@ def train_batches(
     num_workers = affordable(config.data.num_workers)
     if num_workers < config.data.num_workers and rank == 0:
         log.info("data.num_workers=%d lowered to %d, what this process can use", config.data.num_workers, num_workers)
-    batches = MadeAhead(
-        _Views(config, source), num_workers, interrupted, batch_sampler=keys, pin_memory=device.type == "cuda"
-    )
+    batches = MadeAhead(_Views(config, source), num_workers, batch_sampler=keys, pin_memory=device.type == "cuda")
     return TrainBatches(batches, plan, start_step, config.data.max_bad, device)
 
 

@@ -26,7 +26,7 @@ from fastdino.config import UserError
 log = logging.getLogger(__name__)
 
 _NOTE_SIZE = 500  # bytes in which a worker says what ended it
-_PATIENCE = 4  # seconds that a wait may go on after the process was asked to stop
+_HANGING = 2  # seconds without a batch after which a wait that is broken off may have to do with a read that hangs
 _LONG = 60  # seconds without a batch that are worth a warning
 
 
@@ -38,10 +38,6 @@ class WorkerDied(UserError, RuntimeError):
             f"{what}. Most often memory ran out, or shared memory did (a container's /dev/shm: docker run --shm-size), "
             "or the limit of open files was reached (ulimit -n). Raise it, or lower data.num_workers or run.local_batch"
         )
-
-
-class Interrupted(Exception):
-    """No batch came although the process was asked to stop: something hangs, such as a read from a network disk."""
 
 
 def affordable(wanted: int) -> int:
@@ -63,17 +59,12 @@ class MadeAhead:
     They end when it is closed, dropped, or at the latest soon after this process ends.
 
     Args:
-        interrupted: asked once a second while no batch comes; after 4 seconds of yes the wait ends with
-            :class:`Interrupted`. Without workers nothing can be asked while a read hangs.
         options: further arguments of DataLoader.
 
     Raises WorkerDied, when made and from ``next``, for all that fails between a worker and this process.
     """
 
-    def __init__(
-        self, dataset: "Dataset[Any]", num_workers: int, interrupted: Callable[[], bool] = lambda: False, **options: Any
-    ) -> None:
-        self._interrupted = interrupted
+    def __init__(self, dataset: "Dataset[Any]", num_workers: int, **options: Any) -> None:
         self._note = mmap.mmap(-1, _NOTE_SIZE)  # shared with the workers
         loader = DataLoader(
             dataset,
@@ -97,7 +88,6 @@ class MadeAhead:
         return self
 
     def __next__(self) -> Any:
-        asked = 0
         for seconds in count(1):
             try:
                 return next(self._batches)
@@ -110,10 +100,10 @@ class MadeAhead:
                     what = f"no batch came from the data workers ({self._cause(self._batches, error)})"
                     _kill(self._batches)
                     raise WorkerDied(what) from error
-            asked += self._interrupted()
-            if asked > _PATIENCE:
-                _kill(self._batches)
-                raise Interrupted(f"no batch came for {seconds} s")
+            except BaseException:  # a signal's; closing would wait in vain for a worker that hangs in a read
+                if seconds > _HANGING:
+                    _kill(self._batches)
+                raise
             if seconds == _LONG:
                 log.warning(
                     "no batch for %d seconds: reading images hangs, or the data workers are far too slow", _LONG
@@ -150,9 +140,10 @@ def _pinning_ended(batches: _MultiProcessingDataLoaderIter) -> bool:
     return batches._pin_memory and not batches._pin_memory_thread.is_alive()
 
 
-def _kill(batches: _MultiProcessingDataLoaderIter) -> None:
-    for worker in batches._workers:
-        worker.kill()  # they do not listen to SIGTERM
+def _kill(batches: Any) -> None:
+    if isinstance(batches, _MultiProcessingDataLoaderIter):
+        for worker in batches._workers:
+            worker.kill()  # they do not listen to SIGTERM
 
 
 def _end_half_made(error: OSError) -> None:
@@ -181,8 +172,8 @@ def _set_up_worker(note: mmap.mmap, trainer: int, _: int) -> None:
     A batch is handed over by a thread that would print what fails, drop the batch and live on, while the trainer
     waits for ever; so does the thread that hands over shared memory. Here both end the process, which is seen.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     failed = partial(_leave, note)
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(failed)  # type: ignore[attr-defined]
     sys.excepthook = partial(_leave_unless_hung_up, failed)

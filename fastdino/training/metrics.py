@@ -1,5 +1,6 @@
 """What a run reports: a progress bar, metrics.jsonl and TensorBoard."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -123,6 +124,7 @@ class Metrics:
 
     def _drop_after(self, step: int) -> None:
         """Keeps the whole lines of steps up to ``step``; a killed run or a power cut leaves others."""
+        temporary = self.path.with_name(f".{self.path.name}")
         try:
             lines = self.path.read_bytes().splitlines() if self.path.exists() else []
             parsed = [_parse(line) for line in lines]
@@ -132,10 +134,11 @@ class Metrics:
                 log.warning("%s: dropped %d lines that are not whole: %.60r", self.path, len(broken), broken[0])
             self.last = {k: v for values in parsed if values and values["step"] <= step for k, v in values.items()}
             if len(kept) < len(lines):
-                temporary = self.path.with_name(f".{self.path.name}")
                 temporary.write_bytes(b"".join(line + b"\n" for line in kept))
                 os.replace(temporary, self.path)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
             self._warn(str(self.path), error, "lines of steps to come may stand there twice")
 
     def _warn(self, what: str, error: OSError, meaning: str) -> None:

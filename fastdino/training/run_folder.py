@@ -200,6 +200,8 @@ class RunFolder:
             raise ConfigError(f"run.dir={str(folder)!r} has files but no config.json: choose an empty or a new folder")
 
     def _write_config(self) -> None:
+        if self.config == self.config_before:
+            return
         temporary = self.path / ".config.json"
         try:
             temporary.write_text(self.config.to_json() + "\n")

@@ -77,10 +77,9 @@ class Trainer:
         if folder:
             ranks.on_main(self._open_knn)  # what is wrong with its images is said now, not in hours
         newest = folder.newest() if folder else None
-        # A checkpoint holds all weights: those that the run started from may be gone.
-        start = replace(config, model=replace(config.model, weights=None)) if newest else config
         torch.manual_seed(config.run.seed)
-        student, teacher = build_network(start), build_network(start, teacher=True)
+        # A checkpoint holds all weights: those that the run started from may be gone.
+        student, teacher = (build_network(config, teacher=role, load=not newest) for role in (False, True))
         self.shapes = {name: list(p.shape) for name, p in student.named_parameters()}
         self.engine = build_engine(config, student, teacher, ranks)
         target = Centering(config.head.num_prototypes, config.loss.center_momentum, config.engine.accumulate, ranks)
@@ -93,7 +92,6 @@ class Trainer:
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.total_steps = self.steps_per_epoch * config.run.epochs
         self.schedules = Schedules(config, self.steps_per_epoch, self.global_batch)
-        self.num_bad = 0
 
     # ------------------------------------------------------------------------------------------------ one step
 
@@ -171,7 +169,7 @@ class Trainer:
         started = time.perf_counter()
         try:
             with notice.interruptible():  # a read that hangs must not keep the process from ending
-                batches = [self._count_bad(next(self.batches)) for _ in range(self.config.engine.accumulate)]
+                batches = [next(self.batches) for _ in range(self.config.engine.accumulate)]
         except Interrupted:
             if self.ranks.world_size == 1:
                 self._preempt()
@@ -222,7 +220,7 @@ class Trainer:
             schedule = {"lr": now.lr, "weight_decay": now.weight_decay, "momentum": now.momentum}
             more = {"teacher_temp": now.teacher_temp, "grad_norm": float(self.engine.grad_norm)}
             failed = self.folder.failed_saves if self.folder else 0
-            counts = {"skipped_steps": skipped, "bad_images": self.num_bad, "failed_saves": failed}
+            counts = {"skipped_steps": skipped, "bad_images": self.batches.num_bad, "failed_saves": failed}
             metrics.report(self.step, values, epoch=epoch, **schedule, **more, **counts)
             for alarm in health.check(values, first_epoch=epoch < 1):
                 metrics.say(f"step {self.step}: {alarm}")
@@ -262,12 +260,6 @@ class Trainer:
             reading = Reading(size=config.views.global_size, normalize=config.data.normalize)
             batch, workers = config.run.local_batch, config.data.num_workers
             self.online_knn = OnlineKnn(root, config.data.image_size, reading, batch=batch, num_workers=workers)
-
-    def _count_bad(self, batch: Batch) -> Batch:
-        self.num_bad += len(batch.bad)
-        for name in batch.bad:
-            log.warning("skipped an image that cannot be read: %s", name)
-        return batch
 
     # ------------------------------------------------------------------------------------------------ its folder
 

@@ -9,7 +9,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import attention, report
+from bench import report
+from bench.kernels import attention
 from bench.kernels.case import OURS, PLAIN, Variant, check, without_failing
 
 CPU = torch.device("cpu")
@@ -69,7 +70,7 @@ def test_what_cannot_run_is_left_out(monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_command_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "attention-cpu.json"
     arguments = f"--device cpu --rounds 3 --shape {SHAPE} --out {out}"
-    monkeypatch.setattr("sys.argv", ["bench.attention", *arguments.split()])
+    monkeypatch.setattr("sys.argv", ["bench.kernels.attention", *arguments.split()])
     assert attention.main() == 0
     (case,) = json.loads(out.read_text())["cases"]
     table = report.attention_table(tmp_path)

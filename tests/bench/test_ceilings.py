@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import ceilings, report
+from bench import report
+from bench.kernels import ceilings
 
 CPU = torch.device("cpu")
 
@@ -64,7 +65,7 @@ def test_no_rate_of_a_wrong_result() -> None:
 
 def test_command_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "ceilings-cpu.json"
-    monkeypatch.setattr("sys.argv", ["bench.ceilings", "--device", "cpu", "--rounds", "3", "--out", str(out)])
+    monkeypatch.setattr("sys.argv", ["bench.kernels.ceilings", "--device", "cpu", "--rounds", "3", "--out", str(out)])
     assert ceilings.main() == 0
     document = json.loads(out.read_text())
     assert {"commit", "device", "versions", "date"} <= document["provenance"].keys()

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from bench import data, data_peers, report
+from bench import data, report
+from bench.peers import views as peers
 from bench.record import write
 from fastdino.config import ViewsConfig
 
@@ -40,19 +41,19 @@ def test_files_are_made_alike_and_differ(paths: list[Path], tmp_path: Path) -> N
 
 def test_no_figure_when_a_pixel_differs(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     data.check(paths, VIEWS)
-    monkeypatch.setattr(data_peers, "SOLARIZE_THRESHOLD", 127)
+    monkeypatch.setattr(peers, "SOLARIZE_THRESHOLD", 127)
     with pytest.raises(AssertionError, match="no figure: view 1 of image"):
         data.check(paths, ViewsConfig(global_size=32, local_size=16, num_local=2, solarize=1.0))
 
 
 def test_no_figure_beside_a_peer_that_makes_other_views(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    right = data_peers.multi_crop
+    right = peers.multi_crop
     for wrong, message in (
         (lambda views: views[:-1], "torchvision makes views of other sizes"),
         (lambda views: [view // 2 for view in views], "mean of the views by torchvision is"),
     ):
         monkeypatch.setattr(
-            data_peers, "multi_crop", lambda *args, of=wrong, **kw: lambda image: of(right(*args, **kw)(image))
+            peers, "multi_crop", lambda *args, of=wrong, **kw: lambda image: of(right(*args, **kw)(image))
         )
         with pytest.raises(AssertionError, match=f"no figure: {message}"):
             data.check(paths, VIEWS)
@@ -60,11 +61,11 @@ def test_no_figure_beside_a_peer_that_makes_other_views(paths: list[Path], monke
 
 def test_random_transforms_act_as_often_as_ours(paths: list[Path]) -> None:
     """Gray views, which nothing but the drawn grayscale makes here: every one, or none."""
-    image = {False: data_peers.read_pil(paths[0]), True: data_peers.read_tensor(paths[0])}
+    image = {False: peers.read_pil(paths[0]), True: peers.read_tensor(paths[0])}
     for tensors in (False, True):
         for share in (0.0, 1.0):
             config = ViewsConfig(global_size=32, local_size=16, num_local=1, grayscale=share)
-            views = data_peers.multi_crop(config, tensors=tensors)(image[tensors])
+            views = peers.multi_crop(config, tensors=tensors)(image[tensors])
             gray = [bool((view == view[:1]).all()) for view in views]
             assert gray == [bool(share)] * 3
             assert [tuple(view.shape) for view in views] == [(3, 32, 32), (3, 32, 32), (3, 16, 16)]

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from bench.kernels.case import OURS, PLAIN, Case, Variant, check
-from bench.kernels.measure import OPERATIONS, make_cases, measure, num_inputs
+from bench.kernels.measure import BENCHES, NoRoom, make_cases, measure, num_inputs
 from tests.bench.conftest import Python
 
 CPU = torch.device("cpu")
@@ -28,16 +29,20 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+def small(operation: str, shape: str) -> Case:
+    return BENCHES[operation].case(shape, CPU, compiled=False)
+
+
+@pytest.mark.parametrize("operation", BENCHES)
 def test_variants_agree(operation: str) -> None:
-    for case in make_cases(operation, SMALL[operation], CPU, compiled=False):
+    for case in (small(operation, shape) for shape in SMALL[operation]):
         assert len(case.variants) >= 3
         assert check(case)[OURS] < 1e-2
 
 
 def test_bytes_are_the_least_that_any_implementation_moves() -> None:
     """Student read, gradient written, teacher and center read."""
-    (case,) = make_cases("dino_loss", ["4,2,3,100,bf16"], CPU, compiled=False)
+    case = small("dino_loss", "4,2,3,100,bf16")
     assert case.bytes == 2 * (4 + 4 + 2) * 3 * 100 + 4 * 100
     assert num_inputs(case, CPU) * case.bytes >= 3 * 2**25
 
@@ -58,7 +63,7 @@ def spoiled(case: Case, name: str, factor: float) -> Case:
 )
 def test_no_figure_from_a_wrong_result(name: str, factor: float, message: str) -> None:
     """Ours is held to plain torch's own error, a peer to computing the same thing."""
-    (case,) = make_cases("center_mean", ["2,3,100"], CPU, compiled=False)
+    case = small("koleo_loss", "2,10,32")
     with pytest.raises(AssertionError, match=message):
         measure(spoiled(case, name, factor), CPU, rounds=3)
 
@@ -67,66 +72,101 @@ def test_a_peer_that_raises_costs_no_figure_of_ours(capsys: pytest.CaptureFixtur
     def broken(inputs: object) -> object:
         raise RuntimeError("no such kernel\nand more words")
 
-    (case,) = make_cases("center_mean", ["2,3,100"], CPU, compiled=False)
+    case = small("koleo_loss", "2,10,32")
     wrong = Variant(broken)  # type: ignore[arg-type]
     found = measure(dataclasses.replace(case, variants={**case.variants, "lightly": wrong}), CPU, rounds=3)
     assert set(found.figures) == {OURS, PLAIN}
     assert found.left_out == {"lightly": "RuntimeError: no such kernel"}
-    line = "center_mean 2,3,100: lightly is left out: RuntimeError: no such kernel\n"
+    line = "koleo_loss 2,10,32: lightly is left out: RuntimeError: no such kernel\n"
     assert capsys.readouterr().out == line
     with pytest.raises(RuntimeError, match="no such kernel"):
         measure(dataclasses.replace(case, variants={**case.variants, OURS: wrong}), CPU, rounds=3)
 
 
-BROKEN = """
-import os, sys
-from dataclasses import replace
-from bench.kernels import center_mean, measure
-from bench.kernels.__main__ import main
-make, once = center_mean._case, measure._measure
-def broken(device, shape, compiled):
-    def fail(inputs): raise RuntimeError("no such kernel")
-    case, name = make(device, shape, compiled), "lightly" if shape == "2,3,100" else "fastdino"
-    return replace(case, variants={**case.variants, name: replace(case.variants[name], bind=fail)})
-def counted(case, *args):
-    open(os.environ["SEEN"], "a").write(case.shape + ";")
-    return once(case, *args)
-center_mean._case, measure._measure = broken, counted
-sys.exit(main())
-"""
+def test_what_does_not_fit_is_said() -> None:
+    def full(seed: int) -> torch.Tensor:
+        raise torch.OutOfMemoryError("Tried to allocate 9 GiB.\nMore words")
+
+    with pytest.raises(NoRoom, match=r"^koleo_loss 2,10,32: Tried to allocate 9 GiB\.$") as caught:
+        measure(dataclasses.replace(small("koleo_loss", "2,10,32"), make=full), CPU, rounds=3)
+    assert caught.value.__context__ is None, "the error would keep the tensors of the case"
 
 
-def test_a_case_that_fails_is_not_measured_again(tmp_path: Path, python: Python) -> None:
-    out = tmp_path / "out.json"
-    arguments = "--only center_mean --shape 2,3,100 1,2,64 --rounds 3 --device cpu --no-compile --out"
-    done = python("-c", BROKEN, *arguments.split(), str(out), SEEN=str(tmp_path / "seen"))
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert (tmp_path / "seen").read_text() == "2,3,100;1,2,64;"
-    assert "center_mean 2,3,100: lightly is left out: RuntimeError: no such kernel" in done.stdout
-    assert "no figure, because a call failed: RuntimeError: no such kernel" in done.stdout
-    kept = [entry["extra_info"].get("variant") for entry in json.loads(out.read_text())["benchmarks"]]
-    assert kept == [OURS, PLAIN, None], "and the copy"
+def test_headlines_come_first() -> None:
+    """What a visit has no time for is the least of it."""
+    names = [case.name for case in make_cases(["dino_loss", "adamw_ema_", "koleo_loss"], [], CPU, compiled=False)]
+    assert names == [
+        "dino_loss 10,2,8,4096", "adamw_ema_ 150,2200000", "koleo_loss 2,64,384", "dino_loss 10,2,8,4096,bf16",
+        "koleo_loss 2,64,1024,bf16",
+    ]  # fmt: skip
 
 
 def test_measure() -> None:
-    (case,) = make_cases("dino_loss", ["4,2,3,512"], CPU, compiled=False)
+    case = small("koleo_loss", "2,10,32")
     found = measure(case, CPU, rounds=5)
     assert set(found.figures) == set(case.variants)
     assert all(len(seconds) == 5 for seconds in found.seconds.values())
     ours, plain = found.figures[OURS], found.figures[PLAIN]
     assert ours["times_ours"] == {"median": 1.0, "low": 1.0, "high": 1.0}
-    assert ours["peak_bytes"] < plain["peak_bytes"], "the gradient is written in place"
+    assert ours["peak_bytes"] == plain["peak_bytes"], "a CPU runs the reference"
     assert 0 < ours["copy_fraction"] < 2
 
 
-def test_command_writes_the_json_of_pytest_benchmark(tmp_path: Path, python: Python) -> None:
+KERNELS = """
+import sys
+from dataclasses import replace
+from bench.kernels import measure
+from bench.kernels.__main__ import main
+from bench.kernels.case import Bench
+def failing(function):
+    def fail(*inputs): raise RuntimeError("no such kernel")
+    return fail
+for name in sys.argv.pop().split(","):
+    measure.BENCHES[name] = replace(measure.BENCHES[name], ours=failing(name))
+sys.exit(main())
+"""
+
+
+def entries(path: Path) -> dict[str, dict[str, Any]]:
+    """The cases of a result file, by operation."""
+    return {case["operation"]: case for case in json.loads(path.read_text())["cases"]}
+
+
+def test_the_file_has_every_case_that_is_right(tmp_path: Path, python: Python) -> None:
+    """A call that fails costs the exit code and its own figures, and not those of the others."""
     out = tmp_path / "out.json"
-    arguments = "--only center_mean --shape 2,3,100 --rounds 3 --device cpu --no-compile --out"
-    done = python("-m", "bench.kernels", *arguments.split(), str(out))
+    arguments = "--only segment_squares koleo_loss --rounds 3 --device cpu --no-compile --out"
+    done = python("-c", KERNELS, *arguments.split(), str(out), "koleo_loss")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "koleo_loss 2,64,384: no figure, because a call failed: RuntimeError: no such kernel" in done.stdout
+    assert {"commit", "dirty", "device", "versions", "command", "date"} <= json.loads(out.read_text())[
+        "provenance"
+    ].keys()
+    (case,) = entries(out).values()
+    assert (case["operation"], case["rounds"]) == ("segment_squares", 3)
+    assert set(case["variants"]) == {OURS, PLAIN, "torch._foreach_norm"}
+
+
+def test_time_runs_out(tmp_path: Path, python: Python) -> None:
+    out = tmp_path / "out.json"
+    done = python("-m", "bench.kernels", *["--device", "cpu", "--seconds", "0", "--no-compile", "--out"], str(out))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("no time left for dino_loss 10,2,8,4096, ibot_loss 64,4096")
+    assert not out.exists()
+
+
+def test_profile_times_nothing(python: Python) -> None:
+    done = python(
+        "-m", "bench.kernels", *["--device", "cpu", "--only", "koleo_loss", "--shape", "2,10,32", "--profile"]
+    )
+    assert (done.returncode, done.stdout) == (0, "koleo_loss 2,10,32: profiled\n"), done.stderr
+
+
+def test_pytest_benchmark_times_the_kernels(tmp_path: Path, python: Python) -> None:
+    out = tmp_path / "out.json"
+    arguments = ["-m", "pytest", "bench/kernels", "-k", "segment_squares", "-p", "no:cacheprovider"]
+    done = python(*arguments, f"--benchmark-json={out}")
     assert done.returncode == 0, done.stdout + done.stderr
-    document = json.loads(out.read_text())
-    assert {"commit", "dirty", "device", "versions", "command", "date"} <= document["machine_info"].keys()
-    entries = {e["extra_info"].get("variant"): e for e in document["benchmarks"]}
-    assert entries[OURS]["stats"]["rounds"] == 3
-    milliseconds = entries[OURS]["extra_info"]["milliseconds"]
-    assert entries[OURS]["stats"]["median"] == pytest.approx(1e-3 * milliseconds), "the rounds are those measured"
+    found = {entry["extra_info"]["variant"]: entry["stats"] for entry in json.loads(out.read_text())["benchmarks"]}
+    assert set(found) == {OURS, PLAIN, "torch._foreach_norm"}
+    assert all(stats["rounds"] == 20 and stats["median"] > 1e-5 for stats in found.values()), "its own timer"

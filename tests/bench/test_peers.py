@@ -16,7 +16,7 @@ STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.04
 
 
 def with_peer(shape: str, loss: peers_triton.RowLoss) -> Case:
-    (case,) = ibot_loss.cases(DEVICE, [shape], False)
+    case = ibot_loss.BENCH.case(shape, DEVICE, compiled=False)
     return dataclasses.replace(case, variants=case.variants | {"peer": ibot_loss.divergence(loss)})
 
 

@@ -35,6 +35,17 @@ def test_no_figure_is_lost_for_want_of_a_commit(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.usefixtures("without_git")
+def test_a_copy_without_git_is_told_its_commit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FASTDINO_COMMIT", "0" * 40)
+    where = record.provenance(CPU, "bench.x")
+    assert (where["commit"], where["dirty"]) == ("0" * 40, None)
+    assert report._state(where).startswith("commit 000000000, ")
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("without_git")
 def test_compare_needs_git_and_says_so_at_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -60,9 +71,8 @@ def test_a_child_finds_what_its_parent_found(tmp_path: Path, monkeypatch: pytest
 
 
 def test_kernels_write_their_file_without_git(tmp_path: Path, python: Python) -> None:
-    """pytest-benchmark asks git too."""
     out = tmp_path / "out.json"
-    arguments = f"--only center_mean --shape 2,3,100 --rounds 3 --device cpu --no-compile --out {out}"
+    arguments = f"--only koleo_loss --shape 2,10,32 --rounds 3 --device cpu --no-compile --out {out}"
     done = python("-m", "bench.kernels", *arguments.split(), GIT_DIR=str(tmp_path / "none"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert '"commit": "unknown"' in out.read_text()
@@ -76,13 +86,13 @@ def document(command: str, **entries: int) -> dict[str, object]:
 
 def test_a_part_takes_the_place_of_its_own_entries_alone(tmp_path: Path) -> None:
     path = tmp_path / "x-cpu.json"
-    assert record.may_add(path, "provenance", record.provenance(CPU, "bench.x")), "a part may come first"
+    assert record.may_add(path, record.provenance(CPU, "bench.x")), "a part may come first"
     for part in (document("one", a=1, b=2), document("two", b=3), document("two", b=4)):
-        record.add(path, part, "provenance", "cases", lambda case: case["name"])
+        record.add(path, part, lambda case: case["name"])
     found = json.loads(path.read_text())
     assert [(case["name"], case["figure"]) for case in found["cases"]] == [("a", 1), ("b", 4)]
     assert found["provenance"]["command"] == "one; two"
-    assert record.may_add(path, "provenance", record.provenance(CPU, "bench.x"))
+    assert record.may_add(path, record.provenance(CPU, "bench.x"))
 
 
 @pytest.mark.parametrize("key", ["device", "driver", "threads", "versions", "sources"])
@@ -91,7 +101,7 @@ def test_figures_of_different_origin_are_not_mixed(
 ) -> None:
     now = record.provenance(CPU, "bench.x")
     record.write(tmp_path / "x-cpu.json", {"provenance": {**now, key: "another"}})
-    assert not record.may_add(tmp_path / "x-cpu.json", "provenance", now)
+    assert not record.may_add(tmp_path / "x-cpu.json", now)
     assert f"x-cpu.json is of other {key} and stays as it is" in capsys.readouterr().out
 
 
@@ -110,9 +120,9 @@ PARTS = """
 import sys
 from pathlib import Path
 from bench.kernels import __main__ as kernels
-from bench.kernels.measure import OPERATIONS, ROUNDS
-for name, shape in (("center_mean", "2,3,100"), ("segment_squares", "5,400")):
-    OPERATIONS[name].SHAPES["cpu"] = [shape]
+from bench.kernels.measure import BENCHES, ROUNDS
+for name, shape in (("koleo_loss", "2,10,32"), ("segment_squares", "5,400")):
+    BENCHES[name].shapes["cpu"] = [shape]
 path, ROUNDS["cpu"] = Path(sys.argv.pop()), int(sys.argv.pop())
 kernels.result_path = lambda bench, device: path
 sys.exit(kernels.main())
@@ -122,14 +132,14 @@ sys.exit(kernels.main())
 def test_kernels_in_parts(tmp_path: Path, python: Python) -> None:
     path = tmp_path / "kernels-cpu.json"
     for name, rounds, options in (
-        ("center_mean", 3, []),
+        ("koleo_loss", 3, []),
         ("segment_squares", 3, []),
-        ("center_mean", 4, []),
+        ("koleo_loss", 4, []),
         ("segment_squares", 3, ["--rounds", "5"]),  # not the usual rounds: measured, and not added
     ):
         arguments = ["--only", name, "--device", "cpu", *options, str(rounds), str(path)]
         done = python("-c", PARTS, *arguments, TORCHDYNAMO_DISABLE="1")  # compiling is slow
         assert done.returncode == 0, done.stdout + done.stderr
-    rounds = {entry["group"]: entry["stats"]["rounds"] for entry in json.loads(path.read_text())["benchmarks"]}
-    assert rounds == {"segment_squares 5,400": 3, "center_mean 2,3,100": 4}
+    rounds = {case["operation"]: case["rounds"] for case in json.loads(path.read_text())["cases"]}
+    assert rounds == {"segment_squares": 3, "koleo_loss": 4}
     assert [file.name for file in tmp_path.iterdir()] == ["kernels-cpu.json"]

@@ -1,6 +1,5 @@
 """The step's FLOPs, the peer that computes the same, the verdicts of compare, and the tables."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import plots, report, step
+from bench import record, report, step
 from bench.compare import verdict
 from bench.counters import KeptBytes
 from bench.record import RESULTS
@@ -33,7 +32,8 @@ def test_peer_trains_like_ours_and_flops_are_counted(
     ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = step.step_config("vit_nano", CPU, engine="torch")
-    contenders = step.build(config, ranks, tmp_path, compiled=False)
+    others = [name for name in step.CONTENDERS if "torch.compile" not in name]
+    contenders = step.build(config, ranks, tmp_path, others)
     batches = [random_batch(config, CPU, seed) for seed in range(step.NUM_BATCHES)]
     losses = step.check(contenders, batches, config)
     assert len(set(losses[step.OURS])) == step.CHECKED_STEPS, "the steps differ, so equal losses mean equal updates"
@@ -56,6 +56,26 @@ def test_no_figure_when_losses_disagree() -> None:
     }
     with pytest.raises(AssertionError, match=r"no figure: step 2 of peer has loss 0\.81"):
         step.check(contenders, [None] * step.NUM_BATCHES, step.step_config("vit_nano", CPU))  # type: ignore[list-item]
+
+
+def test_a_contender_that_does_not_fit_is_left_out_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    def full(batch: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("Tried to allocate 9 GiB.\nMore words")
+
+    fits = step.Contender(lambda batch: torch.tensor(1.0), [], KeptBytes(CPU))
+    contenders = {step.OURS: fits, "large": step.Contender(full, [], KeptBytes(CPU)), "peer": fits}
+    batches: list[Any] = [None] * step.NUM_BATCHES
+    losses = step.check(contenders, batches, step.step_config("vit_nano", CPU))
+    assert set(losses) == set(contenders) == {step.OURS, "peer"}
+    assert capsys.readouterr().out == "large is left out: Tried to allocate 9 GiB.\n"
+    with pytest.raises(torch.OutOfMemoryError):
+        step.check({step.OURS: step.Contender(full, [], KeptBytes(CPU))}, batches, step.step_config("vit_nano", CPU))
+
+
+def test_the_batch_can_be_chosen() -> None:
+    small, usual = (step.step_config("vit_nano", CPU, batch=batch) for batch in (2, None))
+    assert (small.run.local_batch, usual.run.local_batch) == (2, 4)
+    assert small.optim.lr * 2 == usual.optim.lr * 4, "the same rate in the end"
 
 
 def test_nano_step_is_the_products_default() -> None:
@@ -89,13 +109,11 @@ def gpu_results(folder: Path) -> None:
     where = {"commit": "0" * 40, "dirty": True, "device": "Model 1", "driver": "1.2", "date": "2000-01-01T00:00:00"}
     where["versions"] = dict.fromkeys(("torch", "triton", "lightly", "timm"), "0")  # type: ignore[assignment]
     seen: dict[str, Any] = {"milliseconds": 0.05, "copy_fraction": 0.91, "peak_bytes": 2e6}
-    entries = []
-    for variant, median in (("fastdino", 1.0), ("reference", 9.0), ("lightly", 14.0), ("x, torch.compile", 6.6)):
-        ratio = {"median": median, "low": median - 0.1, "high": median + 0.1}
-        info = {"operation": "dino_loss", "shape": "2,2,2,2", "variant": variant, "times_ours": ratio, **seen}
-        entries.append({"group": "g", "extra_info": info})
-    entries.append({"group": "g", "extra_info": {}})  # the copy
-    (folder / "kernels-model-1.json").write_text(json.dumps({"machine_info": where, "benchmarks": entries}))
+    variants = {}
+    for variant, median in (("fastdino", 1.0), ("reference", 9.0), ("lightly", 14.0), ("torch.compile", 6.6)):
+        variants[variant] = {"times_ours": {"median": median, "low": median - 0.1, "high": median + 0.1}, **seen}
+    case = {"operation": "dino_loss", "shape": "2,2,2,2", "rounds": 3, "variants": variants}
+    record.write(folder / "kernels-model-1.json", {"provenance": where, "cases": [case]})
 
 
 def test_report_says_what_is_not_measured(tmp_path: Path) -> None:
@@ -126,25 +144,18 @@ def two_gpus(folder: Path) -> None:
     for number, name in ((1, "NVIDIA H100 80GB HBM3"), (2, "NVIDIA H200")):
         where = {"commit": "0" * 40, "dirty": False, "device": name, "driver": "1", "date": "2000-01-01T00:00:00"}
         where["versions"] = dict.fromkeys(("torch", "triton", "lightly", "timm"), "0")  # type: ignore[assignment]
-        entries = []
-        for variant in (step.OURS, "reference", "lightly"):
-            info = {"operation": "dino_loss", "shape": report.targets.HEADLINE, "variant": variant}
-            figures = {"milliseconds": 0.1 * number, "copy_fraction": 0.4 * number, "peak_bytes": 1e6 * number}
-            entries.append({"group": "g", "extra_info": {**info, **figures, "times_ours": FLAT}})
-        for bench in ("kernels", "sweep"):
-            document = {"machine_info": where, "benchmarks": entries}
-            (folder / f"{bench}-{name.lower().replace(' ', '-')}.json").write_text(json.dumps(document))
+        figures = {"milliseconds": 0.1 * number, "copy_fraction": 0.4 * number, "peak_bytes": 1e6 * number}
+        variants = {name: {**figures, "times_ours": FLAT} for name in (step.OURS, "reference", "lightly")}
+        case = {"operation": "dino_loss", "shape": "10,2,64,65536,bf16", "rounds": 3, "variants": variants}
+        path = folder / f"kernels-{name.lower().replace(' ', '-')}.json"
+        record.write(path, {"provenance": where, "cases": [case]})
 
 
-def test_targets_of_an_h200_are_judged_by_its_figures_alone(tmp_path: Path) -> None:
+def test_bounds_of_an_h200_stand_beside_its_figures_alone(tmp_path: Path) -> None:
     (tmp_path / "compile.json").write_text((RESULTS / "compile.json").read_text())
     two_gpus(tmp_path)
-    first = report.targets_table(tmp_path).splitlines()[2]
-    assert first.endswith("| 80 % | yes |"), "0.8 of the H200, and not 0.4 of the H100"
     assert "| 200.0 |\n" in report.compile_table(tmp_path)
     tables = report.kernels_table(tmp_path)
     assert [tables.count(f"{name} (driver 1)") for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H200")] == [1, 1]
-    assert [file.stem for file in plots.files(tmp_path)] == ["sweep-nvidia-h200", "sweep-nvidia-h100-80gb-hbm3"]
     (tmp_path / "kernels-nvidia-h200.json").unlink()
-    assert report.targets_table(tmp_path).splitlines()[2].endswith("| not measured | - |")
     assert "| 100.0 |\n" not in report.compile_table(tmp_path)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import compare_side
+from bench import compare
 from bench.counters import LiveBytes, OpCounts, kernels_counted, launches, peak_bytes, saved_bytes
 from bench.timing import Clock, Work, interleave, paired_ratio
 from fastdino_kernels import center_mean
@@ -127,5 +127,5 @@ def test_a_side_of_compare_is_idle_when_it_tells_its_seconds(monkeypatch: pytest
     clock = Clock(CPU)
     monkeypatch.setattr(clock, "synchronize", lambda: seen.append("wait"))
     work = Work(lambda index: seen.append("run"), lambda index: seen.append("refill"))
-    assert compare_side._alone(work, clock, 0.0) >= 0
+    assert compare._alone(work, clock, 0.0) >= 0
     assert seen == ["run", "refill", "wait"]

@@ -33,9 +33,8 @@ def start(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device = CPU,
-    **options: Callable[[], bool],
 ) -> TrainBatches:
-    return train_batches(config, source, rank=rank, world_size=world_size, start_step=step, device=device, **options)
+    return train_batches(config, source, rank=rank, world_size=world_size, start_step=step, device=device)
 
 
 def take(count: int, *args, **options) -> list[Batch]:

@@ -1,6 +1,7 @@
 """Batches: the same bits for any number of workers and any place to resume; bad images are told."""
 
 import os
+import re
 from itertools import islice
 
 import pytest
@@ -85,7 +86,8 @@ def test_a_bad_image_is_replaced_and_named(folder, num_workers):
     (folder / "07.png").write_bytes(b"not an image")
     source = FolderSource(folder)
     found = take(5, make_config(num_workers), source)
-    assert [name for batch in found for name in batch.bad] == ["07.png"]
+    (bad,) = [image for batch in found for image in batch.bad]
+    assert bad.startswith("07.png: UnidentifiedImageError: cannot identify image file")
     assert_equal(found, take(5, make_config(), source))
     plan = start(make_config(), source).plan
     for step, (ours, theirs) in enumerate(zip(found, good, strict=True)):
@@ -110,7 +112,7 @@ def test_the_replacement_varies_with_the_epoch(folder):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_too_many_bad_images_stop_the_run(folder, num_workers):
+def test_too_many_bad_images_stop_the_run(folder, num_workers, caplog):
     for i in range(10):
         (folder / f"{i:02d}.png").write_bytes(b"")
     source = FolderSource(folder)
@@ -118,13 +120,16 @@ def test_too_many_bad_images_stop_the_run(folder, num_workers):
     per_batch = [len(batch.bad) for batch in take(20, config, source)]
     allowed = max(per_batch) + 1  # so that only a sum over batches can pass it
     assert sum(per_batch) > allowed
+    caplog.clear()
     batches = start(make_config(num_workers, local_batch=1, max_bad=allowed / 20), source)
     with pytest.raises(BadData) as caught:
         list(islice(batches, 20))
     message = str(caught.value)
+    assert len(caplog.records) == batches.num_bad > allowed
+    assert all("skipped an image that cannot be read: " in record.message for record in caplog.records)
     assert " of an epoch's 20 images" in message
     assert f"data.max_bad={allowed / 20:g}" in message
-    assert message.count(".png") == 3, "names some"
+    assert len(re.findall(r"\d\d\.png: UnidentifiedImageError: cannot identify", message)) == 3, "names some, and why"
     assert "\n" not in message, "no worker's traceback"
 
 

@@ -1,7 +1,6 @@
 """The k-NN of a run: what is wrong with its images is said before the first step, and never ends a run that goes on."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,8 +21,7 @@ from fastdino.config import (
     RunConfig,
     ViewsConfig,
 )
-
-ROOT = Path(__file__).parents[2]
+from tests.children import environment
 
 
 def images(folder: Path, count: int) -> None:
@@ -112,11 +110,9 @@ def test_images_that_vanish_are_an_alarm_on_one_rank_and_the_end_of_none(tmp_pat
     (tmp_path / "config.json").write_text(settings.to_json())
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, str(tmp_path / "script.py"), str(tmp_path / "config.json")],
-        env=env, capture_output=True, text=True, timeout=300, check=False,
+        env=environment(), capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.split("\n")) == ["", "steps 4 openings 0", "steps 4 openings 1"]

@@ -6,14 +6,12 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
 from fastdino.training import preemption
 from fastdino.training.preemption import Interrupted, PreemptionNotice
-
-ROOT = Path(__file__).parents[2]
+from tests.children import environment
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -70,8 +68,7 @@ with preemption.PreemptionNotice():
     libc.pthread_mutex_lock(mutex)
     libc.pthread_mutex_lock(mutex)  # never returns, and no signal handler of Python runs meanwhile
 """
-    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=env)
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment())
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process

@@ -21,8 +21,8 @@ from fastdino.distributed import Ranks
 from fastdino.training import checkpoint
 from fastdino.training.checkpoint import CheckpointError
 from fastdino.training.run_folder import Lock, RunFolder
+from tests.children import environment
 
-ROOT = Path(__file__).parents[2]
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 HOLDER = """
 import os, sys, time
@@ -43,9 +43,8 @@ def folder(path: Path, **settings: Any) -> RunFolder:
 
 def hold(path: Path, *arguments: str) -> subprocess.Popen[str]:
     """A process that holds the lock ``path``."""
-    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     command = [sys.executable, "-c", HOLDER, str(path), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env, start_new_session=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment(), start_new_session=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "None\n"
     assert process.stdout.readline() == "forked\n"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import counts, ratio
+from bench.gates import counts, ratio
 from bench.record import ROOT
 from bench.workload import nano_config
 from fastdino import distributed
@@ -36,7 +36,7 @@ def one_thread() -> Iterator[None]:
 
 def test_counts_are_as_recorded() -> None:
     """In a process of its own, because DeepSpeed keeps the process group that it saw first."""
-    command = [sys.executable, "-m", "bench.counts", "--check"]
+    command = [sys.executable, "-m", "bench.gates.counts", "--check"]
     done = subprocess.run(
         command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )

@@ -1,18 +1,29 @@
 """A folder of images, as people have them: nested, linked, of any format that Pillow reads."""
 
+import errno
+import hashlib
+import logging
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 
 from fastdino.config import ConfigError
-from fastdino.data.sources.decode import decode, extensions
+from fastdino.data.sources.decode import MAX_PIXELS, decode, extensions, peak_of_16_bit
+
+log = logging.getLogger(__name__)
+
+_SAMPLE = 8  # files that are looked at for unused bits
+_UNUSED_BELOW = 4096  # a 16-bit image without a value from here on uses 12 bits or fewer
 
 SPLITS = {
-    "train": "train",
+    **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
@@ -25,7 +36,7 @@ def split_folders(root: str | Path) -> dict[str, Path]:
     Raises ConfigError when two folders stand for one split.
     """
     found: dict[str, Path] = {}
-    for folder in _folders(Path(root).expanduser()):
+    for folder in _folders(Path(os.path.expanduser(root))):
         split = SPLITS.get(folder.name.lower())
         if split is None:
             continue
@@ -41,7 +52,7 @@ def _folders(root: Path) -> list[Path]:
     """Those below ``root`` by name; none where it cannot be listed, which reading its images will say."""
     try:
         return sorted(path for path in root.iterdir() if path.is_dir())
-    except OSError:
+    except (OSError, ValueError):
         return []
 
 
@@ -53,18 +64,21 @@ class FolderSource:
     begin with a dot are left out. Paths are kept in one block of bytes: a list of a million strings would be copied
     into every worker, page by page, as reference counts are written.
 
+    Args:
+        path: the folder; ``~`` is the user's home.
+        max_pixels: larger images are BadImages.
+        bits: how many bits the values of 16-bit gray images use.
+
     Raises ConfigError when the folder is missing, is not a folder, cannot be listed or holds no image.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.root = os.fsencode(os.path.expanduser(path))
-        if not os.path.isdir(self.root):
-            what = "is a file, not a folder of images" if os.path.exists(self.root) else "does not exist"
-            raise ConfigError(f"{os.fspath(path)!r} {what}: give a folder of images")
+    def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS, bits: int = 16) -> None:
+        self.root, self._max_pixels, self._bits = os.fsencode(os.path.expanduser(path)), max_pixels, bits
+        _check_folder(self.root)
         others: Counter[str] = Counter()
         paths = list(_scan(self.root, others))
         if not paths:
-            raise ConfigError(_no_images(os.fspath(path), others))
+            raise ConfigError(_no_images(_printable(self.root), others))
         self._block = b"".join(paths)
         self._ends = np.cumsum(np.fromiter(map(len, paths), np.int64, len(paths)))
         classes = [path.partition(b"/")[0] if b"/" in path else None for path in paths]
@@ -72,14 +86,15 @@ class FolderSource:
         label = {name: i for i, name in enumerate(names)} | {None: -1}
         self._labels = np.fromiter((label[name] for name in classes), np.int32, len(paths))
         self.labels = [_printable(name) for name in names]
+        self._warn_of_unused_bits()
 
     def __len__(self) -> int:
         return len(self._ends)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """RGB image and label (-1: directly under the root); raises BadImage."""
-        path = Path(os.fsdecode(os.path.join(self.root, self._relative(index))))
-        return decode(path, self.name(index)), self.label(index)
+        image = decode(self._path(index), self.name(index), self._max_pixels, self._bits)
+        return image, self.label(index)
 
     def label(self, index: int) -> int:
         """The label alone, without reading the image."""
@@ -89,14 +104,49 @@ class FolderSource:
         """Path below the root."""
         return _printable(self._relative(index))
 
+    def fingerprint(self) -> str:
+        """Of the names below the root, in order: a folder that was moved keeps it."""
+        return hashlib.sha256(self._block + self._ends.tobytes()).hexdigest()[:16]
+
     def _relative(self, index: int) -> bytes:
         start = self._ends[index - 1] if index > 0 else 0
         return self._block[start : self._ends[index]]
 
+    def _path(self, index: int) -> Path:
+        return Path(os.fsdecode(os.path.join(self.root, self._relative(index))))
+
+    def _warn_of_unused_bits(self) -> None:
+        """Looks at a few files: 12-bit values in 16-bit files would become 16 levels of gray, all but black."""
+        sample = np.unique(np.linspace(0, len(self) - 1, _SAMPLE).astype(int)).tolist()
+        peaks = [peak for index in sample if (peak := peak_of_16_bit(self._path(index)))]
+        if not peaks or max(value for _, value in peaks) >= _UNUSED_BELOW or self._bits < 16:
+            return
+        highest = max(value for _, value in peaks)
+        gray = any(kind == "gray" for kind, _ in peaks)
+        remedy = f"set data.bits={max(8, highest.bit_length())}" if gray else "store them with 8 bits per channel"
+        log.warning(
+            "16-bit images of %s hold no value over %d of 65535 (%d looked at), so they are nearly black: %s",
+            _printable(self.root), highest, len(peaks), remedy,
+        )  # fmt: skip
+
+
+def _check_folder(root: bytes) -> None:
+    """Raises ConfigError that says what is at ``root`` instead of a folder."""
+    try:
+        if stat.S_ISDIR(os.stat(root).st_mode):
+            return
+        what = "is a file, not a folder of images"
+    except (FileNotFoundError, NotADirectoryError):
+        what = "does not exist"
+    except PermissionError as error:
+        what = f"may not be entered ({error.strerror}), or a folder above it"
+    except (OSError, ValueError) as error:
+        what = f"cannot be read ({error})"
+    raise ConfigError(f"{_printable(root)!r} {what}: give a folder of images")
+
 
 def _scan(root: bytes, others: Counter[str]) -> Iterator[bytes]:
     """Paths of images below ``root``, relative to it; counts the endings of ``others``, files that are no images."""
-    known = {os.fsencode(ending) for ending in extensions()}
     pending: list[tuple[bytes, tuple[tuple[int, int], ...]]] = [
         (b"", ())
     ]  # folders to read: path, and the identity of each folder above
@@ -109,19 +159,40 @@ def _scan(root: bytes, others: Counter[str]) -> Iterator[bytes]:
             if identity in above:  # a link to a folder above: following it would never end
                 continue
             with os.scandir(full) as entries:
-                listing = sorted((entry for entry in entries if not entry.name.startswith(b".")), key=lambda e: e.name)
+                listing = sorted((e.name, _kind(e)) for e in entries if not e.name.startswith(b"."))
         except OSError as error:
-            raise ConfigError(f"cannot list folder {_printable(full)}: {error.strerror}") from error
+            at = _printable(error.filename or full)
+            raise ConfigError(f"cannot list folder {at}: {error.strerror or error}") from error
         folders = []
-        for entry in listing:
-            path = folder + b"/" + entry.name if folder else entry.name
-            if entry.is_dir():
+        for name, kind in listing:
+            path = folder + b"/" + name if folder else name
+            if kind == "folder":
                 folders.append((path, (*above, identity)))
-            elif os.path.splitext(entry.name)[1].lower() in known and (entry.is_file() or entry.is_symlink()):
-                yield path  # a dangling link too: reading it names it, where leaving it out would hide it
+            elif kind == "image":
+                yield path
             else:
-                others[_printable(os.path.splitext(entry.name)[1].lower()) or "no ending"] += 1
+                others[_printable(os.path.splitext(name)[1].lower()) or "no ending"] += 1
         pending.extend(reversed(folders))
+
+
+def _kind(entry: os.DirEntry[bytes]) -> Literal["folder", "image", "other"]:
+    """What a name in a folder is. Raises OSError when it may be a folder, but the file system does not say.
+
+    A link that leads nowhere is an image by its name: reading it names it, where leaving it out would hide it.
+    """
+    image = os.path.splitext(entry.name)[1].lower() in _image_endings()
+    try:
+        if entry.is_dir():
+            return "folder"
+    except OSError as error:
+        if not image and error.errno != errno.ELOOP:  # a circle of links is no folder
+            raise
+    return "image" if image and (entry.is_symlink() or entry.is_file()) else "other"
+
+
+@cache
+def _image_endings() -> frozenset[bytes]:
+    return frozenset(os.fsencode(ending) for ending in extensions())
 
 
 def _no_images(path: str, others: Counter[str]) -> str:
@@ -132,5 +203,5 @@ def _no_images(path: str, others: Counter[str]) -> str:
     )
 
 
-def _printable(path: bytes) -> str:
-    return path.decode("utf-8", "backslashreplace")
+def _printable(path: bytes | str) -> str:
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -69,6 +69,10 @@ class ShapesSource:
         """What to call the image in a message."""
         return f"shapes {self.seed}/{index}"
 
+    def fingerprint(self) -> str:
+        """Its parameters."""
+        return f"shapes {self.num_images} {self.image_size} {self.seed}"
+
     def _render(self, index: int) -> tuple[np.ndarray, Field]:
         """uint8 (size, size, 3), and the object's coverage of each pixel in [0, 1]."""
         if not 0 <= index < self.num_images:

@@ -1,7 +1,9 @@
 """A part of a source."""
 
+import hashlib
 from collections.abc import Sequence
 
+import numpy as np
 from PIL import Image
 
 from fastdino.data.sources.source import Source
@@ -27,3 +29,8 @@ class Subset:
     def name(self, index: int) -> str:
         """Its name in the source."""
         return self.source.name(self.indices[index])
+
+    def fingerprint(self) -> str:
+        """Of the source, and of which images of it."""
+        indices = np.asarray(self.indices, np.int64).tobytes()
+        return hashlib.sha256(self.source.fingerprint().encode() + indices).hexdigest()[:16]

@@ -1,11 +1,14 @@
 """A file becomes an RGB image, or one clear error."""
 
 import io
+import os
 import pickle
+import struct
+from contextlib import suppress
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from fastdino.data import BadImage, FolderSource
 from fastdino.data.sources.decode import extensions, formats
@@ -106,6 +109,94 @@ def test_random_damage_never_raises_anything_else(tmp_path, ending):
         except BadImage:
             bad += 1
     assert bad > 0
+
+
+def written() -> dict[str, bytes]:
+    """A picture in every format that Pillow writes and reads here."""
+    found = {}
+    for kind in sorted(set(Image.SAVE) & set(formats())):
+        for mode in ("RGB", "L", "1"):
+            try:
+                found[kind] = encoded(noise(size=64).convert(mode), kind)
+                break
+            except (OSError, ValueError, KeyError):
+                continue
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", written())
+def test_a_file_that_was_cut_is_an_image_or_one_error(tmp_path, kind):
+    whole, readable = written()[kind], []
+    for share in (0.0, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 1.0):
+        (tmp_path / "a.png").write_bytes(whole[: int(len(whole) * share)])
+        with suppress(BadImage):
+            assert FolderSource(tmp_path).read(0)[0].mode == "RGB"
+            readable.append(share)
+    assert 1.0 in readable or kind == "SPIDER", "SPIDER holds floats"
+    assert 0.02 not in readable
+
+
+def dds(fourcc: bytes, flags: int, more: bytes = b"") -> bytes:
+    head = struct.pack("<7I44x2I4s5I5I", 124, 0x1007, 8, 8, 0, 0, 1, 32, flags, fourcc, 32, *[0] * 9)
+    return b"DDS " + head + more + bytes(4096)
+
+
+UNKNOWN_KINDS = {
+    "dds fourcc": dds(b"ABCD", 4),
+    "dds dxgi": dds(b"DX10", 4, struct.pack("<5I", 999, 3, 0, 1, 0)),
+    "dds flags": dds(bytes(4), 0x800),
+    "blp": b"BLP2" + struct.pack("<I4B2I", 1, 9, 0, 7, 0, 8, 8) + bytes(2048),
+}
+
+
+@pytest.mark.parametrize("kind", UNKNOWN_KINDS)
+def test_a_kind_that_pillow_lacks_is_a_bad_image(tmp_path, kind):
+    (tmp_path / "a.png").write_bytes(UNKNOWN_KINDS[kind])
+    with pytest.raises(BadImage):
+        FolderSource(tmp_path).read(0)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError, AttributeError, ZeroDivisionError, AssertionError, NotImplementedError, RecursionError, UserWarning],
+)
+def test_whatever_a_decoder_raises_is_one_bad_image(tmp_path, monkeypatch, error):
+    write(tmp_path / "a.png")
+
+    def load(_: object) -> None:
+        raise error("from a plugin,\nof two lines")
+
+    source = FolderSource(tmp_path)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+    with pytest.raises(BadImage, match=f"a.png: {error.__name__}: from a plugin, of two lines"):
+        source.read(0)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "a.png").symlink_to(tmp_path / "pipe")
+    with pytest.raises(BadImage, match="a pipe"):
+        FolderSource(tmp_path).read(0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_limit_of_pixels_may_be_above_and_below_pillows(tmp_path, monkeypatch):
+    write(tmp_path / "a.png", noise(size=100))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(BadImage, match=r"100 x 100 pixels are more than data\.max_pixels=9999"):
+        FolderSource(tmp_path, max_pixels=9999).read(0)
+    assert FolderSource(tmp_path, max_pixels=10000).read(0)[0].size == (100, 100)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # somebody wants none
+    assert FolderSource(tmp_path).read(0)[0].size == (100, 100)
+    assert Image.MAX_IMAGE_PIXELS is None
+
+
+def test_bits_of_16_bit_gray(tmp_path):
+    values = np.array([[0, 15, 16, 4095, 4096, 65535]], np.uint16)
+    write(tmp_path / "a.tiff", Image.fromarray(values))
+    for bits, want in {16: [0, 0, 0, 15, 16, 255], 12: [0, 0, 1, 255, 255, 255], 8: [0, 15, 16, 255, 255, 255]}.items():
+        assert np.asarray(FolderSource(tmp_path, bits=bits).read(0)[0])[0, :, 0].tolist() == want
 
 
 def test_a_file_is_read_only_by_decoders_of_images(tmp_path):

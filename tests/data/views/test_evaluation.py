@@ -1,9 +1,11 @@
 """The evaluation's view and the normalisation against torchvision's."""
 
+import numpy as np
 import pytest
 import torch
 import torchvision.transforms as T
 import torchvision.transforms.functional as F
+from PIL import Image
 from torchvision.transforms import InterpolationMode
 
 from fastdino.data.views import center_view, normalize
@@ -17,6 +19,18 @@ def test_center_view_is_dino_v1s_evaluation_transform(size, side):
     short = {224: 256, 48: 55}[side]
     theirs = T.Compose([T.Resize(short, interpolation=InterpolationMode.BICUBIC), T.CenterCrop(side)])
     assert torch.equal(center_view(image, side), F.pil_to_tensor(theirs(image)))
+
+
+@pytest.mark.parametrize("size", [(20000, 3), (3, 20000), (5000, 500), (20001, 3)], ids=str)
+def test_extreme_shapes_are_not_resized_whole(size, monkeypatch):
+    sizes, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda image, to, *rest: sizes.append(to) or resize(image, to, *rest))
+    ramp = np.linspace(0, 255, max(size)).astype(np.uint8)
+    line = ramp[None] if size[0] > size[1] else ramp[:, None]
+    view = center_view(Image.fromarray(np.broadcast_to(line, size[::-1]).copy()).convert("RGB"), 224)
+    assert view.shape == (3, 224, 224)
+    assert abs(int(view[0, 112, 112]) - 127) <= 1, "the middle is shown"
+    assert max(max(to) for to in sizes) <= 9 * 256
 
 
 def test_imagenet_normalisation_is_torchvisions():

@@ -1,6 +1,6 @@
 """What this device can do at best: the ceilings that the other benchmarks' figures stand under.
 
-Copies, matrix products, exponentials, host to device, launches. ``python -m bench.ceilings`` writes
+Copies, matrix products, exponentials, host to device, launches. ``python -m bench.kernels.ceilings`` writes
 bench/results/ceilings-DEVICE.json. On a CPU: one thread's copy and products alone.
 """
 
@@ -64,7 +64,7 @@ def exp2_chain_(x: Tensor, chain: int) -> Tensor:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.ceilings", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels.ceilings", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--out", type=Path, help="default: bench/results/ceilings-DEVICE.json")
@@ -76,7 +76,7 @@ def main() -> int:
     if device.type == "cuda":
         rates |= launch_microseconds()
     write(options.out or result_path("ceilings", device), {
-        "provenance": provenance(device, "bench.ceilings"), "ceilings": rates,
+        "provenance": provenance(device, "bench.kernels.ceilings"), "ceilings": rates,
     })  # fmt: skip
     for name, f in rates.items():
         print(f"{name:34} {f['median']:10.4g} {f['unit']:8} [{f['low']:.4g}, {f['high']:.4g}]")

@@ -1,7 +1,7 @@
 """Exact counts of one training step, which need no GPU and are the same on every machine.
 
-``python -m bench.counts`` records them in bench/results/counts.json; ``--check`` compares with the record, exits with 1
-when anything differs and writes nothing. tests/test_throughput.py runs the check.
+``python -m bench.gates.counts`` records them in bench/results/counts.json; ``--check`` compares with the record, exits
+with 1 when anything differs and writes nothing. tests/training/test_throughput.py runs the check.
 
 The cases "gpu ..." take the path of a GPU on CPU tensors: Triton launches are counted and not run, and attention is
 torch's. Each is rank 0 of two in a group whose collectives do nothing, so their number is that of a real run.
@@ -36,17 +36,17 @@ CASES = {
     "gpu, ZeRO 1": nano_config(precision="bf16"),
     "gpu, ZeRO 2": nano_config(precision="bf16", zero_stage=2),
 }
-HOW_TO = "If this is meant, record it with `python -m bench.counts` and say why in the commit."
+HOW_TO = "If this is meant, record it with `python -m bench.gates.counts` and say why in the commit."
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.counts", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.gates.counts", description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare with the record; write nothing")
     check = parser.parse_args().check
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     now = {name: count(config, Ranks(0, 2, 0, CPU), name.startswith("gpu")) for name, config in CASES.items()}
     dist.destroy_process_group()
-    where = provenance(CPU, "bench.counts")
+    where = provenance(CPU, "bench.gates.counts")
     if not check:
         write(COUNTS, {"provenance": where, "cases": now})
         return 0

@@ -6,7 +6,7 @@ machine. Seconds are the processor's, which other programs do not stretch; the l
 miss is a step that sleeps or waits: that shows as a voluntary context switch, of which a step on the torch engine has
 none. DeepSpeed hands its collectives to another thread, even in a group of one, and may wait for it.
 
-``python -m bench.ratio`` records it in bench/results/cpu_ratio.json.
+``python -m bench.gates.ratio`` records it in bench/results/cpu_ratio.json.
 """
 
 import math
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from bench.peers import Peer
+from bench.peers.trainer import Peer
 from bench.record import RESULTS, provenance, write
 from bench.workload import build_trainer, nano_config, random_batch
 from fastdino import distributed
@@ -35,7 +35,7 @@ def main() -> int:
     torch.set_num_threads(1)
     with distributed.init("cpu") as ranks:
         ratios = sorted(measure(ranks)["ratio"] for _ in range(5))
-    where = provenance(ranks.device, "bench.ratio")
+    where = provenance(ranks.device, "bench.gates.ratio")
     write(RATIO, {"provenance": where, "ratio": ratios[2], "lowest": ratios[0], "highest": ratios[-1]})
     print(ratios)
     return 0
@@ -77,7 +77,7 @@ def problems(found: dict[str, float], recorded: float) -> list[str]:
         wrong.append(
             f"a step takes {found['ratio']:.2f} times the peer's processor time ({found['ms']:.1f} ms against "
             f"{found['peer_ms']:.1f}), {recorded:.2f} is recorded, {LIMIT * recorded:.2f} allowed. If this is meant, "
-            "record it with `python -m bench.ratio` and say why in the commit."
+            "record it with `python -m bench.gates.ratio` and say why in the commit."
         )
     if found["waits"]:
         wrong.append(f"a step sleeps or waits {found['waits']:.0f} times, 0 is recorded: nothing in a step may")

@@ -1,6 +1,6 @@
 """Attention over packed views, forward and backward: ours in the middle of everything that torch and xformers offer.
 
-Correct first: every way is judged against float64, then timed in turns. ``python -m bench.attention`` writes
+Correct first: every way is judged against float64, then timed in turns. ``python -m bench.kernels.attention`` writes
 bench/results/attention-DEVICE.json. On a CPU a small form, SDPA alone.
 """
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.kernels.case import OURS, PLAIN, Bound, Case, Variant, generator
+from bench.kernels.case import OURS, PLAIN, Bound, Case, Variant
 from bench.kernels.measure import ROUNDS, measure
 from bench.record import provenance, result_path, write
 from bench.timing import Clock, matmul_flops
@@ -40,7 +40,7 @@ class Inputs(NamedTuple):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.attention", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels.attention", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", nargs="+", help="instead of the usual ones, such as 128x201+512x37")
     parser.add_argument("--rounds", type=int)
@@ -53,7 +53,7 @@ def main() -> int:
     found = [figures(make_case(device, shape), device, rounds) for shape in options.shape or SHAPES[device.type]]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     document = {
-        "provenance": provenance(device, "bench.attention"),
+        "provenance": provenance(device, "bench.kernels.attention"),
         "matmul_flops_per_s": matmul_flops(device, dtype, Clock(device)),
         "cases": found,
     }
@@ -89,10 +89,10 @@ def make_case(device: torch.device, shape: str) -> Case:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
     def make(seed: int) -> Inputs:
-        random = [
-            torch.randn(1, total, *rest, HEADS, HEAD_DIM, generator=generator(device, 2 * seed + i), device=device)
-            for i, rest in enumerate([(3,), ()])
-        ]
+        random = []
+        for i, rest in enumerate([(3,), ()]):
+            generator = torch.Generator(device).manual_seed(2 * seed + i)
+            random.append(torch.randn(1, total, *rest, HEADS, HEAD_DIM, generator=generator, device=device))
         return Inputs(random[0].to(dtype).requires_grad_(), random[1].to(dtype))
 
     ways = {OURS: _ours(groups, "auto"), PLAIN: _per_group(groups, formula), **_alternatives(groups, device)}

@@ -1,0 +1,1 @@
+"""What CI and the README hold: exact counts of a step, one ratio of processor time, the demo's figures."""

@@ -1,0 +1,119 @@
+"""Export: where the file goes, and one message where it cannot."""
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fastdino
+from fastdino.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    EngineConfig,
+    HeadConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    ViewsConfig,
+)
+from fastdino.training import checkpoint, export
+from fastdino.training.checkpoint import CheckpointError
+from fastdino.training.export import export_run, run_backbone
+
+NAME = "backbone.safetensors"
+
+
+def config(folder: Path, arch: str, size: int) -> Config:
+    return Config(
+        model=ModelConfig(arch=arch, patch_size=8, drop_path=0.0),
+        head=HeadConfig(num_prototypes=64, hidden_dim=48, bottleneck_dim=32),
+        views=ViewsConfig(global_size=size, local_size=16, num_local=0),
+        data=DataConfig(root="shapes", num_images=4, image_size=32, num_workers=0),
+        optim=OptimConfig(warmup_epochs=0),
+        engine=EngineConfig(name="torch", device="cpu"),
+        run=RunConfig(dir=folder, epochs=1, local_batch=4, knn_every=0),
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A finished run of one step."""
+    folder = tmp_path_factory.mktemp("export") / "run"
+    fastdino.train(config(folder, "vit_nano", 32))
+    return folder
+
+
+@pytest.mark.parametrize(("out", "path"), [("folder", f"folder/{NAME}"), ("new/deep/x.safetensors", None)])
+def test_where_the_file_goes(run, tmp_path, out, path):
+    (tmp_path / "folder").mkdir()
+    written = export_run(run, tmp_path / out)
+    assert written == tmp_path / (path or out)
+    assert load_file(written).keys() == run_backbone(run)[0].published.state_dict().keys()
+    assert [p.name for p in written.parent.iterdir()] == [written.name]
+
+
+@pytest.mark.parametrize("out", ["weights.pth", "weights", "weights.safetensors.bak"])
+def test_another_format_is_refused_before_any_work(tmp_path, out, monkeypatch):
+    monkeypatch.setattr(export, "run_backbone", lambda *_: pytest.fail("worked"))
+    with pytest.raises(ConfigError, match=r"must end in \.safetensors"):
+        export_run(tmp_path / "run", tmp_path / out)
+
+
+@pytest.mark.parametrize("call", ["save_file", "mkdir", "replace"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_file_that_cannot_be_written_is_one_message(run, tmp_path, monkeypatch, call, number):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    home: Any = {"save_file": "fastdino.model.weights", "replace": os, "mkdir": Path}[call]
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            f"{home}.{call}" if isinstance(home, str) else home, *(() if isinstance(home, str) else (call,)), refuse
+        )
+        with pytest.raises(ConfigError, match=f"{os.strerror(number)}.*--out"):
+            export_run(run, tmp_path / "x.safetensors")
+    assert not any(tmp_path.iterdir()), "nothing half written stays"
+
+
+def test_a_checkpoint_is_checksummed_once(run, tmp_path, monkeypatch):
+    measured, original = [], checkpoint._measure
+    monkeypatch.setattr(checkpoint, "_measure", lambda path: measured.append(path.name) or original(path))
+    export_run(run, tmp_path / "x.safetensors")
+    assert sorted(measured) == ["rank-00000.safetensors", "shared.safetensors"]
+
+
+def test_copies_and_notes_beside_checkpoints(run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    checkpoints = folder / "checkpoints"
+    shutil.copytree(checkpoints / "step-00000001", checkpoints / "step-00000001 (copy)")
+    shutil.copytree(checkpoints / "step-00000001", checkpoints / "step-1-backup")
+    (checkpoints / "notes.txt").write_text("the good one")
+    assert run_backbone(folder)[2] == 1
+    assert run_backbone(folder, step=1)[2] == 1
+    with pytest.raises(CheckpointError, match=r"there are: 1$"):
+        run_backbone(folder, step=7)
+
+
+def test_a_checkpoint_with_buffers_that_are_no_state(run, tmp_path):
+    """Earlier versions also saved those that a module makes anew, like a Swin's indices."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    path = folder / "checkpoints/step-00000001"
+    shared = load_file(path / checkpoint.SHARED)
+    save_file({**shared, "teacher.backbone.index": torch.ones(3)}, path / checkpoint.SHARED)
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    manifest["files"][checkpoint.SHARED] = checkpoint._measure(path / checkpoint.SHARED)
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    assert run_backbone(folder)[2] == 1
+    settings = config(folder, "vit_nano", 32)
+    longer = dataclasses.replace(settings, run=dataclasses.replace(settings.run, epochs=2))
+    assert fastdino.train(longer).steps == 2
