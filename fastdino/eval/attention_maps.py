@@ -131,7 +131,6 @@ class AttentionMaps(Evaluation):
     def __call__(self, subject: Subject) -> dict[str, Any]:
         """{"attention_iou": 0 to 1} when the images have masks, the sheet's path and the protocol."""
         reading, sheet = self.reading(subject.config), self._sheet(subject.folder)
-        data = subject.config.data
         if self.data == "shapes":
             source: Source = bank_and_test(self.data, subject.config.data).test
         else:
