@@ -142,7 +142,11 @@ class Trainer:
         """Trains to the end; checkpoints, logs and evaluates on the way."""
         assert self.folder is not None, "a run needs a folder"
         self.folder.write_config()
-        metrics = self._metrics()
+        metrics = None
+        if self.ranks.is_main:
+            self._introduce()
+            compiles = self.ranks.device.type == "cuda"
+            metrics = Metrics(self.folder.path, self.step, self.total_steps, self.global_batch, compiles=compiles)
         health = Health(self.config.head.num_prototypes)
         loss, knn = self.ranks.gather(metrics and (metrics.last.get("loss", float("nan")), metrics.last.get("knn")))[0]
         noticed = self.ranks.ask(False)  # whether any rank was given notice, a step ago
@@ -264,30 +268,27 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ its folder
 
-    def _metrics(self) -> Metrics | None:
-        """On rank 0, after a word on what is trained, how."""
-        if not self.ranks.is_main:
-            return None
+    def _introduce(self) -> None:
+        """Logs what is trained, how, and what comes first."""
         run, engine = self.config.run, self.config.engine.name
         log.info(
             "%d images, %d steps per epoch, %d steps; global batch %d = %d * %d ranks * %d",
             len(self.source), self.steps_per_epoch, self.total_steps, self.global_batch,
             run.local_batch, self.ranks.world_size, self.config.engine.accumulate,
         )  # fmt: skip
-        network, on_gpu = self.engine.student_network, self.ranks.device.type == "cuda"
+        network = self.engine.student_network
         assert isinstance(network, Network)
         log.info(
             "%s, %s on %s, %s, loss and averages by %s",
             f"{engine} ZeRO {zero_stage(self.config, self.ranks)}" if engine == "deepspeed" else engine,
             str(self.engine.dtype).removeprefix("torch."), self.ranks.device,
             network.backbone.implementation,
-            "Triton kernels" if on_gpu else "plain torch",
+            "Triton kernels" if self.ranks.device.type == "cuda" else "plain torch",
         )  # fmt: skip
         if self.step < self.total_steps:
             log.info("step %d waits for its images", self.step + 1)
         else:
             log.info("all %d steps are done; a larger run.epochs goes on from here", self.total_steps)
-        return Metrics(run.dir, self.step, self.total_steps, self.global_batch, compiles=on_gpu)
 
     def _shared(self) -> dict[str, Tensor]:
         """Live tensors that are equal on all ranks and belong into a checkpoint."""
