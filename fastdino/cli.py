@@ -4,7 +4,7 @@ commands:
   train RECIPE [flags]   train, or resume, a run:   fastdino train vit_small_16 --data.root /data/imagenet/train
   recipes [RECIPE]       list the recipes, or show one with all its settings
   bench RECIPE [flags]   how fast does this recipe train here, and what holds it back
-  eval knn PATH          weighted k-NN accuracy of a run's teacher, or of exported weights
+  eval knn PATH          weighted k-NN accuracy of a run's teacher, or of a file of weights
   eval attention PATH    pictures of where each head of the last block looks
   export RUN             the teacher's backbone as safetensors that timm loads
   demo                   learn to tell rendered shapes apart in minutes on a CPU
@@ -139,7 +139,9 @@ class Weights:
     """What is evaluated."""
 
     path: Path_
-    """A run folder, or weights that `fastdino export` wrote."""
+    """A run folder, weights that `fastdino export` wrote, or a published file of weights."""
+    arch: str = ""
+    """Of a published file: model.arch. Our ViTs are told by their shapes; any backbone of timm is timm:NAME."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU if there is one."""
 
@@ -159,10 +161,10 @@ def evaluate(arguments: list[str]) -> None:
     asked: Any = tuple[Annotated[Weights, flat], Annotated[kind_of, flat]]  # type: ignore[valid-type]
     help_ = inspect.getdoc(kind_of)
     weights, evaluation = tyro.cli(asked, args=arguments[1:], prog=f"fastdino eval {kind}", description=help_)
-    print(json.dumps({**evaluation(_subject(weights)), "path": str(weights.path)}, indent=2))
+    print(json.dumps({**evaluation(_subject(weights, evaluation.size)), "path": str(weights.path)}, indent=2))
 
 
-def _subject(weights: Weights) -> "Subject":
+def _subject(weights: Weights, size: int | None) -> "Subject":
     import torch
 
     from fastdino.eval import Subject
@@ -172,7 +174,7 @@ def _subject(weights: Weights) -> "Subject":
     has_gpu = torch.cuda.is_available()
     if weights.device == "cuda" and not has_gpu:
         raise ConfigError("--device=cuda, and torch sees no GPU here: use --device cpu")
-    backbone, config = any_backbone(path)
+    backbone, config = any_backbone(path, weights.arch, size)
     place = "cuda" if has_gpu and weights.device != "cpu" else "cpu"
     return Subject(backbone.to(place), config, path if path.is_dir() else path.parent)
 

@@ -15,13 +15,14 @@ from fastdino.config import Config
 from fastdino.data.sources.shapes import ShapesSource
 from fastdino.data.sources.source import Source
 from fastdino.eval import AttentionMaps, Features, Knn, Reading, extract
-from fastdino.eval.pictures import new_figure, png_file
+from fastdino.eval.pictures import new_figure
 from fastdino.eval.splits import bank_and_test
 from fastdino.model import build_network
 from fastdino.training.export import run_backbone
 from fastdino.training.trainer import train
 
 NUM_INITIALISATIONS = 5  # random backbones that the trained one is compared with
+BATCH = 256  # images per forward pass of an evaluation
 KNN = Knn(neighbors=(20,))
 MASK_SEED = 2**31 + 103  # of shapes that are rendered for the attention maps alone
 NUM_MASKS = 200
@@ -40,7 +41,7 @@ def run_demo(folder: Path, seed: int) -> dict[str, float]:
     train(config)
     teacher, _, _ = run_backbone(folder)
     fresh = [_random_backbone(config, seed) for seed in range(NUM_INITIALISATIONS)]
-    bank, test, _ = bank_and_test("shapes", config.data.image_size)
+    bank, test, _ = bank_and_test("shapes", config.data)
     masks = ShapesSource(NUM_MASKS, config.data.image_size, MASK_SEED)
     sheet = folder / "attention.png"
     summary = {
@@ -65,7 +66,7 @@ def _random_backbone(config: Config, seed: int) -> nn.Module:
 
 def _knn(backbone: nn.Module, bank: Source, test: Source, config: Config) -> float:
     reading = Reading(size=config.views.global_size, normalize=config.data.normalize)
-    return _accuracy(*(extract(backbone, source, reading, num_workers=0) for source in (bank, test)))
+    return _accuracy(*(extract(backbone, source, reading, batch=BATCH, num_workers=0) for source in (bank, test)))
 
 
 def _accuracy(bank: Features, test: Features) -> float:
@@ -89,7 +90,7 @@ def _pixel_knn(bank: Source, test: Source, standardise: bool) -> float:
 def _attention_iou(backbone: nn.Module, source: Source, config: Config, sheet: Path | None = None) -> float:
     # The whole image at its own size, above that of the views: more patches, so finer maps.
     reading = Reading(size=config.data.image_size, normalize=config.data.normalize)
-    evaluation = AttentionMaps(num_images=len(source))
+    evaluation = AttentionMaps(num_images=len(source), batch=BATCH)
     return evaluation.overlap(backbone, source, reading, sheet)["attention_iou"]
 
 
@@ -112,8 +113,7 @@ def _draw_curves(folder: Path, summary: dict[str, float]) -> None:
         right.axhline(summary[name], color="0.5", linestyle=style, label=label)
     right.set(xlabel="step", ylabel="k-NN top-1, %", ylim=(0, 100), title="Its features tell 12 classes apart")
     right.legend(loc="lower right", fontsize=8)
-    with png_file(folder / "curves.png") as file:
-        figure.canvas.print_png(file)
+    figure.canvas.print_png(folder / "curves.png")
 
 
 def _table(summary: dict[str, float], folder: Path) -> str:

@@ -60,6 +60,9 @@ def run(tmp_path_factory) -> Path:
         (["train", "vit_small_16", *TINY, "--run.local-batch", 64], "do not fill one global batch"),
         (["eval", "knn", "/no/such/run"], "neither a run folder nor a file"),
         (["eval", "nearest"], "kinds:"),
+        (["eval", "attention", "/no/such/run", "--num-images", "0"], "--num-images=0 must be at least 1"),
+        (["eval", "knn", "/no/such/run", "--neighbors"], "--neighbors"),
+        (["eval", "knn", "/no/such/run", "--neighbor", "5"], "--neighbors"),
         (["export", "/no/such/run"], "not a run folder"),
     ],
     ids=lambda value: " ".join(map(str, value[:4]))[-40:] if isinstance(value, list) else "",
@@ -110,21 +113,58 @@ def test_help_teaches():
     assert "found values over 0.07 unstable" in page
     assert "k-NN 69.3" in page, "the recipe's docstring is the page's head"
     assert "are bank and test" in knn
+    assert "Side in pixels that the backbone sees" in knn, "flags that all evaluations share are explained too"
     assert "vit_base_16" in fastdino("recipes").stdout
     assert '"arch": "vit_nano"' in fastdino("recipes", "demo").stdout
 
 
 def test_eval_and_export(run, tmp_path):
     scores = json.loads(fastdino("eval", "knn", run, "--neighbors", 5, 20, "--num-workers", 0).stdout)
-    assert {"knn_5", "knn_20", "bank", "test", "size"} <= scores.keys()
+    assert {"knn_5", "knn_20", "bank", "test", "size", "path", "split"} <= scores.keys()
     weights = tmp_path / "teacher.safetensors"
     fastdino("export", run, "--out", weights)
     again = json.loads(fastdino("eval", "knn", weights, "--neighbors", 5, 20, "--num-workers", 0).stdout)
     assert again["knn_20"] == scores["knn_20"], "the exported weights are the teacher's"
-    sheet = tmp_path / "sheet.png"
+    assert "not the timm:resnet50" in fastdino("eval", "knn", run, "--arch", "timm:resnet50", code=2).stderr
+    sheet = tmp_path / "new" / "sheet.png"
     found = json.loads(fastdino("eval", "attention", run, "--out", sheet).stdout)
     assert 0 < found["attention_iou"] < 1
     assert sheet.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_eval_of_published_weights(run, tmp_path):
+    """A state dict that says nothing of itself: the arch is told by its shapes, or named."""
+    import timm
+    import torch
+    from safetensors.torch import load_file
+
+    weights, published = tmp_path / "teacher.safetensors", tmp_path / "pretrain.pth"
+    fastdino("export", run, "--out", weights)
+    torch.save({"teacher": {"module.backbone." + k: v for k, v in load_file(weights).items()}}, published)
+    flags = ("--num-workers", 0, "--neighbors", 20, "--data", images(tmp_path / "data"))
+    ours, theirs = (json.loads(fastdino("eval", "knn", path, *flags).stdout) for path in (weights, published))
+    assert {**theirs, "path": ""} == {**ours, "path": ""}
+    torch.save(timm.create_model("resnet18").state_dict(), published)
+    assert "--arch timm:" in fastdino("eval", "knn", published, *flags, code=2).stderr
+    found = json.loads(fastdino("eval", "knn", published, *flags, "--arch", "timm:resnet18", "--size", 64).stdout)
+    assert found["size"] == 64
+    assert 0 <= found["knn_20"] <= 100
+    refused = fastdino("eval", "attention", published, "--arch", "timm:resnet18", "--out", tmp_path / "x.png", code=2)
+    assert "one of our ViTs (model.arch=vit_...), not timm:resnet18" in refused.stderr
+    assert not (tmp_path / "x.png").exists()
+
+
+def images(folder):
+    """Two classes of noise, one darker."""
+    import numpy as np
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    for name, top in (("bright", 255), ("dark", 120)):
+        (folder / name).mkdir(parents=True)
+        for i in range(20):
+            Image.fromarray(random.integers(0, top, (40, 40, 3), np.uint8)).save(folder / name / f"{i}.png")
+    return folder
 
 
 def test_exported_weights_load_in_timm(run, tmp_path):

@@ -56,6 +56,8 @@ class HeadConfig(Group):
     """Width of the L2-normalised vector that is compared with the prototypes."""
     batch_norm: bool = False
     """BatchNorm between the MLP's layers (DINO v1: use_bn_in_head). Over several GPUs each one waits for its device."""
+    weights: Path | None = None
+    """A full training checkpoint of DINO v1 whose head to start from, as from its backbone by model.weights."""
     freeze_prototype_norm: bool = True
     """Keep each prototype at length 1 (DINO v1: norm_last_layer). False usually scores higher for ViT-S; True is safer
     for ViT-B and larger."""

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +20,9 @@ from fastdino.data.sources.source import Source
 from fastdino.data.views import normalize
 from fastdino.eval.evaluation import Evaluation, Subject
 from fastdino.eval.features import EvaluationError, Reading, check_size, device_and_dtype, evaluating
-from fastdino.eval.pictures import new_figure, png_file
+from fastdino.eval.pictures import new_figure
 from fastdino.eval.splits import bank_and_test
+from fastdino.files import whole_file
 from fastdino.model.vit import ViT
 
 SHEET_ROWS = 8  # images on a sheet
@@ -72,12 +73,12 @@ def best_head_iou(maps: Tensor, masks: Tensor, mass: float = 0.6) -> float:
 
 
 def draw_sheet(
-    file: Path | IO[bytes], images: Sequence[Image.Image], maps: Tensor, mass: float = 0.6, masks: Tensor | None = None
+    path: Path, images: Sequence[Image.Image], maps: Tensor, mass: float = 0.6, masks: Tensor | None = None
 ) -> None:
     """Writes a PNG with a row per image: the image, each head's attention, and the patches that hold ``mass`` of it.
 
     Args:
-        file: where to.
+        path: where to.
         images: n pictures.
         maps: (n, H, rows, columns) attention.
         mass: share of the attention that the last column keeps: that of the heads' mean, or with masks that of the
@@ -104,7 +105,7 @@ def draw_sheet(
             ax.set_axis_off()
     for ax, title in zip(axes[0], titles, strict=True):
         ax.set_title(title, fontsize=9)
-    figure.canvas.print_png(file)
+    figure.canvas.print_png(path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,23 +132,24 @@ class AttentionMaps(Evaluation):
     def __call__(self, subject: Subject) -> dict[str, Any]:
         """{"attention_iou": 0 to 1} when the images have masks, the sheet's path and the protocol."""
         reading, sheet = self.reading(subject.config), self._sheet(subject.folder)
+        data = subject.config.data
         if self.data == "shapes":
-            source: Source = bank_and_test(self.data, subject.config.data.image_size).test
+            source: Source = bank_and_test(self.data, data).test
         else:
-            source = FolderSource(self.data)
-        with png_file(sheet) as file:
-            found = self.overlap(subject.backbone, source, reading, file)
+            source = FolderSource(self.data, data.max_pixels, data.bits)
+        with whole_file(sheet) as path:
+            found = self.overlap(subject.backbone, source, reading, path)
         num_images = min(self.num_images, len(source))
         protocol = {"num_images": num_images, "size": reading.size, "normalize": reading.normalize, "mass": self.mass}
         return {**found, "sheet": str(sheet), "data": self.data, **protocol}
 
     def overlap(
-        self, backbone: nn.Module, source: Source, reading: Reading, file: Path | IO[bytes] | None = None
+        self, backbone: nn.Module, source: Source, reading: Reading, sheet: Path | None = None
     ) -> dict[str, float]:
         """{"attention_iou": :func:`best_head_iou`} of the first num_images of ``source`` if it has masks, else nothing.
 
-        ``file`` takes the sheet of the first SHEET_ROWS. Raises EvaluationError when the backbone has no CLS attention
-        or an image cannot be read.
+        ``sheet`` is a PNG to write with the first SHEET_ROWS. Raises EvaluationError when the backbone has no CLS
+        attention or an image cannot be read.
         """
         vit = _with_attention(backbone)
         check_size(vit, reading.size)
@@ -159,9 +161,9 @@ class AttentionMaps(Evaluation):
         maps = torch.cat([head_maps(vit, normalize(x, reading.normalize)) for x in pixels.split(self.batch)])
         mask_of: Any = getattr(source, "mask", None)
         masks = torch.stack([torch.as_tensor(np.asarray(mask_of(i))) for i in range(len(images))]) if mask_of else None
-        if file is not None:
+        if sheet is not None:
             shown = None if masks is None else masks[:SHEET_ROWS]
-            draw_sheet(file, images[:SHEET_ROWS], maps[:SHEET_ROWS], self.mass, shown)
+            draw_sheet(sheet, images[:SHEET_ROWS], maps[:SHEET_ROWS], self.mass, shown)
         return {} if masks is None else {"attention_iou": best_head_iou(maps, masks, self.mass)}
 
     def _sheet(self, folder: Path) -> Path:
@@ -175,7 +177,7 @@ class AttentionMaps(Evaluation):
 
 def _with_attention(backbone: nn.Module) -> ViT:
     if not isinstance(backbone, ViT):
-        kind = type(backbone).__name__
+        kind = getattr(backbone, "arch", type(backbone).__name__)
         raise EvaluationError(f"attention maps need one of our ViTs (model.arch=vit_...), not {kind}")
     return backbone
 

@@ -1,17 +1,14 @@
-"""Figures without a display, and files of them."""
+"""Figures without a display."""
 
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import IO, Any
-
-from fastdino.eval.features import EvaluationError
+from contextlib import contextmanager
+from typing import Any
 
 
 def new_figure(width: float, height: float, dpi: int = 100) -> Any:
-    """An empty matplotlib Figure of that many inches on the Agg canvas; ``figure.canvas.print_png(file)`` writes it."""
+    """An empty matplotlib Figure of that many inches on the Agg canvas; ``figure.canvas.print_png(path)`` writes it."""
     with _agg():
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -34,24 +31,3 @@ def _agg() -> Iterator[None]:
     finally:
         if before:
             os.environ["MPLBACKEND"] = before
-
-
-@contextmanager
-def png_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write a picture to: it is at ``path`` whole when the block ends, and not at all when the block fails.
-
-    Makes the folder. Raises EvaluationError, before the block runs, when nothing can be written there.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            yield file
-        os.replace(partial, path)
-    except OSError as error:
-        raise EvaluationError(
-            f"cannot write {path}: {error.strerror or error}. Name another file with --out"
-        ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()

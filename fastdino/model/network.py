@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from fastdino.config import Config, ModelConfig
+from fastdino.config import Config, ModelConfig, ViewsConfig
 from fastdino.model.head import Head
 from fastdino.model.timm_backbone import TimmBackbone
 from fastdino.model.vit import ViT
-from fastdino.model.weights import WeightsError, load_backbone, read_metadata
+from fastdino.model.weights import WeightsError, find_vit, load_backbone, load_head, read_metadata
 
 Backbone = ViT | TimmBackbone
 """A module with ``num_features`` (D), ``implementation`` (what runs it, for the log) and ``published`` (the module
@@ -46,11 +46,12 @@ class Network(nn.Module):
         return Outputs(cls, *self.head(cls))
 
 
-def build_network(config: Config, teacher: bool = False) -> Network:
-    """The network of ``config`` in fp32 on the CPU, started from torch's generator (seed it first) or model.weights.
+def build_network(config: Config, teacher: bool = False, load: bool = True) -> Network:
+    """The network of ``config`` in fp32 on the CPU, started from torch's generator (seed it first) and from files.
 
     Args:
         config: model, head and view sizes are read.
+        load: False leaves model.weights and head.weights unread, for a network that takes those of a checkpoint.
         teacher: without drop path and without gradients. BatchNorm layers of a teacher stay in training mode, as in
             DINO v1: their running statistics are the teacher's own, no average of the student's.
 
@@ -62,9 +63,11 @@ def build_network(config: Config, teacher: bool = False) -> Network:
     backbone = build_backbone(model, views.global_size, sizes)
     if isinstance(backbone, TimmBackbone) and views.num_local * config.run.local_batch == 1:
         backbone.check_single(views.local_size)
-    if model.weights is not None:
-        load_backbone(backbone, model.weights)
     network = Network(backbone, Head(backbone.num_features, config.head, model.init))
+    if load and model.weights is not None:
+        load_backbone(backbone, model.weights)
+    if load and config.head.weights is not None:
+        load_head(network.head, config.head.weights)
     return network.requires_grad_(False) if teacher else network
 
 
@@ -89,18 +92,38 @@ def build_backbone(model: ModelConfig, image_size: int, views: dict[str, int] | 
     )
 
 
-def restore_backbone(path: Path) -> Backbone:
-    """The backbone of a file written by :func:`export_backbone` with metadata["config"] = Config.to_json().
+def restore_backbone(path: Path, arch: str = "", image_size: int | None = None) -> tuple[Backbone, Config]:
+    """The backbone that a file holds, and the config that it was trained with as far as it is known.
 
-    It needs neither DeepSpeed nor the run it came from. Raises WeightsError for a file without that entry.
+    Args:
+        path: written by :func:`export_backbone` with metadata["config"] = Config.to_json(), or a published file of
+            weights, see :func:`fastdino.model.weights.load_backbone`.
+        arch: model.arch of a published file; without it, one of our ViTs is told by its shapes.
+        image_size: side in pixels that a published backbone of timm is made for; 224 by default.
+
+    It needs neither DeepSpeed nor the run it came from. Raises WeightsError and ConfigError.
     """
     metadata = read_metadata(path)
-    if "config" not in metadata:
-        raise WeightsError(
-            f"{path} does not say which backbone it holds: build_backbone(...) and load_backbone(...) it"
-        )
-    config = Config.from_json(metadata["config"])
+    if "config" in metadata:
+        config = Config.from_json(metadata["config"])
+        check_arch(path, config, arch)
+    elif arch.startswith("timm:"):
+        config = _published(arch, 16, image_size or 224)
+    else:
+        config = _published(*find_vit(path))
+        check_arch(path, config, arch)
     model = dataclasses.replace(config.model, drop_path=0.0, attention="auto")
     backbone = build_backbone(model, config.views.global_size)
     load_backbone(backbone, path)
-    return backbone
+    return backbone, config
+
+
+def check_arch(path: Path, config: Config, arch: str) -> None:
+    """Raises WeightsError when the weights at ``path`` are of another architecture than the one asked for, if any."""
+    if arch not in ("", config.model.arch):
+        raise WeightsError(f"{path} holds a {config.model.arch}, not the {arch} that was asked for: leave out --arch")
+
+
+def _published(arch: str, patch_size: int, image_size: int) -> Config:
+    model = ModelConfig(arch=arch, patch_size=patch_size, drop_path=0.0)
+    return Config(model=model, views=ViewsConfig(global_size=image_size, num_local=0))

@@ -6,7 +6,7 @@ from typing import Literal
 
 from fastdino.config import Config, ConfigError
 from fastdino.model import Backbone, build_network, export_backbone, restore_backbone
-from fastdino.model.weights import WeightsError, read_metadata
+from fastdino.model.network import check_arch
 from fastdino.training import checkpoint
 from fastdino.training.checkpoint import CheckpointError, Manifest
 from fastdino.training.run_folder import read_config
@@ -25,8 +25,8 @@ def run_backbone(run: Path, step: int | None = None, role: Role = "teacher") -> 
     """
     config = read_config(run)
     path, manifest = _checkpoint(run, step)
-    bare = dataclasses.replace(config, model=dataclasses.replace(config.model, weights=None, attention="auto"))
-    network = build_network(bare, teacher=True)
+    bare = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
+    network = build_network(bare, teacher=True, load=False)
     shapes = {name: list(p.shape) for name, p in network.named_parameters()}
     state, shared = checkpoint.read_weights(path, manifest, shapes, "ema" if role == "teacher" else "param")
     prefix, own = f"{role}.", network.state_dict().keys()
@@ -69,20 +69,20 @@ def export_run(run: Path, out: Path | None = None, step: int | None = None, role
     if out != run and path.suffix != ".safetensors":
         raise ConfigError(f"--out {out} must end in .safetensors, the one format that is written, or be a folder")
     backbone, config, step = run_backbone(run, step, role)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        export_backbone(backbone, path, {"config": config.to_json(), "step": str(step), "role": role})
-    except (OSError, WeightsError) as error:
-        reason = error if isinstance(error, WeightsError) else f"{path} cannot be written: {error}"
-        raise ConfigError(f"{reason}. Name a file elsewhere with --out") from error
+    export_backbone(backbone, path, {"config": config.to_json(), "step": str(step), "role": role})
     return path
 
 
-def any_backbone(path: Path) -> tuple[Backbone, Config]:
-    """The teacher's backbone of a run folder, or that of a file that :func:`export_run` wrote, and its run's config."""
+def any_backbone(path: Path, arch: str = "", image_size: int | None = None) -> tuple[Backbone, Config]:
+    """The teacher's backbone of a run folder, or that of a file of weights, in evaluation mode, and its run's config.
+
+    ``arch`` and ``image_size`` are for published files; see :func:`fastdino.model.restore_backbone`.
+    """
     if path.is_dir():
         backbone, config, _ = run_backbone(path)
+        check_arch(path, config, arch)
         return backbone, config
     if not path.is_file():
-        raise ConfigError(f"{path} is neither a run folder nor a file of exported weights")
-    return restore_backbone(path).eval(), Config.from_json(read_metadata(path)["config"])
+        raise ConfigError(f"{path} is neither a run folder nor a file of weights")
+    backbone, config = restore_backbone(path, arch, image_size)
+    return backbone.eval(), config

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdino import distributed
-from fastdino.config import Config, UserError
+from fastdino.config import Config, ConfigError, UserError
 from fastdino.data import Batch, normalize, open_source, train_batches
 from fastdino.distributed import Ranks
 from fastdino.engine import build_engine, zero_stage
@@ -77,10 +77,9 @@ class Trainer:
         if folder:
             ranks.on_main(self._open_knn)  # what is wrong with its images is said now, not in hours
         newest = folder.newest() if folder else None
-        # A checkpoint holds all weights: those that the run started from may be gone.
-        start = replace(config, model=replace(config.model, weights=None)) if newest else config
         torch.manual_seed(config.run.seed)
-        student, teacher = build_network(start), build_network(start, teacher=True)
+        # A checkpoint holds all weights: those that the run started from may be gone.
+        student, teacher = (build_network(config, teacher=role, load=not newest) for role in (False, True))
         self.shapes = {name: list(p.shape) for name, p in student.named_parameters()}
         self.engine = build_engine(config, student, teacher, ranks)
         target = Centering(config.head.num_prototypes, config.loss.center_momentum, config.engine.accumulate, ranks)
@@ -93,6 +92,8 @@ class Trainer:
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.total_steps = self.steps_per_epoch * config.run.epochs
         self.schedules = Schedules(config, self.steps_per_epoch, self.global_batch)
+        if newest:
+            self._check_length(newest[0])
 
     # ------------------------------------------------------------------------------------------------ one step
 
@@ -260,7 +261,7 @@ class Trainer:
         if config.run.knn_every and root:
             reading = Reading(size=config.views.global_size, normalize=config.data.normalize)
             batch, workers = config.run.local_batch, config.data.num_workers
-            self.online_knn = OnlineKnn(root, config.data.image_size, reading, batch=batch, num_workers=workers)
+            self.online_knn = OnlineKnn(root, config.data, reading, batch=batch, num_workers=workers)
 
     # ------------------------------------------------------------------------------------------------ its folder
 
@@ -295,7 +296,8 @@ class Trainer:
 
     def _meta(self) -> dict[str, Any]:
         """What a resumption has to have in common with this run."""
-        return {"global_batch": self.global_batch, "num_images": len(self.source)}
+        images = self.source.fingerprint()
+        return {"global_batch": self.global_batch, "num_images": len(self.source), "images": images}
 
     def _save(self, last: bool) -> None:
         """Writes a checkpoint of the present step; the ``last`` one of this process has to succeed."""
@@ -322,3 +324,20 @@ class Trainer:
         if self.ranks.is_main:
             log.info("resumed from %s", path)
         return manifest.step
+
+    def _check_length(self, path: Path) -> None:
+        """A run may be made longer, which bends its schedules; not shorter than it is."""
+        epochs = self.config.run.epochs
+        if self.step > self.total_steps:
+            raise ConfigError(
+                f"run.epochs={epochs} ends at step {self.total_steps}, but {path} is of step {self.step}: let the run "
+                "be at least as long as it already is"
+            )
+        before = self.folder.config_before if self.folder else None  # known to rank 0, which says it
+        if before and before.run.epochs != epochs:
+            was = Schedules(before, self.steps_per_epoch, self.global_batch)(self.step).lr
+            log.warning(
+                "run.epochs was %d and is %d: every schedule is that of the new length from here on. At step %d the "
+                "learning rate jumps from %.3g to %.3g; the result is not that of a run of %d epochs from its start",
+                before.run.epochs, epochs, self.step, was, self.schedules(self.step).lr, epochs,
+            )  # fmt: skip

@@ -1,16 +1,21 @@
 """Feature extraction: order, modes, precision, unreadable images."""
 
+from pathlib import Path
+
 import pytest
+import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fastdino.config import Config, ModelConfig, ViewsConfig
 from fastdino.data.sources.decode import BadImage
 from fastdino.data.sources.shapes import ShapesSource
 from fastdino.data.sources.source import Source
 from fastdino.data.views import center_view, normalize
 from fastdino.eval import Features, Reading, extract
-from fastdino.model import ViT
+from fastdino.model import ViT, build_backbone, export_backbone, restore_backbone
 
 READING = Reading(size=32)
 
@@ -101,3 +106,18 @@ def test_a_size_that_the_backbone_cannot_take() -> None:
     for backbone in (vit(), nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5))):
         with pytest.raises(ValueError, match=r"36.*(patches of 8|cannot be multiplied)"):
             seen(backbone, Half(1), Reading(size=36))
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "levit_128s", "vit_relpos_small_patch16_224"])
+def test_backbones_with_buffers_that_are_no_state(tmp_path: Path, name: str) -> None:
+    """What a model computes when it is made (index tables, masks) is in no file, and is there again when restored."""
+    torch.manual_seed(0)
+    config = Config(model=ModelConfig(arch=f"timm:{name}", drop_path=0.0), views=ViewsConfig(num_local=0))
+    backbone = build_backbone(config.model, 224)
+    assert {name for name, _ in backbone.named_buffers()} - backbone.state_dict().keys()
+    export_backbone(backbone, tmp_path / "a.safetensors", {"config": config.to_json()})
+    restored, _ = restore_backbone(tmp_path / "a.safetensors")
+    timm.create_model(name, num_classes=0).load_state_dict(load_file(tmp_path / "a.safetensors"), strict=True)
+    images = ShapesSource(2, 64)
+    features = [seen(model, images, Reading()).vectors for model in (backbone, restored)]
+    assert torch.equal(*features)

@@ -96,7 +96,7 @@ def clipped(param: Tensor, grad: Tensor) -> list[Tensor]:
 def make_calls(
     device: str = DEVICE, dtype: torch.dtype = torch.float32, K: int = 100, rows: int = 5
 ) -> dict[str, Call]:
-    """By name a function and its arguments: logits and features of ``dtype``, K prototypes, ``rows`` patches or rows."""
+    """By name a function and its arguments: logits and features of ``dtype``, K prototypes, ``rows`` patches."""
 
     def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         generator = torch.Generator(device).manual_seed(sum(shape))

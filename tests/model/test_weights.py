@@ -6,6 +6,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -13,9 +14,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastdino.config import Config, HeadConfig, ModelConfig, ViewsConfig
-from fastdino.model import Head, ViT, export_backbone, load_backbone, load_head, restore_backbone
+from fastdino.config import Config, ConfigError, HeadConfig, ModelConfig, ViewsConfig
+from fastdino.model import (
+    Head,
+    ViT,
+    build_network,
+    export_backbone,
+    load_backbone,
+    load_head,
+    restore_backbone,
+)
 from fastdino.model.vit import resample_positions
+from fastdino.model.weights import find_vit
 
 HEAD: dict[str, Any] = {"num_prototypes": 16, "hidden_dim": 24, "bottleneck_dim": 8}
 
@@ -45,6 +55,21 @@ def test_timm_loads_an_export(tmp_path: Path) -> None:
         torch.testing.assert_close(theirs(x), ours(x), rtol=0, atol=1e-5)
     through_path = timm.create_model("vit_small_patch16_224", num_classes=0, checkpoint_path=str(path))
     assert same(through_path, theirs)
+
+
+def test_an_export_that_cannot_be_written(tmp_path: Path) -> None:
+    export_backbone(nano(), tmp_path / "new" / "a.safetensors")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "folder", tmp_path / "new" / "a.safetensors" / "b.safetensors", tmp_path / "pipe"):
+        with pytest.raises(ConfigError, match=rf"cannot write {path}.*--out"):
+            export_backbone(nano(), path)
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == [
+        "folder",
+        "new",
+        "new/a.safetensors",
+        "pipe",
+    ]
 
 
 def test_export_of_views_of_one_buffer(tmp_path: Path) -> None:
@@ -148,7 +173,7 @@ def test_code_in_a_file_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     torch.save({"teacher": nano().state_dict(), "args": _Evil()}, "evil.pth")
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(_Evil(), protocol=2))
     for name in ("evil.pth", "plain.pth"):
-        with pytest.raises(ValueError, match="holds code, which is never run"):
+        with pytest.raises(ValueError, match=r"holds code, \w+\.system, which is never run"):
             load_backbone(nano(), Path(name))
     assert not Path("evil").exists()
 
@@ -174,9 +199,100 @@ def test_restore_needs_only_the_file(tmp_path: Path) -> None:
     config = Config(model=ModelConfig(arch="vit_nano", patch_size=8, drop_path=0.3), views=views)
     vit = ViT("nano", patch_size=8, image_size=48)
     export_backbone(vit, tmp_path / "a.safetensors", {"config": config.to_json()})
-    restored = restore_backbone(tmp_path / "a.safetensors")
+    restored, found = restore_backbone(tmp_path / "a.safetensors")
+    assert found == config
     assert same(restored, vit)
     assert restored.blocks[-1].drop_path == 0
-    export_backbone(vit, tmp_path / "b.safetensors")
-    with pytest.raises(ValueError, match="does not say which backbone"):
-        restore_backbone(tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match=r"holds a vit_nano, not the vit_small that was asked for: leave out --arch"):
+        restore_backbone(tmp_path / "a.safetensors", "vit_small")
+
+
+PREFIXES = (
+    "", "module.", "backbone.", "module.backbone.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.",
+    "model.module.backbone.", "teacher.backbone.", "encoder.0.",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_any_prefix(tmp_path: Path, prefix: str) -> None:
+    state = {prefix + name: tensor for name, tensor in nano(1).state_dict().items()}
+    torch.save({"state_dict": state, "epoch": np.int64(3), "out": Path("x")}, tmp_path / "a.pth")
+    save_file(state, tmp_path / "a.safetensors")
+    for path in (tmp_path / "a.pth", tmp_path / "a.safetensors"):
+        backbone = nano(2)
+        load_backbone(backbone, path)
+        assert same(backbone, nano(1))
+        assert find_vit(path) == ("vit_nano", 16, 64)
+
+
+AVERAGED_BESIDE = [
+    *[((plain, ""), (averaged, "")) for plain in ("state_dict", "model", "student")
+      for averaged in ("state_dict_ema", "model_ema", "ema", "teacher")],
+    (("student", "module.backbone."), ("teacher", "backbone.")),
+    (("model", "student.backbone."), ("model", "teacher.backbone.")),
+    (("state_dict", "backbone."), ("state_dict", "momentum_backbone.")),
+    (("state_dict", "student_backbone."), ("state_dict", "teacher_backbone.")),
+    (("state_dict", "model."), ("state_dict", "ema_model.module.")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("plain", "averaged"), AVERAGED_BESIDE)
+def test_averaged_weights_come_first(tmp_path: Path, plain: tuple[str, str], averaged: tuple[str, str]) -> None:
+    content: dict[str, dict[str, Tensor]] = {}
+    for (key, prefix), seed in ((plain, 2), (averaged, 1)):
+        content.setdefault(key, {}).update({prefix + name: x for name, x in nano(seed).state_dict().items()})
+    torch.save(content, tmp_path / "a.pth")
+    backbone = nano(3)
+    load_backbone(backbone, tmp_path / "a.pth")
+    assert same(backbone, nano(1))
+    torch.save({**content, averaged[0]: {}} | {plain[0]: content[plain[0]]}, tmp_path / "b.pth")
+    load_backbone(backbone, tmp_path / "b.pth")  # a place for averages that holds none
+    assert same(backbone, nano(2 if plain[0] != averaged[0] else 1))
+
+
+def test_a_head_of_a_released_backbone(tmp_path: Path) -> None:
+    torch.save(nano().state_dict(), tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="holds no projection head"):
+        load_head(Head(96, HeadConfig(**HEAD)), tmp_path / "a.pth")
+
+
+def test_a_network_that_starts_from_a_full_checkpoint(tmp_path: Path) -> None:
+    """Backbone and head are the checkpoint's teacher's, in the student too; a resumed network reads no file."""
+    path = tmp_path / "full.pth"
+    head, state = v1_head(3, new_names=False)
+    v1_checkpoint(path, nano(1), state)
+    config = Config(
+        model=ModelConfig(arch="vit_nano", weights=path),
+        head=HeadConfig(**HEAD, weights=path),
+        views=ViewsConfig(global_size=64, local_size=32),
+    )
+    for teacher in (False, True):
+        network = build_network(config, teacher)
+        assert same(network.backbone, nano(1))
+        assert same(network.head, head)
+    path.unlink()
+    assert not same(build_network(config, load=False).head, head)
+    with pytest.raises(ValueError, match="no such file"):
+        build_network(config)
+
+
+def test_a_published_file_says_by_its_shapes_what_it_holds(tmp_path: Path) -> None:
+    path = tmp_path / "pretrain.pth"
+    for size, patch, side in (("nano", 8, 48), ("tiny", 16, 224)):
+        vit = ViT(size, patch_size=patch, image_size=side)
+        torch.save(vit.state_dict(), path)
+        restored, config = restore_backbone(path)
+        assert same(restored, vit)
+        assert (config.model.arch, config.model.patch_size, config.views.global_size) == (f"vit_{size}", patch, side)
+    with pytest.raises(ValueError, match="holds a vit_tiny, not the vit_small"):
+        restore_backbone(path, "vit_small")
+    theirs = timm.create_model("resnet18", num_classes=10)
+    torch.save({"state_dict": {"module." + name: x for name, x in theirs.state_dict().items()}}, path)
+    with pytest.raises(ValueError, match=r"shapes are those of none of our ViTs.*--arch timm:resnet50"):
+        restore_backbone(path)
+    restored, config = restore_backbone(path, "timm:resnet18", 64)
+    assert config.views.global_size == 64
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(
+        restored.eval()(x), theirs.eval().forward_head(theirs.forward_features(x), pre_logits=True)
+    )

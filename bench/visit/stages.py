@@ -1,0 +1,92 @@
+"""What a visit runs, in order of value. A stage is a command that could be typed."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+PYTEST = "python -m pytest -q -p no:cacheprovider --timeout=180 --tb=short -rfE"
+TRAIN = (
+    "python -m fastdino train vit_small_16 --run.dir {work}/run --data.root shapes --data.num-images 1024 "
+    "--data.num-workers 4 --run.local-batch 32 --run.epochs 1 --run.knn-every 1 --optim.warmup-epochs 0"
+)
+SANITIZER = (
+    # with torch's cache of memory an access beyond a tensor's end would hit another tensor
+    "env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 --print-limit 20 --tool {tool} "
+    "python -m tests.kernels.calls"
+)
+NCU = (
+    "ncu --set full --page details --clock-control none --profile-from-start off --launch-count 12 --kill yes "
+    "--kernel-name regex:^_[a-z_]+_kernel$ --force-overwrite --export {out}/ncu "
+    "python -m bench.kernels --profile --no-compile --only dino_loss ibot_loss sinkhorn adamw_ema_ ema_update_"
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command and how long it may take.
+
+    Attributes:
+        command: split as a shell would. {seconds} is what a command that can end by itself may take, {work} a temporary
+            folder, {out} the folder that is kept.
+        limit: seconds after which it is stopped, in a visit of default length; with less than a third left it is
+            skipped.
+        lane: stages of several lanes run side by side, before all that is timed; those of one lane one after another.
+        shows: regular expression of the lines of its log that the summary repeats.
+    """
+
+    name: str
+    command: str
+    limit: int
+    lane: str = ""
+    shows: str = "."
+
+
+MACHINE = r"^(GPU|Nvidia|CUDA|OS|CPU\(s\)|Python v|\[pip3\] (torch|triton|numpy))"
+TESTED = r"^(FAILED|ERROR)|\b(passed|failed|error)\b"
+
+STAGES = (
+    Stage("tests", f"{PYTEST} -n 8 --dist worksteal -m 'not gpu and not large and not offline' tests/kernels", 200,
+          "tests", TESTED),
+    Stage("tests-gpu", f"{PYTEST} -n 2 --dist loadfile -m 'gpu and not large' tests", 200, "gpu tests", TESTED),
+    Stage("memcheck", SANITIZER.format(tool="memcheck"), 100, "sanitizers", "SUMMARY|Invalid|Error"),
+    Stage("racecheck", SANITIZER.format(tool="racecheck"), 100, "sanitizers", "SUMMARY|hazard|Error"),
+    Stage("train", TRAIN, 90, "training", "loss|k-NN|done"),
+    # Fewest rounds, no file: they fill the compilers' caches while nothing can be timed.
+    Stage("warm-step", "python -m bench.step --arch vit_small --rounds 2", 110, "training"),
+    Stage("machine", "python -m torch.utils.collect_env", 40, "compilers", MACHINE),
+    Stage("warm-kernels", "python -m bench.kernels --rounds 2 --seconds {seconds}", 160, "compilers", "no figure|left"),
+    # Alone on the machine.
+    Stage("ceilings", "python -m bench.kernels.ceilings", 40),
+    Stage("step-vit_small", "python -m bench.step --arch vit_small", 110),
+    Stage("profile", "python -m bench.visit.step_profile vit_small", 40),
+    Stage("kernels", "python -m bench.kernels --seconds {seconds}", 140),
+    Stage("ncu", NCU, 90, shows=r"_kernel|Duration|DRAM Throughput|Registers Per|Achieved Occ|Local\(|profiled"),
+    Stage("attention", "python -m bench.kernels.attention", 80),
+    Stage("profile-large", "python -m bench.visit.step_profile vit_base vit_large:32", 90,
+          shows=r"^vit|images/s|peak|launches|[1-9]\d\.\d%"),
+    Stage("tests-large", f"{PYTEST} -m large tests/kernels", 100, shows=TESTED),
+    Stage("step-vit_base", "python -m bench.step --arch vit_base", 160),
+)  # fmt: skip
+SECONDS = 540
+"""Default length: the tests and the stages up to ``kernels`` fit, even if each takes all of its limit."""
+SPARE = 10  # of it for the last report
+
+
+def lanes(stages: Sequence[Stage]) -> list[list[Stage]]:
+    """The stages that run side by side, by lane; empty lists for no lane."""
+    found: dict[str, list[Stage]] = defaultdict(list)
+    for stage in stages:
+        if stage.lane:
+            found[stage.lane].append(stage)
+    return list(found.values())
+
+
+def longest(stages: Sequence[Stage]) -> int:
+    """Seconds of a visit in which every stage takes all of its limit."""
+    beside = max((sum(stage.limit for stage in lane) for lane in lanes(stages)), default=0)
+    return SPARE + beside + sum(stage.limit for stage in stages if not stage.lane)
+
+
+def stretch(stages: Sequence[Stage], seconds: float) -> float:
+    """What the limits are multiplied with, so that they use up a visit that is longer than all of them."""
+    return max(1.0, (seconds - SPARE) / (longest(stages) - SPARE))

@@ -1,0 +1,146 @@
+"""Runs stages within a number of seconds and keeps what they found, whatever ends the visit."""
+
+import contextlib
+import glob
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from bench.record import RESULTS, ROOT, commit, python_path
+from bench.visit.stages import SPARE, Stage, lanes, stretch
+
+TOOLS = ("/usr/local/cuda*/bin", "/opt/nvidia/nsight-compute/*")  # where ncu and compute-sanitizer may be
+NOT_FOUND = 127  # a shell's code, and env's
+OK, SKIPPED = "ok", "skipped"
+ABSENT = f"{SKIPPED}, its tool is not on this machine"
+SHOWN = 25  # lines of a stage in the summary
+
+
+class Visit:
+    """Begins when it is made.
+
+    Args:
+        stages: to run; those with a lane side by side, then the others one by one.
+        seconds: in which all of it has to end.
+        out: folder for summary.txt and visit.tar.gz (logs, and the files of bench/results/ that were written), which
+            are whole after every stage.
+    """
+
+    def __init__(self, stages: Sequence[Stage], seconds: float, out: Path) -> None:
+        self.stages, self.seconds, self.out = stages, seconds, out.resolve()
+        self.stretch, self.started = stretch(stages, seconds), time.monotonic()
+        self.end = self.started + seconds - SPARE
+        self.work = Path(tempfile.mkdtemp(prefix="fastdino-visit-"))
+        self.before = {path: path.read_bytes() for path in RESULTS.glob("*.json")}
+        self.reports: list[str] = []
+        self.states: dict[str, str] = {}
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.Lock()
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._pack()
+
+    def run(self) -> bool:
+        """Runs the stages; True when none has failed or was stopped."""
+        side_by_side = lanes(self.stages)
+        with ThreadPoolExecutor(max_workers=max(1, len(side_by_side))) as pool:
+            try:
+                for future in [pool.submit(self._one_by_one, lane) for lane in side_by_side]:
+                    future.result()
+                self._one_by_one([stage for stage in self.stages if not stage.lane])
+            except BaseException:
+                self.end = self.started  # no stage begins any more
+                for child in list(self._running):
+                    _stop(child)
+                raise
+        return all(state.startswith((OK, SKIPPED)) for state in self.states.values())
+
+    def _one_by_one(self, stages: Sequence[Stage]) -> None:
+        for stage in stages:
+            began, left = time.monotonic(), self.end - time.monotonic()
+            if left < stage.limit / 3:
+                self._report(stage, f"{SKIPPED}, {max(0, left):.0f} s are left", 0)
+            else:
+                state = self._execute(stage, min(stage.limit * self.stretch, left))
+                self._report(stage, state, time.monotonic() - began)
+
+    def _execute(self, stage: Stage, seconds: float) -> str:
+        """The state in which the stage ended, within ``seconds``."""
+        inside = max(1, int(0.8 * seconds))  # for a command that ends by itself: it finishes what it has begun
+        command = [part.format(seconds=inside, work=self.work, out=self.out) for part in shlex.split(stage.command)]
+        command = [sys.executable if part == "python" else part for part in command]
+        tools = [folder for pattern in TOOLS for folder in glob.glob(pattern)]
+        env = {**os.environ, "PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1"}
+        env["PATH"] = os.pathsep.join([os.environ["PATH"], *tools])
+        with self._log(stage).open("w") as log:
+            print(f"$ {shlex.join(command)}", file=log, flush=True)
+            try:
+                child = subprocess.Popen(
+                    command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                )
+            except FileNotFoundError:
+                return ABSENT
+        self._running.add(child)
+        try:
+            code = child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return f"STOPPED at {seconds:.0f} s"
+        finally:
+            _stop(child)
+            self._running.discard(child)
+        return {0: OK, NOT_FOUND: ABSENT}.get(code, f"FAILED with code {code}")
+
+    def _log(self, stage: Stage) -> Path:
+        return self.work / f"{stage.name}.log"
+
+    def _report(self, stage: Stage, state: str, seconds: float) -> None:
+        """Says how a stage ended, and packs everything anew."""
+        with self._lock:
+            self.states[stage.name] = state
+            elapsed = time.monotonic() - self.started
+            print(f"[{elapsed:4.0f} s] {stage.name}: {state}, {seconds:.0f} s", flush=True)
+            self.reports.append(f"== {stage.name}: {state}, {seconds:.0f} s")
+            if not state.startswith(SKIPPED):
+                self.reports += [f"   {line[:160]}" for line in telling(self._log(stage), stage, state)]
+            self._pack()
+
+    def summary(self) -> str:
+        """What has been found so far."""
+        return "\n".join([f"commit {commit()}, {self.seconds:.0f} s", *self.reports]) + "\n"
+
+    def _pack(self) -> None:
+        (self.out / "summary.txt").write_text(self.summary())
+        part = self.out / "visit.part"
+        with tarfile.open(part, "w:gz") as tar:
+            for log in sorted(self.work.glob("*.log")):
+                tar.add(log, f"logs/{log.name}")
+            for path in sorted(RESULTS.glob("*.json")):
+                if self.before.get(path) != path.read_bytes():
+                    tar.add(path, path.relative_to(ROOT))
+        part.replace(self.out / "visit.tar.gz")
+
+
+def telling(log: Path, stage: Stage, state: str) -> list[str]:
+    """The lines that a summary repeats: what the stage shows, and the end of a log that tells of a failure."""
+    lines = [line for line in log.read_text(errors="replace").splitlines()[1:] if line.strip()]
+    shown = [line for line in lines if re.search(stage.shows, line)]
+    if len(shown) > SHOWN:  # the first, and the last, which counts the tests
+        shown = [*shown[: SHOWN - 1], shown[-1]]
+    return shown if state == OK else [*shown, "...", *lines[-12:]]
+
+
+def _stop(child: "subprocess.Popen[bytes]") -> None:
+    """Ends a child and all that it has started, which share its session."""
+    for number, patience in ((signal.SIGTERM, 4), (signal.SIGKILL, 4)):
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(child.pid, number)
+            child.wait(patience)
