@@ -144,17 +144,17 @@ class OnlineKnn:
 
     Args:
         root: the word shapes or a folder of class folders, see :func:`fastdino.eval.splits.bank_and_test`.
-        data: how images are read.
-        reading: how the teacher is shown images.
+        data: how images are opened, normalised and decoded in training.
+        size: side in pixels that the teacher sees.
         batch: images per forward pass.
-        num_workers: processes that decode.
 
     Raises ConfigError for whatever an evaluation of these sets would refuse.
     """
 
-    def __init__(self, root: str, data: DataConfig, reading: Reading, *, batch: int, num_workers: int) -> None:
+    def __init__(self, root: str, data: DataConfig, *, size: int, batch: int) -> None:
         self.bank, self.test, _ = bank_and_test(root, data)
-        self.reading, self.batch, self.num_workers = reading, batch, num_workers
+        self.reading = Reading(size=size, normalize=data.normalize)
+        self.batch, self.num_workers = batch, data.num_workers
 
     def __call__(self, backbone: nn.Module) -> dict[str, float]:
         """{"knn": percent, "knn_neighbors": k}; k is 20, or the number of readable images in the bank if less.

@@ -30,7 +30,7 @@ def bank_and_test(root: str, data: DataConfig) -> Sets:
         root: the word shapes, or a folder of class folders. Its subfolders train/ and val/ (valid/, validation/), or
             train/ and test/ (testing/), in any case, are the two sets; without them every fifth image is judged by the
             rest. The name of a split is never taken for that of a class.
-        data: how images are read, and the side in pixels at which shapes are rendered.
+        data: how images are opened: as those that the weights were trained on.
 
     Raises ConfigError for a split without its other half, for sets without labels or with different classes, and for
     a set of which no image can be read.
@@ -45,15 +45,19 @@ def bank_and_test(root: str, data: DataConfig) -> Sets:
     elif folders:
         raise ConfigError(_unpaired(root, list(folders.values())))
     else:
-        sets = _strided(FolderSource(root, data.max_pixels, data.bits))
+        sets = _strided(open_folder(root, data))
     _check(sets, root)
     return sets
 
 
+def open_folder(root: str | Path, data: DataConfig) -> FolderSource:
+    """Every image below ``root``, opened as in training."""
+    return FolderSource(root, max_pixels=data.max_pixels, bits=data.bits)
+
+
 def _pair(train: Path, judged: Path, data: DataConfig) -> Sets:
     rule = f"{train.name}/ is the bank, {judged.name}/ is judged"
-    bank, test = (FolderSource(folder, data.max_pixels, data.bits) for folder in (train, judged))
-    return Sets(bank, test, rule)
+    return Sets(open_folder(train, data), open_folder(judged, data), rule)
 
 
 def _strided(whole: Source) -> Sets:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastdino.config import Config, ConfigError, DataConfig, ViewsConfig
 from fastdino.data.sources.decode import BadImage
-from fastdino.eval import Features, KNeighbors, Knn, OnlineKnn, Reading, Subject
+from fastdino.eval import Features, KNeighbors, Knn, OnlineKnn, Subject
 from fastdino.eval import knn as room
 from fastdino.eval.splits import Sets
 
@@ -147,7 +147,7 @@ def sets(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     opened: list[object] = []
 
     def bank_and_test(root: str, data: DataConfig) -> Sets:
-        opened.append((root, data))
+        opened.append((root, data.image_size))
         return Sets(Colours(30, 100), Colours(20, 30), "made here")
 
     monkeypatch.setattr(room, "bank_and_test", bank_and_test)
@@ -194,7 +194,7 @@ def test_flags_that_cannot_work(flags: dict[str, Any], says: str) -> None:
 
 
 def online(root: str = "anywhere") -> OnlineKnn:
-    return OnlineKnn(root, CONFIG.data, Reading(size=32), batch=4, num_workers=0)
+    return OnlineKnn(root, CONFIG.data, size=32, batch=4)
 
 
 def test_online_knn(sets: list[object]) -> None:
