@@ -12,7 +12,7 @@ TRAIN = (
 SANITIZER = (
     # with torch's cache of memory an access beyond a tensor's end would hit another tensor
     "env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 --print-limit 20 --tool {tool} "
-    "python -m pytest -q -p no:cacheprovider -k schema tests/kernels/test_operators.py"
+    "python -m tests.kernels.calls"
 )
 NCU = (
     "ncu --set full --page details --clock-control none --profile-from-start off --launch-count 12 --kill yes "
@@ -41,18 +41,19 @@ class Stage:
     shows: str = "."
 
 
+MACHINE = r"^(GPU|Nvidia|CUDA|OS|CPU\(s\)|Python v|\[pip3\] (torch|triton|numpy))"
 TESTED = r"^(FAILED|ERROR)|\b(passed|failed|error)\b"
 
 STAGES = (
     Stage("tests", f"{PYTEST} -n 8 --dist worksteal -m 'not gpu and not large and not offline' tests/kernels", 200,
           "tests", TESTED),
     Stage("tests-gpu", f"{PYTEST} -n 2 --dist loadfile -m 'gpu and not large' tests", 200, "gpu tests", TESTED),
-    Stage("memcheck", SANITIZER.format(tool="memcheck"), 100, "sanitizers", r"SUMMARY|Invalid|^FAILED|passed"),
-    Stage("racecheck", SANITIZER.format(tool="racecheck"), 100, "sanitizers", r"SUMMARY|hazard|^FAILED|passed"),
+    Stage("memcheck", SANITIZER.format(tool="memcheck"), 100, "sanitizers", "SUMMARY|Invalid|Error"),
+    Stage("racecheck", SANITIZER.format(tool="racecheck"), 100, "sanitizers", "SUMMARY|hazard|Error"),
     Stage("train", TRAIN, 90, "training", "loss|k-NN|done"),
     # Fewest rounds, no file: they fill the compilers' caches while nothing can be timed.
     Stage("warm-step", "python -m bench.step --arch vit_small --rounds 2", 110, "training"),
-    Stage("machine", "python -m torch.utils.collect_env", 40, "compilers", "GPU|CUDA|driver|OS:|CPU.*:|torch|triton"),
+    Stage("machine", "python -m torch.utils.collect_env", 40, "compilers", MACHINE),
     Stage("warm-kernels", "python -m bench.kernels --rounds 2 --seconds {seconds}", 160, "compilers", "no figure|left"),
     # Alone on the machine.
     Stage("ceilings", "python -m bench.kernels.ceilings", 40),
@@ -61,7 +62,8 @@ STAGES = (
     Stage("kernels", "python -m bench.kernels --seconds {seconds}", 140),
     Stage("ncu", NCU, 90, shows=r"_kernel|Duration|DRAM Throughput|Registers Per|Achieved Occ|Local\(|profiled"),
     Stage("attention", "python -m bench.kernels.attention", 80),
-    Stage("profile-large", "python -m bench.visit.step_profile vit_base vit_large:32", 90),
+    Stage("profile-large", "python -m bench.visit.step_profile vit_base vit_large:32", 90,
+          shows=r"^vit|images/s|peak|launches|[1-9]\d\.\d%"),
     Stage("tests-large", f"{PYTEST} -m large tests/kernels", 100, shows=TESTED),
     Stage("step-vit_base", "python -m bench.step --arch vit_base", 160),
 )  # fmt: skip

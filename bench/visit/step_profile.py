@@ -1,7 +1,7 @@
 """Where the time of our training step goes: kernels by time, and how much of the step the device is busy.
 
-``python -m bench.visit.step_profile vit_small vit_large:32`` prints it for each architecture, at the batch named there or
-at that of bench.step. A step that does not fit into the device's memory is named. No file is written.
+``python -m bench.visit.step_profile vit_small vit_large:32`` prints it for each architecture, at the batch named there
+or at that of bench.step. A step that does not fit into the device's memory is named. No file is written.
 """
 
 import argparse

@@ -22,6 +22,8 @@ from bench.visit.stages import SPARE, Stage, lanes, stretch
 TOOLS = ("/usr/local/cuda*/bin", "/opt/nvidia/nsight-compute/*")  # where ncu and compute-sanitizer may be
 NOT_FOUND = 127  # a shell's code, and env's
 OK, SKIPPED = "ok", "skipped"
+ABSENT = f"{SKIPPED}, its tool is not on this machine"
+SHOWN = 25  # lines of a stage in the summary
 
 
 class Visit:
@@ -85,8 +87,8 @@ class Visit:
                 child = subprocess.Popen(
                     command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
                 )
-            except OSError as error:
-                return f"{SKIPPED}, {error}"
+            except FileNotFoundError:
+                return ABSENT
         self._running.add(child)
         try:
             code = child.wait(seconds)
@@ -95,7 +97,7 @@ class Visit:
         finally:
             _stop(child)
             self._running.discard(child)
-        return {0: OK, NOT_FOUND: f"{SKIPPED}, its tool is not on this machine"}.get(code, f"FAILED with code {code}")
+        return {0: OK, NOT_FOUND: ABSENT}.get(code, f"FAILED with code {code}")
 
     def _log(self, stage: Stage) -> Path:
         return self.work / f"{stage.name}.log"
@@ -130,7 +132,9 @@ class Visit:
 def telling(log: Path, stage: Stage, state: str) -> list[str]:
     """The lines that a summary repeats: what the stage shows, and the end of a log that tells of a failure."""
     lines = [line for line in log.read_text(errors="replace").splitlines()[1:] if line.strip()]
-    shown = [line for line in lines if re.search(stage.shows, line)][-25:]
+    shown = [line for line in lines if re.search(stage.shows, line)]
+    if len(shown) > SHOWN:  # the first, and the last, which counts the tests
+        shown = [*shown[: SHOWN - 1], shown[-1]]
     return shown if state == OK else [*shown, "...", *lines[-12:]]
 
 

@@ -1,0 +1,217 @@
+"""A visit's stages are commands that exist, and its runner loses nothing: limits, cuts, tools that are missing."""
+
+import argparse
+import runpy
+import shlex
+import subprocess
+import sys
+import tarfile
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import record
+from bench.visit import __main__ as command
+from bench.visit import visit
+from bench.visit.stages import SECONDS, SPARE, STAGES, Stage, longest, stretch
+from bench.visit.visit import Visit
+from fastdino import cli
+from tests.bench.conftest import Python
+
+MARKERS = {
+    text.split(":")[0]
+    for text in tomllib.loads((record.ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["markers"]
+}
+
+
+class Parsed(Exception):
+    """A command has understood its arguments."""
+
+
+def parsed(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives ``text`` to the command's own parser; raises Parsed when it is understood, SystemExit when it is not."""
+    module, *arguments = shlex.split(text.format(seconds=100, work="work", out="out"))
+
+    def stop(*args: object) -> None:
+        raise Parsed
+
+    def parse(parser: argparse.ArgumentParser) -> None:
+        original(parser, arguments)
+        raise Parsed
+
+    original = argparse.ArgumentParser.parse_args
+    monkeypatch.setattr("sys.argv", [module, *arguments])
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    if module == "fastdino":  # its parser is tyro's
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", original)
+        monkeypatch.setattr(cli, "train", stop)
+    runpy.run_module(module, run_name="__main__")
+
+
+def of_project(text: str) -> str:
+    """The part of a command after ``python -m``."""
+    return text.split("python -m ")[1]
+
+
+ARGUMENTS = [(s.name, of_project(s.command)) for s in STAGES if of_project(s.command).startswith(("bench", "fastdino"))]
+TESTS = [(s.name, of_project(s.command)) for s in STAGES if of_project(s.command).startswith("pytest")]
+
+
+@pytest.mark.parametrize("text", dict(ARGUMENTS).values(), ids=dict(ARGUMENTS))
+def test_every_stage_is_a_command_that_exists(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Parsed):
+        parsed(text, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "bench.step --arch vit_small --no-such-flag",
+        "bench.kernels --only no_such_kernel",
+        "fastdino train vit_small_16 --run.no-such-flag 1",
+        "fastdino train no_such_recipe",
+    ],
+)
+def test_a_renamed_flag_would_be_found(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit) as error:
+        parsed(text, monkeypatch)
+    assert error.value.code == 2
+
+
+@pytest.mark.parametrize("text", dict(TESTS).values(), ids=dict(TESTS))
+def test_every_stage_of_tests_finds_some(text: str, python: Python) -> None:
+    arguments = shlex.split(text)
+    if "-m" in arguments:
+        assert set(arguments[arguments.index("-m") + 1].split()) - {"not", "and"} <= MARKERS
+    done = python("-m", *arguments, "--collect-only", "-q")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_every_stage_is_tested_here() -> None:
+    others = {stage.name for stage in STAGES} - dict(ARGUMENTS).keys() - dict(TESTS).keys()
+    assert others == {"machine"}, "torch's own"
+    assert len({stage.name for stage in STAGES}) == len(STAGES)
+
+
+def test_limits_add_up() -> None:
+    names = [stage.name for stage in STAGES]
+    first = STAGES[: names.index("kernels") + 1]
+    assert longest(first) == SECONDS, "the default length is what the tests and the most valuable figures may take"
+    assert stretch(STAGES, SECONDS) == 1, "a short visit leaves stages out rather than cut all of them"
+    for seconds in (longest(STAGES), 1800):
+        assert SPARE + stretch(STAGES, seconds) * (longest(STAGES) - SPARE) == pytest.approx(seconds)
+
+
+def test_list_needs_no_gpu_and_names_every_stage(python: Python) -> None:
+    done = python("-m", "bench.visit", "--list", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0
+    assert [line.split()[0] for line in done.stdout.splitlines()[:-1]] == [stage.name for stage in STAGES]
+    few = python("-m", "bench.visit", "--list", "--only", "kernels,tests", CUDA_VISIBLE_DEVICES="")
+    assert [line.split()[0] for line in few.stdout.splitlines()[:-1]] == ["tests", "kernels"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [([], "torch sees no GPU"), (["--only", "kernel"], "no stage kernel"), (["5"], "10 seconds are needed")],
+)
+def test_what_cannot_run_is_one_message(
+    arguments: list[str], word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["bench.visit", *arguments])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as error:
+        command.main()
+    assert error.value.code == 2
+    assert word in capsys.readouterr().err
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout's bench/results/ with one file, from before the visit."""
+    folder = tmp_path / "bench/results"
+    folder.mkdir(parents=True)
+    (folder / "old.json").write_text("{}")
+    monkeypatch.setattr(visit, "RESULTS", folder)
+    monkeypatch.setattr(visit, "ROOT", tmp_path)
+    monkeypatch.setattr(visit, "commit", lambda: "0" * 40)
+    return folder
+
+
+def gone(process: int) -> bool:
+    """Whether a process ends within some seconds; one that nobody has waited for counts as ended."""
+    for _ in range(100):
+        try:
+            if Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
+                return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_visit_keeps_what_was_found(results: Path, tmp_path: Path) -> None:
+    out, child = tmp_path / "out", tmp_path / "child"
+    stages = [
+        Stage("right", "sh -c 'echo a figure; echo no figure; echo {{}} > bench/results/new.json'", 5, shows="^a"),
+        Stage("packed", "sh -c 'tar tzf {out}/visit.tar.gz; test -s {out}/summary.txt'", 5),
+        Stage("wrong", "sh -c 'echo reason; exit 3'", 5, shows="figure"),
+        Stage("hangs", f"sh -c 'sleep 60 & echo $! > {child}; echo begun; wait'", 1),
+        Stage("absent", "no-such-tool", 5),
+        Stage("absent too", "env A=1 no-such-tool", 5),
+        Stage("late", "true", 10_000),
+        Stage("last", "python -c 'import bench, fastdino_kernels'", 20),
+    ]
+    done = Visit(stages, SPARE + 60, out)
+    assert not done.run()
+    assert done.states["right"] == done.states["packed"] == done.states["last"] == visit.OK
+    assert done.states["wrong"] == "FAILED with code 3"
+    assert done.states["hangs"] == "STOPPED at 1 s"
+    assert [name for name, state in done.states.items() if state.startswith(visit.SKIPPED)] == [
+        "absent", "absent too", "late",
+    ]  # fmt: skip
+    assert gone(int(child.read_text())), "what a stage has started ends with it"
+    lines = (out / "summary.txt").read_text().splitlines()
+    assert lines[1:3] == ["== right: ok, 0 s", "   a figure"]
+    assert "   reason" in lines, "the end of a log that tells of a failure"
+    with tarfile.open(out / "visit.tar.gz") as tar:
+        names = tar.getnames()
+    assert "bench/results/new.json" in names
+    assert "bench/results/old.json" not in names
+    packed = (done.work / "packed.log").read_text()
+    assert "bench/results/new.json" in packed, "after every stage, not at the end"
+
+
+def test_lanes_run_side_by_side_and_before_what_is_timed(results: Path, tmp_path: Path) -> None:
+    """Each of two lanes waits for the other's file; the stage alone sees both."""
+    meet = "sh -c 'touch {{work}}/{0}; until test -e {{work}}/{1}; do sleep 0.05; done'"
+    stages = [
+        Stage("alone", "sh -c 'test -e {work}/second'", 5),
+        Stage("a", meet.format("first", "second"), 5, "x"),
+        Stage("b", meet.format("second", "first"), 5, "y"),
+        Stage("c", "sh -c 'test -e {work}/first'", 5, "x"),
+    ]
+    done = Visit(stages, SPARE + 30, tmp_path / "out")
+    assert done.run(), done.states
+    assert list(done.states)[-1] == "alone"
+
+
+def test_a_visit_that_is_ended_ends_its_stages(tmp_path: Path) -> None:
+    child = tmp_path / "child"
+    code = f"""
+import signal, sys
+from pathlib import Path
+from bench.visit import visit
+from bench.visit.stages import Stage
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+stages = [Stage("a", "sh -c 'echo $$ > {child}.part; mv {child}.part {child}; sleep 60'", 600, "x")]
+visit.Visit([*stages, Stage("b", "true", 1)], 700, Path({str(tmp_path / "out")!r})).run()
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=record.ROOT)
+    while not child.exists():
+        assert process.poll() is None
+    process.terminate()
+    assert process.wait(30) == 143
+    assert gone(int(child.read_text()))
