@@ -20,7 +20,12 @@ def settle() -> None:
         getpass.getuser()
     except (KeyError, OSError):  # docker run --user 12345: torch names its cache folders after the user
         os.environ["USER"] = f"uid{os.getuid()}"
-    if len(os.fsencode(tempfile.gettempdir())) > _LONGEST and os.access("/tmp", os.W_OK | os.X_OK):
+    try:
+        scratch = tempfile.gettempdir()
+    except FileNotFoundError as error:
+        log.warning("%s: set TMPDIR to a folder that may be written", error.strerror)
+        return
+    if len(os.fsencode(scratch)) > _LONGEST and os.access("/tmp", os.W_OK | os.X_OK):
         log.warning("TMPDIR is too long for the sockets of worker processes: /tmp is used")
         os.environ["TMPDIR"] = tempfile.tempdir = "/tmp"
     home = os.path.expanduser("~")

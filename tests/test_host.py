@@ -51,6 +51,24 @@ def test_triton_compiles_into_a_folder_of_ones_own():
     assert python(code, HOME="/dev/null/home").stdout.split()[0] == folder, "what is compiled is found again"
 
 
+def test_no_folder_for_temporary_files_is_said(tmp_path):
+    """Where none may be written; what needs none works all the same."""
+    code = """
+import tempfile
+def none():
+    raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+tempfile.gettempdir = none
+from fastdino import cli
+cli.main(["recipes"])
+"""
+    done = python(code, HOME="/dev/null/home")
+    assert done.returncode == 0, done.stderr
+    assert (
+        done.stderr == "No usable temporary directory found in ['/tmp']: set TMPDIR to a folder that may be written\n"
+    )
+    assert "vit_small_16" in done.stdout
+
+
 def test_nothing_is_set_where_nothing_lacks(tmp_path):
     code = "import os; before = dict(os.environ); import fastdino; print(dict(os.environ) == before)"
     assert python(code, HOME=str(tmp_path), USER="me", TMPDIR=str(tmp_path)).stdout == "True\n"
