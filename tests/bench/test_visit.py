@@ -9,13 +9,17 @@ import tarfile
 import time
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from triton.runtime.interpreter import InterpretedFunction
 
 from bench import record
+from bench.kernels.case import PLAIN
+from bench.kernels.measure import BENCHES
 from bench.visit import __main__ as command
-from bench.visit import visit
+from bench.visit import launch_configs, visit
 from bench.visit.stages import SECONDS, SPARE, STAGES, Stage, longest, stretch
 from bench.visit.visit import Visit
 from fastdino import cli
@@ -103,6 +107,29 @@ def test_limits_add_up() -> None:
     assert stretch(STAGES, SECONDS) == 1, "a short visit leaves stages out rather than cut all of them"
     for seconds in (longest(STAGES), 1800):
         assert SPARE + stretch(STAGES, seconds) * (longest(STAGES) - SPARE) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("operation", "shape"), [("dino_loss", "3,2,2,100"), ("sinkhorn", "8,100"), ("ibot_loss", "4,600")]
+)
+def test_other_launch_configurations_reach_the_kernel_and_are_right(
+    operation: str, shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastdino_kernels._backend.INTERPRETED", True)
+    case = BENCHES[operation].case(shape, torch.device("cpu"), compiled=False)
+    tried = launch_configs.with_alternatives(case)
+    assert len(tried.variants) > 4
+    launched = set()
+    original = InterpretedFunction.__getitem__
+
+    def launch(kernel: Any, grid: Any) -> Any:
+        return lambda *args, **kwargs: launched.add(str(kwargs)) or original(kernel, grid)(*args, **kwargs)
+
+    monkeypatch.setattr(InterpretedFunction, "__getitem__", launch)
+    expected, *others = (v.bind(case.make(0))() for name, v in tried.variants.items() if name != PLAIN)
+    for results in others:
+        torch.testing.assert_close(results, expected, rtol=1e-4, atol=1e-5)
+    assert len(launched) > len(tried.variants) - 2, "each was launched in its own way"
 
 
 def test_list_needs_no_gpu_and_names_every_stage(python: Python) -> None:
@@ -203,7 +230,7 @@ def test_a_visit_that_is_ended_ends_its_stages(tmp_path: Path) -> None:
     code = f"""
 import signal, sys
 from pathlib import Path
-from bench.visit import visit
+from bench.visit import launch_configs, visit
 from bench.visit.stages import Stage
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 stages = [Stage("a", "sh -c 'echo $$ > {child}.part; mv {child}.part {child}; sleep 60'", 600, "x")]
