@@ -20,7 +20,6 @@ Rows = list[list[str]]
 # Cases of the compile gate that bench.kernels times at the same sizes: operation, shape, variant.
 HEADLINES = {
     "dino_loss": ("dino_loss", "10,2,64,65536,bf16", OURS),
-    "center_mean": ("center_mean", "2,64,65536,bf16", OURS),
     "prototype_weight": ("prototype_weight", "65536,256,bf16", OURS),
 }
 NOT_MEASURED = "On a GPU: not measured yet.\n"

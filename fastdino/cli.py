@@ -18,11 +18,13 @@ import inspect
 import json
 import logging
 import os
+import select
+import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import tyro
 
@@ -38,7 +40,27 @@ Path_ = Annotated[Path, tyro.conf.Positional]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command ``fastdino``. What a user can mend is one message on stderr and exit code 2."""
-    arguments = without_local_rank([*(sys.argv[1:] if argv is None else argv)])
+    try:
+        try:
+            _main(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _reader_has_gone() -> bool:
+    """True when stdout is a pipe that nobody reads any more: head has had enough."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _main(argv: Sequence[str]) -> None:
+    arguments = without_local_rank([*argv])
     command = arguments.pop(0) if arguments else "--help"
     if command in ("-h", "--help"):
         print(__doc__.strip())
@@ -74,12 +96,39 @@ def _run(command: str, arguments: list[str]) -> None:
 def _config(command: str, arguments: list[str]) -> Config:
     """RECIPE and its overrides."""
     if not arguments or arguments[0].startswith("-"):
-        print(f"usage: fastdino {command} RECIPE [flags]\n\n{_list_recipes()}")
-        sys.exit(0 if arguments[:1] in (["-h"], ["--help"]) else 2)
+        asked = arguments[:1] in (["-h"], ["--help"])
+        usage = f"usage: fastdino {command} RECIPE [flags]\n\n{_list_recipes()}"
+        print(usage, file=sys.stdout if asked else sys.stderr)
+        sys.exit(0 if asked else 2)
     name = arguments[0]
     base = recipes.get(name)
     text = inspect.getdoc(recipes.RECIPES[name])
-    return tyro.cli(Config, default=base, args=arguments[1:], prog=f"fastdino {command} {name}", description=text)
+    flags = _plain_switches(arguments[1:])
+    return tyro.cli(Config, default=base, args=flags, prog=f"fastdino {command} {name}", description=text)
+
+
+def _plain_switches(arguments: list[str]) -> list[str]:
+    """``--head.batch-norm true`` and ``--head.batch-norm=true`` as the switch that tyro takes, which has no value."""
+    groups = get_type_hints(Config).items()
+    settings = [f"{group}.{field.name}" for group, kind in groups for field in fields(kind) if field.type is bool]
+    off = {f"--{name}": f"--{name.replace('.', '.no-')}" for name in (s.replace("_", "-") for s in settings)}
+    switches = {*off, *off.values()}
+    words: list[str] = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        flag = flag.replace("_", "-")
+        words += ([flag, value] if equals else [flag]) if flag in switches else [argument]
+    plain: list[str] = []
+    for word in words:
+        switch = plain[-1] if plain else ""
+        if switch not in switches or word.startswith("--"):
+            plain.append(word)
+        elif switch in off and word.lower() in ("true", "false"):
+            plain[-1] = switch if word.lower() == "true" else off[switch]
+        else:
+            on = next(on for on in off if switch in (on, off[on]))
+            raise ConfigError(f"{switch} {word}: write {on} true or {on} false, or one of {on} and {off[on]} alone")
+    return plain
 
 
 def _list_recipes() -> str:

@@ -41,7 +41,7 @@ def run_demo(folder: Path, seed: int) -> dict[str, float]:
     train(config)
     teacher, _, _ = run_backbone(folder)
     fresh = [_random_backbone(config, seed) for seed in range(NUM_INITIALISATIONS)]
-    bank, test, _ = bank_and_test("shapes", config.data.image_size)
+    bank, test, _ = bank_and_test("shapes", config.data)
     masks = ShapesSource(NUM_MASKS, config.data.image_size, MASK_SEED)
     sheet = folder / "attention.png"
     summary = {

@@ -58,6 +58,16 @@ def place(env: Mapping[str, str]) -> Place:
     return found
 
 
+def ranks_here(env: Mapping[str, str]) -> int:
+    """Ranks on this machine, as far as the launcher says. SLURM's are not counted: it gives each task its cores."""
+    names = (
+        "LOCAL_WORLD_SIZE",
+        "LOCAL_SIZE",
+        *(names[3] for names in _MPI),
+    )  # torchrun, the deepspeed launcher, mpirun
+    return next((int(env[name]) for name in names if env.get(name, "").isdigit() and int(env[name])), 1)
+
+
 def launched_rank(env: Mapping[str, str]) -> int:
     """The rank that says what all would say; 0 where :func:`place` will raise."""
     try:

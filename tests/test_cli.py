@@ -1,7 +1,9 @@
 """The command as a user meets it: what it says to a wrong word, and the path from training to weights in timm."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +52,9 @@ def run(tmp_path_factory) -> Path:
         (["train", "vit_smal_16"], "no recipe 'vit_smal_16': did you mean vit_small_16?"),
         (["train", "vit_small_16", "--los.teacher-temp", "0.07"], "--loss.teacher-temp"),
         (["train", "vit_small_16", "--loss.teacher-temp", "7"], "loss.teacher_temp=7.0 must be in"),
+        (["train", "vit_small_16", "--head.batch-nrm", "true"], "--head.batch-norm"),
+        (["train", "vit_small_16", "--head.batch-norm", "maybe"], "write --head.batch-norm true or "),
+        (["train", "vit_small_16", "--head.no-batch-norm=true"], "one of --head.batch-norm and --head.no-batch-norm"),
         (["train", "vit_small_16", "--views.num-local", "many"], "--views.num-local"),
         (["train", "vit_small_16", "--views.num-local", "40"], "at most 32 views"),
         (["train", "vit_small_16", "--model.patch-size", "15"], "use 210 or 225"),
@@ -99,9 +104,63 @@ def test_an_environment_that_cannot_work_is_one_message(variables, says, tmp_pat
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("flags", "batch_norm", "freeze"),
+    [
+        ([], False, True),
+        (["--head.batch-norm"], True, True),
+        (["--head.batch-norm", "true", "--head.freeze-prototype-norm", "false"], True, False),
+        (["--head.batch-norm=True", "--head.freeze-prototype-norm=False"], True, False),
+        (["--head.no-freeze-prototype-norm", "--head.no-batch-norm"], False, False),
+        (["--head.batch_norm", "false", "--head.freeze_prototype_norm"], False, True),
+    ],
+)
+def test_a_boolean_is_a_switch_or_has_a_value(flags, batch_norm, freeze):
+    for before, after in ((["--views.blur", "0", "0", "1"], []), ([], ["--data.root", "true"])):
+        config = cli._config("train", ["vit_small_16", *before, *flags, *after])
+        assert (config.head.batch_norm, config.head.freeze_prototype_norm) == (batch_norm, freeze)
+        assert config.data.root == ("true" if after else "")
+
+
 def test_what_a_launcher_adds_to_the_command_is_dropped():
     done = fastdino("--local-rank=0", "recipes", "demo", "--local_rank", 0)
     assert '"arch": "vit_nano"' in done.stdout
+
+
+@pytest.mark.parametrize("command", ["recipes vit_small_16", "--help", "train vit_small_16 --help", "eval --help"])
+def test_a_reader_that_has_had_enough_is_no_error(command):
+    """As in ``fastdino recipes X | head -1``."""
+    end, start = os.pipe()
+    os.close(end)
+    line = [sys.executable, "-m", "fastdino", *command.split()]
+    done = subprocess.run(line, stdout=start, stderr=subprocess.PIPE, env=environment(), timeout=100, check=False)
+    os.close(start)
+    assert done.stderr == b""
+    assert done.returncode == 128 + signal.SIGPIPE
+
+
+def test_a_pipe_that_breaks_elsewhere_is_an_error(monkeypatch):
+    def breaks(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli, "_run", breaks)
+    monkeypatch.setattr(cli, "_reader_has_gone", lambda: False)
+    with pytest.raises(BrokenPipeError):
+        cli.main(["train"])
+
+
+@pytest.mark.parametrize("command", ["train", "bench", "eval", "train --run.seed 3"])
+def test_what_is_missing_is_listed(command):
+    done = fastdino(*command.split(), code=2)
+    assert done.stdout == ""
+    assert "usage: fastdino" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command", ["", "train", "train demo", "bench", "bench demo", "recipes", "export", "demo", "eval", "eval knn"]
+)
+def test_every_command_explains_itself(command):
+    assert "fastdino" in fastdino(*command.split(), "--help").stdout
 
 
 def test_help_teaches():

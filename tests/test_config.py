@@ -122,6 +122,7 @@ def test_a_warm_up_of_the_temperature_that_goes_nowhere_may_be_long():
         ({"model": ModelConfig(weights=Path("x.safetensors"), pos_embed="sincos")}, ["model.pos_embed=sincos"]),
         ({"data": DataConfig(root="/images", num_images=7)}, ["data.num_images=7 has no effect: a folder"]),
         ({"data": DataConfig(root="shapes", num_images=7)}, []),
+        ({"data": DataConfig(root="shapes", bits=12)}, ["data.bits=12 has no effect: shapes"]),
         ({"views": ViewsConfig(num_local=0, local_size=64)}, ["views.local_size=64"]),
         ({"engine": EngineConfig(name="torch", zero_stage=2)}, ["engine.zero_stage=2"]),
         ({"optim": OptimConfig(clip=0, clip_mode="global")}, ["optim.clip_mode=global"]),

@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests.children import environment
+
 NAMES = ("USER", "LOGNAME", "LNAME", "USERNAME", "TRITON_HOME")
 TRAIN = """
 import pwd, sys
 from pathlib import Path
+
+from tests.children import environment
 def nobody(uid):
     raise KeyError(f"getpwuid(): uid not found: {uid}")
 pwd.getpwuid = nobody
@@ -27,8 +30,7 @@ sys.exit(fastdino.train(config).steps != 2)
 
 
 def python(code: str, *arguments: object, **variables: str) -> subprocess.CompletedProcess:
-    env = {name: value for name, value in os.environ.items() if name not in NAMES}
-    env |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"} | variables
+    env = {name: value for name, value in environment().items() if name not in NAMES} | variables
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
 

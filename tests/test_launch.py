@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from fastdino.launch import LaunchError, Place, first_host, launched_rank, place, without_local_rank
+from fastdino.launch import LaunchError, Place, first_host, launched_rank, place, ranks_here, without_local_rank
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
 SLURM = {
@@ -109,6 +109,15 @@ def test_variables_that_cannot_work_say_what_to_change(env, says):
     with pytest.raises(LaunchError, match=says):
         place(env)
     assert launched_rank(env) == 0, "export and eval work all the same"
+
+
+@pytest.mark.parametrize(
+    ("env", "count"),
+    [({}, 1), ({"LOCAL_WORLD_SIZE": "8"}, 8), ({"LOCAL_SIZE": "4"}, 4), (OPEN_MPI, 2), (INTEL_MPI, 4), (SLURM, 1),
+     ({"LOCAL_WORLD_SIZE": "0"}, 1), ({"LOCAL_WORLD_SIZE": "all"}, 1)],
+)  # fmt: skip
+def test_ranks_of_this_machine(env, count):
+    assert ranks_here(env) == count
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from torch import Tensor
 from fastdino_kernels.layers.gather_layer_norm import gather_layer_norm
 from fastdino_kernels.layers.prototype_weight import prototype_weight
 from fastdino_kernels.layers.scatter_add_scaled import scatter_add_scaled
-from fastdino_kernels.losses.center_mean import center_mean
 from fastdino_kernels.losses.dino_loss import dino_loss
 from fastdino_kernels.losses.dino_loss import launch_config as dino_loss_config
 from fastdino_kernels.losses.ibot_loss import ibot_loss, ibot_loss_rows_
@@ -33,7 +32,6 @@ NARROW = {
     "_slice_kernel": frozenset({"store"}),
     "_merge_kernel": frozenset({"load", "store"}),
     "_row_kernel": frozenset({"store"}),
-    "_center_mean_kernel": frozenset({"store"}),
     "_koleo_product_kernel": frozenset({"store"}),
     "_koleo_distance_kernel": frozenset({"store"}),
     "_partial_squares_kernel": frozenset({"store"}),
@@ -181,11 +179,6 @@ CASES = {
         MASKED * K,
         {"_column_kernel": MASKED * K * 2, "_row_kernel": MASKED * K * 2},
         cached={"_row_kernel": MASKED // 4 * K * 4},  # the column scaling, once for four rows
-    ),
-    "center_mean": Case(
-        lambda: center_mean(_empty(T, B, K, dtype=torch.bfloat16)),
-        T * B * K,
-        {"_center_mean_kernel": T * B * K * 2 + K * 4},
     ),
     "prototype_weight": Case(
         _prototype_weight,

@@ -15,7 +15,7 @@ from bench.kernels.case import COMPILED, OURS, Bench, Bound, Case, Variant, chec
 from bench.timing import Clock, Work, interleave, paired_ratio
 
 _FILES = (
-    "dino_loss", "ibot_loss", "linear_ibot_loss", "sinkhorn", "koleo_loss", "center_mean", "adamw_ema", "ema_update",
+    "dino_loss", "ibot_loss", "linear_ibot_loss", "sinkhorn", "koleo_loss", "adamw_ema", "ema_update",
     "segment_squares", "prototype_weight", "gather_layer_norm", "scatter_add_scaled",
 )  # fmt: skip
 BENCHES: dict[str, Bench] = {

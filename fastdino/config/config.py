@@ -69,6 +69,7 @@ class Config:
             (not self.model.is_vit, "model", "patch_size attention pos_embed", f"{self.model.arch} has its own"),
             (self.model.weights is not None, "model", "pos_embed", "model.weights are loaded"),
             (self.data.root != "shapes", "data", "num_images", "a folder has as many as it holds"),
+            (self.data.root == "shapes", "data", "max_pixels bits", "shapes are rendered"),
             (self.views.num_local == 0, "views", "local_size local_scale", "views.num_local is 0"),
             (self.head.num_layers == 1, "head", "hidden_dim", "head.num_layers is 1"),
             (self.engine.name == "torch", "engine", "zero_stage", "engine.name=torch shards nothing"),

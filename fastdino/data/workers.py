@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from fastdino.config import UserError
+from fastdino.launch import ranks_here
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +48,8 @@ def affordable(wanted: int) -> int:
     """
     if multiprocessing.current_process().daemon:
         return 0
-    # torchrun's name for the ranks of this machine, and the deepspeed launcher's
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     cores = len(os.sched_getaffinity(0))
-    return min(wanted, max(1, cores // ranks_here))
+    return min(wanted, max(1, cores // ranks_here(os.environ)))
 
 
 class MadeAhead:

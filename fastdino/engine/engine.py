@@ -26,7 +26,7 @@ class Engine(ABC):
         teacher: call it, or one of its parts, never a method of theirs: the call waits for the teacher to be gathered.
             Its weights are views of flat buffers in the precision of the run; their fp32 originals are the
             fragments' ``ema``.
-        saves: this rank's fragments belong into a checkpoint.
+        saves: True when this rank's fragments go into a checkpoint.
     """
 
     student: nn.Module

@@ -1,4 +1,4 @@
-"""Which parameters are treated alike."""
+"""Parameter groups: which parameters share weight decay and freezing."""
 
 from dataclasses import dataclass
 

@@ -8,7 +8,7 @@ from fastdino.config import Config
 
 @dataclass(frozen=True)
 class Now:
-    """What the schedules say for one optimizer step."""
+    """Hyperparameters of one optimizer step."""
 
     lr: float
     weight_decay: float
@@ -20,7 +20,7 @@ class Now:
 
 
 def cosine(start: float, end: float, index: int, count: int) -> float:
-    """Value ``index`` of ``count`` along half a cosine; ``start`` at 0, just short of ``end`` at ``count - 1``."""
+    """Value ``index`` of ``count`` along half a cosine from ``start`` to ``end``, which index ``count`` would reach."""
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * index / count))
 
 

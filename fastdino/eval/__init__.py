@@ -1,4 +1,4 @@
-"""What the features are worth, with no labels used in training and none in the backbone."""
+"""Evaluation of frozen features."""
 
 from fastdino.eval.attention_maps import AttentionMaps, best_head_iou, draw_sheet, head_maps, keep_mass
 from fastdino.eval.evaluation import Evaluation, Subject

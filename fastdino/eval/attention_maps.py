@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from fastdino.config import ConfigError
 from fastdino.config.errors import require
 from fastdino.data.sources.decode import BadImage
-from fastdino.data.sources.folder import FolderSource
 from fastdino.data.sources.source import Source
 from fastdino.data.views import normalize
 from fastdino.eval.evaluation import Evaluation, Subject
 from fastdino.eval.features import EvaluationError, Reading, check_size, device_and_dtype, evaluating
 from fastdino.eval.pictures import new_figure
-from fastdino.eval.splits import bank_and_test
+from fastdino.eval.splits import bank_and_test, open_folder
 from fastdino.files import whole_file
 from fastdino.model.vit import ViT
 
@@ -133,9 +132,9 @@ class AttentionMaps(Evaluation):
         """{"attention_iou": 0 to 1} when the images have masks, the sheet's path and the protocol."""
         reading, sheet = self.reading(subject.config), self._sheet(subject.folder)
         if self.data == "shapes":
-            source: Source = bank_and_test(self.data, subject.config.data.image_size).test
+            source: Source = bank_and_test(self.data, subject.config.data).test
         else:
-            source = FolderSource(self.data)
+            source = open_folder(self.data, subject.config.data)
         with whole_file(sheet) as path:
             found = self.overlap(subject.backbone, source, reading, path)
         num_images = min(self.num_images, len(source))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdino.config import ConfigError
+from fastdino.config import ConfigError, DataConfig
 from fastdino.config.errors import require
 from fastdino.eval.evaluation import Evaluation, Subject
 from fastdino.eval.features import EvaluationError, Features, Reading, extract
@@ -106,7 +106,7 @@ class Knn(Evaluation):
 
     def __call__(self, subject: Subject) -> dict[str, Any]:
         """{"knn_K": percent for each k} and the protocol."""
-        bank, test, rule = bank_and_test(self.data, subject.config.data.image_size)
+        bank, test, rule = bank_and_test(self.data, subject.config.data)
         reading = self.reading(subject.config)
         self.ks(len(bank))  # what is wrong with it is said before hours of features
         features = (
@@ -144,17 +144,17 @@ class OnlineKnn:
 
     Args:
         root: the word shapes or a folder of class folders, see :func:`fastdino.eval.splits.bank_and_test`.
-        image_size: side in pixels at which shapes are rendered.
-        reading: how the teacher is shown images.
+        data: how images are opened, normalised and decoded in training.
+        size: side in pixels that the teacher sees.
         batch: images per forward pass.
-        num_workers: processes that decode.
 
     Raises ConfigError for whatever an evaluation of these sets would refuse.
     """
 
-    def __init__(self, root: str, image_size: int, reading: Reading, *, batch: int, num_workers: int) -> None:
-        self.bank, self.test, _ = bank_and_test(root, image_size)
-        self.reading, self.batch, self.num_workers = reading, batch, num_workers
+    def __init__(self, root: str, data: DataConfig, *, size: int, batch: int) -> None:
+        self.bank, self.test, _ = bank_and_test(root, data)
+        self.reading = Reading(size=size, normalize=data.normalize)
+        self.batch, self.num_workers = batch, data.num_workers
 
     def __call__(self, backbone: nn.Module) -> dict[str, float]:
         """{"knn": percent, "knn_neighbors": k}; k is 20, or the number of readable images in the bank if less.

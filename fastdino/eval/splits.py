@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from fastdino.config import ConfigError
+from fastdino.config import ConfigError, DataConfig
 from fastdino.data.sources.decode import BadImage
 from fastdino.data.sources.folder import SPLITS, FolderSource, split_folders
 from fastdino.data.sources.shapes import ShapesSource
@@ -23,36 +23,41 @@ class Sets(NamedTuple):
     rule: str
 
 
-def bank_and_test(root: str, image_size: int) -> Sets:
+def bank_and_test(root: str, data: DataConfig) -> Sets:
     """Bank and test images of ``root``, checked so that an evaluation of them begins.
 
     Args:
         root: the word shapes, or a folder of class folders. Its subfolders train/ and val/ (valid/, validation/), or
             train/ and test/ (testing/), in any case, are the two sets; without them every fifth image is judged by the
             rest. The name of a split is never taken for that of a class.
-        image_size: side in pixels at which shapes are rendered.
+        data: how images are opened: as those that the weights were trained on.
 
     Raises ConfigError for a split without its other half, for sets without labels or with different classes, and for
     a set of which no image can be read.
     """
     if root == "shapes":
-        bank, test = (ShapesSource(NUM_SHAPES, image_size, seed) for seed in (BANK_SEED, TEST_SEED))
+        bank, test = (ShapesSource(NUM_SHAPES, data.image_size, seed) for seed in (BANK_SEED, TEST_SEED))
         return Sets(bank, test, "rendered shapes of two seeds")
     folders = split_folders(root)
     judged = folders.get("val") or folders.get("test")
     if "train" in folders and judged:
-        sets = _pair(folders["train"], judged)
+        sets = _pair(folders["train"], judged, data)
     elif folders:
         raise ConfigError(_unpaired(root, list(folders.values())))
     else:
-        sets = _strided(FolderSource(root))
+        sets = _strided(open_folder(root, data))
     _check(sets, root)
     return sets
 
 
-def _pair(train: Path, judged: Path) -> Sets:
+def open_folder(root: str | Path, data: DataConfig) -> FolderSource:
+    """Every image below ``root``, opened as in training."""
+    return FolderSource(root, max_pixels=data.max_pixels, bits=data.bits)
+
+
+def _pair(train: Path, judged: Path, data: DataConfig) -> Sets:
     rule = f"{train.name}/ is the bank, {judged.name}/ is judged"
-    return Sets(FolderSource(train), FolderSource(judged), rule)
+    return Sets(open_folder(train, data), open_folder(judged, data), rule)
 
 
 def _strided(whole: Source) -> Sets:

@@ -1,1 +1,1 @@
-"""Logits become a loss."""
+"""Points become a loss."""

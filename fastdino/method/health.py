@@ -24,7 +24,7 @@ class Health:
 
         Args:
             statistics: floats under the names of :meth:`fastdino.method.dino.Dino.statistics`.
-            first_epoch: every run starts near ln K, so nothing is said before the first epoch has passed.
+            first_epoch: no alarm is raised, because every run starts near ln K.
         """
         self._recent.append(statistics)
         if first_epoch or len(self._recent) < PATIENCE:

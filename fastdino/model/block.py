@@ -47,7 +47,7 @@ class PatchEmbed(nn.Module):
 
 
 class PatchProjection(nn.Conv2d):
-    """A convolution in name and shape only: patches do not overlap, so one matrix product does it, and faster."""
+    """A convolution by its parameters' names and shapes. Patches do not overlap, so it is one matrix product."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(R, 3, h, w) -> (R, N, D)."""

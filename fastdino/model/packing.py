@@ -33,7 +33,7 @@ class Packing:
         return x if self.first is None else x.index_select(1, self.first)
 
     def per_token(self, x: Tensor) -> Tensor:
-        """(sequences, ..) -> (tokens, ..), what a sequence has for each of its tokens."""
+        """(sequences, ..) -> (tokens, ..), each sequence's value repeated for its tokens."""
         return x if self.sequence is None else x[self.sequence]
 
 

@@ -106,10 +106,9 @@ def find_vit(path: Path) -> tuple[str, int, int]:
 def export_backbone(backbone: "Backbone", path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Writes the backbone as safetensors under timm's names; the file appears whole or not at all.
 
-    Raises ConfigError when it cannot be written.
     timm.create_model(NAME, num_classes=0, checkpoint_path=path) reads it.
 
-    Raises WeightsError when the file cannot be written.
+    Raises ConfigError when the file cannot be written.
     """
     state = {name: x.detach().cpu().contiguous() for name, x in backbone.published.state_dict().items()}
     with whole_file(path) as partial:

@@ -215,7 +215,7 @@ def _commit(
         path.write_text(json.dumps(asdict(manifest)))
         _sync(path)
         _sync(temporary)
-        if final.exists():  # the same step again: it was damaged, so training resumed from an older one
+        if os.path.lexists(final):  # the same step again: it was damaged, so training resumed from an older one
             _doom(final)
         temporary.rename(final)
         _sync(final.parent)

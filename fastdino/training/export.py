@@ -1,6 +1,7 @@
 """What a run leaves behind: the backbone of its teacher, for evaluation and for other programs."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -78,11 +79,11 @@ def any_backbone(path: Path, arch: str = "", image_size: int | None = None) -> t
 
     ``arch`` and ``image_size`` are for published files; see :func:`fastdino.model.restore_backbone`.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         backbone, config, _ = run_backbone(path)
         check_arch(path, config, arch)
         return backbone, config
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ConfigError(f"{path} is neither a run folder nor a file of weights")
     backbone, config = restore_backbone(path, arch, image_size)
     return backbone.eval(), config

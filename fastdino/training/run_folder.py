@@ -28,9 +28,9 @@ log = logging.getLogger(__name__)
 # schedules, which RunFolder.restore says.
 MAY_CHANGE = {
     "engine.name", "engine.zero_stage", "engine.accumulate", "engine.device", "model.attention", "model.weights",
-    "data.root", "data.num_workers", "data.max_bad", "run.dir", "run.epochs", "run.local_batch", "run.save_every",
-    "run.save_every_steps", "run.keep", "run.keep_every", "run.log_every", "run.knn_every", "run.knn_root",
-    "run.max_nonfinite",
+    "head.weights", "data.root", "data.num_workers", "data.max_bad", "run.dir", "run.epochs", "run.local_batch",
+    "run.save_every", "run.save_every_steps", "run.keep", "run.keep_every", "run.log_every", "run.knn_every",
+    "run.knn_root", "run.max_nonfinite",
 }  # fmt: skip
 MAX_FAILED_SAVES = 3  # in a row, after which a run whose disk refuses checkpoints ends
 
@@ -231,7 +231,7 @@ class Lock:
     def acquire(self) -> str | None:
         """Takes the lock; or returns who holds it. Raises OSError when the file cannot be made."""
         while True:
-            file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
+            file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

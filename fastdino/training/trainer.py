@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from fastdino import distributed
-from fastdino.config import Config, UserError
+from fastdino.config import Config, ConfigError, UserError
 from fastdino.data import Batch, normalize, open_source, train_batches
 from fastdino.distributed import Ranks
 from fastdino.engine import build_engine, zero_stage
 from fastdino.engine.schedules import Schedules
-from fastdino.eval import OnlineKnn, Reading
+from fastdino.eval import OnlineKnn
 from fastdino.method.dino import Dino
 from fastdino.method.health import Health
 from fastdino.method.targets import Centering
@@ -78,8 +78,8 @@ class Trainer:
             ranks.on_main(self._open_knn)  # what is wrong with its images is said now, not in hours
         newest = folder.newest() if folder else None
         torch.manual_seed(config.run.seed)
-        # A checkpoint holds all weights: those that the run started from may be gone.
-        student, teacher = (build_network(config, teacher=role, load=not newest) for role in (False, True))
+        load = newest is None  # a checkpoint holds all weights: those that the run started from may be gone
+        student, teacher = build_network(config, load=load), build_network(config, teacher=True, load=load)
         self.shapes = {name: list(p.shape) for name, p in student.named_parameters()}
         self.engine = build_engine(config, student, teacher, ranks)
         target = Centering(config.head.num_prototypes, config.loss.center_momentum, config.engine.accumulate, ranks)
@@ -92,6 +92,8 @@ class Trainer:
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.total_steps = self.steps_per_epoch * config.run.epochs
         self.schedules = Schedules(config, self.steps_per_epoch, self.global_batch)
+        if newest:
+            self._check_length(newest[0])
 
     # ------------------------------------------------------------------------------------------------ one step
 
@@ -140,7 +142,11 @@ class Trainer:
         """Trains to the end; checkpoints, logs and evaluates on the way."""
         assert self.folder is not None, "a run needs a folder"
         self.folder.write_config()
-        metrics = self._metrics()
+        metrics = None
+        if self.ranks.is_main:
+            self._introduce()
+            compiles = self.ranks.device.type == "cuda"
+            metrics = Metrics(self.folder.path, self.step, self.total_steps, self.global_batch, compiles=compiles)
         health = Health(self.config.head.num_prototypes)
         loss, knn = self.ranks.gather(metrics and (metrics.last.get("loss", float("nan")), metrics.last.get("knn")))[0]
         noticed = self.ranks.ask(False)  # whether any rank was given notice, a step ago
@@ -257,36 +263,32 @@ class Trainer:
         config = self.config
         root = config.run.knn_root or ("shapes" if config.data.root == "shapes" else "")
         if config.run.knn_every and root:
-            reading = Reading(size=config.views.global_size, normalize=config.data.normalize)
-            batch, workers = config.run.local_batch, config.data.num_workers
-            self.online_knn = OnlineKnn(root, config.data.image_size, reading, batch=batch, num_workers=workers)
+            size, batch = config.views.global_size, config.run.local_batch
+            self.online_knn = OnlineKnn(root, config.data, size=size, batch=batch)
 
     # ------------------------------------------------------------------------------------------------ its folder
 
-    def _metrics(self) -> Metrics | None:
-        """On rank 0, after a word on what is trained, how."""
-        if not self.ranks.is_main:
-            return None
+    def _introduce(self) -> None:
+        """Logs what is trained, how, and what comes first."""
         run, engine = self.config.run, self.config.engine.name
         log.info(
             "%d images, %d steps per epoch, %d steps; global batch %d = %d * %d ranks * %d",
             len(self.source), self.steps_per_epoch, self.total_steps, self.global_batch,
             run.local_batch, self.ranks.world_size, self.config.engine.accumulate,
         )  # fmt: skip
-        network, on_gpu = self.engine.student_network, self.ranks.device.type == "cuda"
+        network = self.engine.student_network
         assert isinstance(network, Network)
         log.info(
             "%s, %s on %s, %s, loss and averages by %s",
             f"{engine} ZeRO {zero_stage(self.config, self.ranks)}" if engine == "deepspeed" else engine,
             str(self.engine.dtype).removeprefix("torch."), self.ranks.device,
             network.backbone.implementation,
-            "Triton kernels" if on_gpu else "plain torch",
+            "Triton kernels" if self.ranks.device.type == "cuda" else "plain torch",
         )  # fmt: skip
         if self.step < self.total_steps:
             log.info("step %d waits for its images", self.step + 1)
         else:
             log.info("all %d steps are done; a larger run.epochs goes on from here", self.total_steps)
-        return Metrics(run.dir, self.step, self.total_steps, self.global_batch, compiles=on_gpu)
 
     def _shared(self) -> dict[str, Tensor]:
         """Live tensors that are equal on all ranks and belong into a checkpoint."""
@@ -294,7 +296,8 @@ class Trainer:
 
     def _meta(self) -> dict[str, Any]:
         """What a resumption has to have in common with this run."""
-        return {"global_batch": self.global_batch, "num_images": len(self.source)}
+        images = self.source.fingerprint()
+        return {"global_batch": self.global_batch, "num_images": len(self.source), "images": images}
 
     def _save(self, last: bool) -> None:
         """Writes a checkpoint of the present step; the ``last`` one of this process has to succeed."""
@@ -321,3 +324,20 @@ class Trainer:
         if self.ranks.is_main:
             log.info("resumed from %s", path)
         return manifest.step
+
+    def _check_length(self, path: Path) -> None:
+        """A run may be made longer, which bends its schedules; not shorter than it is."""
+        epochs = self.config.run.epochs
+        if self.step > self.total_steps:
+            raise ConfigError(
+                f"run.epochs={epochs} ends at step {self.total_steps}, but {path} is of step {self.step}: let the run "
+                "be at least as long as it already is"
+            )
+        before = self.folder.config_before if self.folder else None  # known to rank 0, which says it
+        if before and before.run.epochs != epochs:
+            was = Schedules(before, self.steps_per_epoch, self.global_batch)(self.step).lr
+            log.warning(
+                "run.epochs was %d and is %d: every schedule is that of the new length from here on. At step %d the "
+                "learning rate jumps from %.3g to %.3g; the result is not that of a run of %d epochs from its start",
+                before.run.epochs, epochs, self.step, was, self.schedules(self.step).lr, epochs,
+            )  # fmt: skip

@@ -3,7 +3,6 @@
 from fastdino_kernels.layers.gather_layer_norm import gather_layer_norm
 from fastdino_kernels.layers.prototype_weight import prototype_weight
 from fastdino_kernels.layers.scatter_add_scaled import scatter_add_scaled
-from fastdino_kernels.losses.center_mean import center_mean
 from fastdino_kernels.losses.dino_loss import dino_loss
 from fastdino_kernels.losses.ibot_loss import ibot_loss
 from fastdino_kernels.losses.koleo_loss import koleo_loss
@@ -17,7 +16,6 @@ __all__ = [
     "AdamWHyper",
     "Segments",
     "adamw_ema_",
-    "center_mean",
     "dino_loss",
     "ema_update_",
     "gather_layer_norm",

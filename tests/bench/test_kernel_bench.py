@@ -15,7 +15,6 @@ from tests.bench.conftest import Python
 CPU = torch.device("cpu")
 SMALL = {
     "dino_loss": ["4,2,3,100", "3,1,2,64,bf16"],
-    "center_mean": ["2,3,100", "1,4,64,bf16"],
     "ema_update_": ["5,400", "5,400,bf16", "1,320"],
     "adamw_ema_": ["5,400"],
     "segment_squares": ["5,400", "5,400,bf16"],

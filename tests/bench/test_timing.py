@@ -10,7 +10,7 @@ import torch
 from bench import compare
 from bench.counters import LiveBytes, OpCounts, kernels_counted, launches, peak_bytes, saved_bytes
 from bench.timing import Clock, Work, interleave, paired_ratio
-from fastdino_kernels import center_mean
+from fastdino_kernels import prototype_weight
 
 CPU = torch.device("cpu")
 
@@ -102,11 +102,12 @@ def test_saved_bytes_leave_parameters_out() -> None:
 
 
 def test_triton_launches_are_counted_and_nothing_runs() -> None:
+    rows, ones = torch.tensor([[3.0, 4.0]]), torch.ones(1, 1)
     with kernels_counted() as kernels:
-        center_mean(torch.full((2, 3, 5), 7.0))
-    assert dict(kernels) == {"_center_mean_kernel": 1}
+        prototype_weight(rows, ones)
+    assert dict(kernels) == {"_weight_kernel": 1}
     assert launches(lambda: torch.zeros(3).add(1), CPU) == 2
-    assert center_mean(torch.full((2, 3, 5), 7.0)).tolist() == [7.0] * 5, "the patch is gone"
+    torch.testing.assert_close(prototype_weight(rows, ones), rows / 5, msg="the patch is gone")
 
 
 def test_launches_queued_before_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ CONFIG = Config(
     views=ViewsConfig(global_size=32, local_size=16),
     data=DataConfig(image_size=48),
 )
-SHAPES = bank_and_test("shapes", 48).test
+SHAPES = bank_and_test("shapes", CONFIG.data).test
 
 
 def vit() -> ViT:

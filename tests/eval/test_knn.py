@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastdino.config import Config, ConfigError, DataConfig, ViewsConfig
 from fastdino.data.sources.decode import BadImage
-from fastdino.eval import Features, KNeighbors, Knn, OnlineKnn, Reading, Subject
+from fastdino.eval import Features, KNeighbors, Knn, OnlineKnn, Subject
 from fastdino.eval import knn as room
 from fastdino.eval.splits import Sets
 
@@ -146,8 +146,8 @@ def sets(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """What is opened: 30 bright and 20 dark images; each opening is noted."""
     opened: list[object] = []
 
-    def bank_and_test(root: str, size: int) -> Sets:
-        opened.append((root, size))
+    def bank_and_test(root: str, data: DataConfig) -> Sets:
+        opened.append((root, data.image_size))
         return Sets(Colours(30, 100), Colours(20, 30), "made here")
 
     monkeypatch.setattr(room, "bank_and_test", bank_and_test)
@@ -161,7 +161,7 @@ def test_the_evaluation(sets: list[object], tmp_path: Path) -> None:
         "knn_5": 100.0, "knn_10": 100.0, "data": "colours", "bank": 30, "test": 20, "size": 32, "normalize": "imagenet",
         "precision": "fp32", "temperature": 0.07, "split": "made here",
     }  # fmt: skip
-    assert sets == [("colours", 16)]
+    assert sets == [("colours", CONFIG.data)]
     other = Knn(size=8, normalize="image", precision="bf16", num_workers=0)(Subject(Means(), CONFIG, tmp_path))
     assert (other["size"], other["normalize"], other["precision"]) == (8, "image", "bf16")
 
@@ -194,7 +194,7 @@ def test_flags_that_cannot_work(flags: dict[str, Any], says: str) -> None:
 
 
 def online(root: str = "anywhere") -> OnlineKnn:
-    return OnlineKnn(root, 16, Reading(size=32), batch=4, num_workers=0)
+    return OnlineKnn(root, CONFIG.data, size=32, batch=4)
 
 
 def test_online_knn(sets: list[object]) -> None:
@@ -209,7 +209,7 @@ def test_online_knn(sets: list[object]) -> None:
     evaluation = online()
     for _ in range(2):
         assert evaluation(Watch()) == {"knn": 100.0, "knn_neighbors": 20}
-    assert sets == [("anywhere", 16)]
+    assert sets == [("anywhere", CONFIG.data)]
     assert {size for _, size in sizes} == {32}
     assert max(count for count, _ in sizes) == 4
 

@@ -313,6 +313,7 @@ def test_real_sizes(shape: tuple[int, int, int, int], dtype: torch.dtype, inplac
     check(*random_inputs(shape, dtype), inplace_grad=inplace_grad)
 
 
+@pytest.mark.large
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="real sizes need a GPU")
 def test_offsets_past_32_bits() -> None:

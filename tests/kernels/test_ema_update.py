@@ -209,6 +209,7 @@ def test_real_sizes(lengths: tuple[int, ...], student_dtype: torch.dtype) -> Non
     check(teacher, student, on_device(0.996, torch.float32), teacher_lp)
 
 
+@pytest.mark.large
 @on_gpu
 def test_more_than_2_31_elements() -> None:
     n = 2**31 + 5000

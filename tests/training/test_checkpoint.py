@@ -219,6 +219,7 @@ def test_what_a_person_leaves_ends_nothing(tmp_path):
         write(tmp_path, step, random_flat(), [])
     leave(tmp_path)
     strangers = {path.name for path in tmp_path.iterdir()} - {f"step-0000000{step}" for step in (1, 2, 3)}
+    (tmp_path / "step-00000004").symlink_to("gone")
     write(tmp_path, 4, random_flat(), [])
     assert checkpoint.steps(tmp_path) == [1, 2, 3, 4]
     found = checkpoint.newest(tmp_path)

@@ -1,0 +1,152 @@
+"""One call of every operator, forward and backward: for the tests of operators, and for compute-sanitizer.
+
+``python -m tests.kernels.calls`` calls each at ragged sizes of several blocks, in fp32 and bf16. On a GPU:
+
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1    # torch's cache would hide accesses out of bounds
+    compute-sanitizer --tool memcheck --error-exitcode 9 python -m tests.kernels.calls
+
+and with ``--tool racecheck`` for races in shared memory, which the interpreter cannot see.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated
+
+from fastdino_kernels import (
+    AdamWHyper,
+    adamw_ema_,
+    dino_loss,
+    ema_update_,
+    gather_layer_norm,
+    ibot_loss,
+    koleo_loss,
+    linear_ibot_loss,
+    make_segments,
+    prototype_weight,
+    scatter_add_scaled,
+    segment_squares,
+    sinkhorn,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TEMPS: dict[str, float] = {"student_temp": 0.1, "teacher_temp": 0.04}
+HYPER = AdamWHyper(1e-3, 0.04, 0.9)
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+def run(function: Callable[..., Any], args: tuple[Any, ...]) -> list[Tensor]:
+    """The results, and the gradients for the arguments that take one."""
+    results = function(*args)
+    results = [results] if isinstance(results, Tensor) else list(results)
+    leaves = [x for x in args if x.requires_grad]
+    if not leaves:
+        return results
+    return [results[0].detach().clone(), *torch.autograd.grad(results[0].sin().sum(), leaves)]
+
+
+def dino(student: Tensor, *args: Tensor, inplace_grad: bool = False) -> Tensor:
+    return dino_loss(student * 2, *args, **TEMPS, inplace_grad=inplace_grad)
+
+
+def ibot(student: Tensor, *args: Tensor, inplace_grad: bool = False) -> Tensor:
+    return ibot_loss(student * 2, *args, **TEMPS, inplace_grad=inplace_grad)
+
+
+def residual(x: Tensor, *args: Tensor, inplace: bool = False) -> Tensor:
+    return scatter_add_scaled(x * 2, *args, 1.5, inplace=inplace)
+
+
+def ema(teacher: Tensor, student: Tensor, momentum: Tensor) -> list[Tensor]:
+    teacher, teacher_lp = teacher.clone(), torch.empty_like(teacher, dtype=torch.bfloat16)
+    ema_update_(teacher, student, momentum, teacher_lp)
+    return [teacher, teacher_lp]
+
+
+def ema_of_lists(teacher: Tensor, student: Tensor) -> list[Tensor]:
+    teachers = [teacher.clone(), teacher[:7] + 1]
+    ema_update_(teachers, [student, student[:7]], 0.9)
+    return teachers
+
+
+def adamw(param: Tensor, grad: Tensor) -> list[Tensor]:
+    state = [param.clone(), param * 0.1, param * param, param + 1]
+    param_lp = torch.empty_like(param, dtype=torch.bfloat16)
+    step = torch.ones((), device=param.device)
+    adamw_ema_(state[0], grad, *state[1:], step, HYPER, param_lp=param_lp)
+    return [*state, param_lp]
+
+
+def clipped(param: Tensor, grad: Tensor) -> list[Tensor]:
+    segments = make_segments((3000, 0, len(param) - 3000), param.device)
+    state = [param.clone(), param * 0.1, param * param, param + 1]
+    scale = 1 / (1 + segment_squares(grad, segments))
+    flag, step = torch.zeros((), device=param.device), torch.ones((), device=param.device)
+    adamw_ema_(state[0], grad, *state[1:], step, HYPER, grad_scale=scale, segments=segments, found_inf=flag)
+    return state
+
+
+def make_calls(
+    device: str = DEVICE, dtype: torch.dtype = torch.float32, K: int = 100, rows: int = 5
+) -> dict[str, Call]:
+    """By name a function and its arguments: logits and features of ``dtype``, K prototypes, ``rows`` patches."""
+
+    def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        generator = torch.Generator(device).manual_seed(sum(shape))
+        return torch.randn(shape, device=device, generator=generator).to(dtype)
+
+    def leaf(*shape: int) -> Tensor:
+        return random(*shape, dtype=dtype).requires_grad_()
+
+    n, width, tokens = 5000, 8 * rows + 8, rows + 2
+    logits = leaf(4, 3, K), random(2, 3, K, dtype=dtype), random(K)
+    one_view = leaf(3, 2, K), random(1, 2, K, dtype=dtype), random(K)
+    patches = leaf(rows, K), random(rows, K, dtype=dtype), random(K), random(rows).exp()
+    teacher = random(rows, width, dtype=dtype), random(K, width, dtype=dtype)
+    branch = leaf(4, tokens, width), torch.tensor([2, 0], device=device)  # images that are kept
+    total = *branch, leaf(2, tokens, width), leaf(width)
+    return {
+        "dino_loss": (dino, logits),
+        "dino_loss in place": (partial(dino, inplace_grad=True), logits),
+        "dino_loss in place, one teacher view": (partial(dino, inplace_grad=True), one_view),
+        "ibot_loss": (ibot, patches),
+        "ibot_loss in place": (partial(ibot, inplace_grad=True), patches),
+        "sinkhorn": (partial(sinkhorn, temp=0.1), (random(rows, K, dtype=dtype),)),
+        "linear_ibot_loss": (
+            partial(linear_ibot_loss, **TEMPS),
+            (leaf(rows, width), leaf(K, width), *teacher, random(K), random(rows).exp()),
+        ),
+        "prototype_weight": (prototype_weight, (leaf(K, width), random(K, 1))),
+        "koleo_loss": (koleo_loss, (leaf(2, rows, width),)),
+        "gather_layer_norm": (gather_layer_norm, (*branch, leaf(width), leaf(width))),
+        "scatter_add_scaled": (residual, total),
+        "scatter_add_scaled in place": (partial(residual, inplace=True), total),
+        "ema_update_": (ema, (random(n), random(n, dtype=torch.bfloat16), random(1)[0].sigmoid())),
+        "ema_update_ of lists": (ema_of_lists, (random(n), random(n, dtype=torch.bfloat16))),
+        "adamw_ema_": (adamw, (random(n), random(n, dtype=dtype))),
+        "adamw_ema_ with segments": (clipped, (random(n), random(n, dtype=dtype))),
+    }
+
+
+def main() -> int:
+    """Calls each; a sanitizer says what it saw."""
+    ragged = 9001 if DEVICE == "cuda" else 1100
+    for dtype in (torch.float32, torch.bfloat16):
+        for K, rows in ((ragged, 37), (1024, 8)):
+            for name, call in make_calls(dtype=dtype, K=K, rows=rows).items():
+                run(*call)
+                if DEVICE == "cuda":
+                    torch.cuda.synchronize()
+                print(f"{name}, {dtype}, {K} prototypes", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
