@@ -13,9 +13,11 @@ from fastdino.model.vit import ViT
 from fastdino.model.weights import WeightsError, find_vit, load_backbone, load_head, read_metadata
 
 Backbone = ViT | TimmBackbone
-"""A module with ``num_features`` (D), ``implementation`` (what runs it, for the log) and ``published`` (the module
-whose state dict has the names under which such weights are published). Called with (V_i, B, 3, h_i, w_i) normalised
-views by name it gives (sum of V_i, B, D), with (B, 3, h, w) images (B, D)."""
+"""A module with ``num_features`` (D), ``implementation`` (what runs it, for the log), ``published`` (the module whose
+state dict has the names under which such weights are published) and ``fitted(state)`` (such weights, made to fit it).
+
+Called with (V_i, B, 3, h_i, w_i) normalised views by name it gives (sum of V_i, B, D), with (B, 3, h, w) images (B, D).
+"""
 
 
 class Outputs(NamedTuple):
@@ -59,10 +61,10 @@ def build_network(config: Config, teacher: bool = False, load: bool = True) -> N
     """
     model = dataclasses.replace(config.model, drop_path=0.0) if teacher else config.model
     views = config.views
-    sizes = {"global": views.global_size} | ({"local": views.local_size} if views.num_local else {})
-    backbone = build_backbone(model, views.global_size, sizes)
-    if isinstance(backbone, TimmBackbone) and views.num_local * config.run.local_batch == 1:
-        backbone.check_single(views.local_size)
+    given = {"global": (views.global_size, 2 * config.run.local_batch)}
+    if views.num_local:
+        given["local"] = views.local_size, views.num_local * config.run.local_batch
+    backbone = build_backbone(model, views.global_size, given)
     network = Network(backbone, Head(backbone.num_features, config.head, model.init))
     if load and model.weights is not None:
         load_backbone(backbone, model.weights)
@@ -71,16 +73,17 @@ def build_network(config: Config, teacher: bool = False, load: bool = True) -> N
     return network.requires_grad_(False) if teacher else network
 
 
-def build_backbone(model: ModelConfig, image_size: int, views: dict[str, int] | None = None) -> Backbone:
+def build_backbone(model: ModelConfig, image_size: int, views: dict[str, tuple[int, int]] | None = None) -> Backbone:
     """A backbone in fp32 on the CPU; its module maps (B, 3, h, w) to (B, D).
 
     Args:
         model: arch and its options; ``weights`` is not read here.
         image_size: side in pixels for which position embeddings are made.
-        views: sides by name that it has to take, by default ``image_size`` alone; checked for timm's backbones.
+        views: by name, side and number of the views of a size that it has to take at a time, by default images of
+            ``image_size``; checked for timm's backbones.
     """
     if not model.is_vit:
-        return TimmBackbone(model, image_size, views or {"global": image_size})
+        return TimmBackbone(model, image_size, views or {"global": (image_size, 2)})
     return ViT(
         model.arch.removeprefix("vit_"),
         patch_size=model.patch_size,

@@ -16,24 +16,31 @@ class TimmBackbone(nn.Module):
     Args:
         config: ``arch`` names it, as timm:NAME; ``drop_path`` is handed on.
         image_size: side in pixels that it is made for, where it has to know.
-        views: sides by name of the views that it will be given; each is tried, with nothing computed.
+        views: by name, side and number of the views of a size that it will be given at a time; each size is tried,
+            with nothing computed.
 
     Raises ConfigError when timm has no such model, or it cannot take a size.
     """
 
     implementation = "the backbone's own code"
 
-    def __init__(self, config: ModelConfig, image_size: int, views: dict[str, int]) -> None:
+    def __init__(self, config: ModelConfig, image_size: int, views: dict[str, tuple[int, int]]) -> None:
         super().__init__()
         self.arch = config.arch
         self.model = _create(config, image_size)
-        for name, size in views.items():
+        for name, (size, images) in views.items():
             self.num_features = self._probe(name, size)
+            if images == 1:
+                self._probe_single(name, size)
 
     @property
     def published(self) -> nn.Module:
         """timm's own module."""
         return self.model
+
+    def fitted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``state`` as it is."""
+        return state
 
     def forward(self, x: Tensor | dict[str, Tensor]) -> Tensor:
         """(V_i, B, 3, h_i, w_i) views by name -> (sum of V_i, B, D); (B, 3, h, w) images -> (B, D)."""
@@ -56,14 +63,14 @@ class TimmBackbone(nn.Module):
             raise ConfigError(f"model.arch='{self.arch}' gives features of shape {shape}, not (images, width)")
         return features.shape[1]
 
-    def check_single(self, size: int) -> None:
-        """Raises ConfigError when a single view of ``size`` leaves batch normalisation one value per channel."""
+    def _probe_single(self, view: str, size: int) -> None:
+        """Raises ConfigError when one view of ``size`` leaves batch normalisation one value per channel."""
         try:
             _on_meta(self.model, 1, size, training=True)
         except ValueError as error:
             raise ConfigError(
-                f"model.arch='{self.arch}' normalises over the batch, and one local view of {size} px of one image is "
-                "one value per channel: raise run.local_batch, views.num_local or views.local_size"
+                f"model.arch='{self.arch}' normalises over the batch, and one {view} view of {size} px of one image is "
+                f"one value per channel: raise run.local_batch, views.num_{view} or views.{view}_size"
             ) from error
 
 

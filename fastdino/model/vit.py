@@ -80,6 +80,15 @@ class ViT(nn.Module):
         """The module whose state dict has the published names: this one."""
         return self
 
+    def fitted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``state`` with position embeddings of another square grid resampled for this one."""
+        positions = state.get("pos_embed")
+        patches = 0 if positions is None else positions.shape[1] - 1
+        side = math.isqrt(patches)
+        if positions is None or patches == math.prod(self.grid) or side * side != patches:
+            return state
+        return {**state, "pos_embed": resample_positions(positions, (side, side), self.grid)}
+
     def forward(self, x: Tensor | dict[str, Tensor]) -> Tensor:
         """The CLS tokens after the final norm.
 

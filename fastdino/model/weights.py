@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from fastdino.config import UserError
 from fastdino.files import whole_file
-from fastdino.model.positions import resample_positions
-from fastdino.model.vit import SIZES, ViT
+from fastdino.model.vit import SIZES
 
 if TYPE_CHECKING:
     from fastdino.model.network import Backbone
@@ -59,16 +58,14 @@ def load_backbone(backbone: "Backbone", path: Path) -> None:
             averaged weights are taken if it has them: the teacher, or an EMA beside the plain ones. Wrappers' prefixes
             (module., _orig_mod., model., backbone. and any other, in any nesting) and heads are dropped.
 
-    Our ViT takes position embeddings of another square grid and resamples them.
+    A backbone may change what it is given to fit, as our ViT does with position embeddings of another square grid.
     Raises WeightsError naming all that is missing, unexpected or misshaped.
     """
     published = backbone.published
     own = published.state_dict()
     state = _below_prefix(_read(path), own.keys())
     state = {name: tensor for name, tensor in state.items() if name in own or name not in CLASSIFIERS}
-    if isinstance(backbone, ViT) and "pos_embed" in state:
-        state["pos_embed"] = _fit_positions(state["pos_embed"], backbone)
-    _load(published, state, path)
+    _load(published, backbone.fitted(state), path)
 
 
 def load_head(head: nn.Module, path: Path) -> None:
@@ -178,15 +175,6 @@ def _renamed(name: str) -> str:
         if name == theirs or name.endswith("." + theirs):
             return name.removesuffix(theirs) + ours
     return name
-
-
-def _fit_positions(positions: Tensor, backbone: ViT) -> Tensor:
-    """Position embeddings for the backbone's grid; as they are where their number fits or no square holds them."""
-    patches = positions.shape[1] - 1
-    side = math.isqrt(patches)
-    if patches == math.prod(backbone.grid) or side * side != patches:
-        return positions
-    return resample_positions(positions, (side, side), backbone.grid)
 
 
 def _load(module: nn.Module, state: State, path: Path) -> None:

@@ -83,7 +83,7 @@ def test_weights_are_loaded(tmp_path: Path) -> None:
 )  # ConvNeXt knows no image size, Swin must be told, MobileNet's num_features is not its output's width
 def test_timm_backbones_take_both_sizes(arch: str, width: int) -> None:
     model = ModelConfig(arch=f"timm:{arch}", drop_path=0.1)
-    backbone = build_backbone(model, 224, {"global": 224, "local": 96}).eval()
+    backbone = build_backbone(model, 224, {"global": (224, 2), "local": (96, 2)}).eval()
     assert backbone.num_features == width
     with torch.no_grad():
         assert backbone(torch.randn(1, 3, 96, 96)).shape == (1, width)
@@ -116,7 +116,7 @@ def test_timm_vit_equals_ours() -> None:
 )
 def test_what_timm_cannot_do(arch: str, drop_path: float, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_backbone(ModelConfig(arch=arch, drop_path=drop_path), 224, {"global": 224, "local": 96})
+        build_backbone(ModelConfig(arch=arch, drop_path=drop_path), 224, {"global": (224, 2), "local": (96, 2)})
 
 
 def test_without_local_views_their_size_does_not_matter() -> None:
