@@ -60,6 +60,7 @@ STAGES = (
     Stage("step-vit_small", "python -m bench.step --arch vit_small", 110),
     Stage("profile", "python -m bench.visit.step_profile vit_small", 40),
     Stage("kernels", "python -m bench.kernels --seconds {seconds}", 140),
+    Stage("launch-configs", "python -m bench.visit.launch_configs", 90),
     Stage("ncu", NCU, 90, shows=r"_kernel|Duration|DRAM Throughput|Registers Per|Achieved Occ|Local\(|profiled"),
     Stage("attention", "python -m bench.kernels.attention", 80),
     Stage("profile-large", "python -m bench.visit.step_profile vit_base vit_large:32", 90,

@@ -58,9 +58,10 @@ class Visit:
                     future.result()
                 self._one_by_one([stage for stage in self.stages if not stage.lane])
             except BaseException:
-                self.end = self.started  # no stage begins any more
-                for child in list(self._running):
-                    _stop(child)
+                with self._lock:
+                    self.end = self.started  # no stage begins any more
+                    for child in self._running:
+                        _stop(child)
                 raise
         return all(state.startswith((OK, SKIPPED)) for state in self.states.values())
 
@@ -83,20 +84,25 @@ class Visit:
         env["PATH"] = os.pathsep.join([os.environ["PATH"], *tools])
         with self._log(stage).open("w") as log:
             print(f"$ {shlex.join(command)}", file=log, flush=True)
-            try:
-                child = subprocess.Popen(
-                    command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-                )
-            except FileNotFoundError:
-                return ABSENT
-        self._running.add(child)
+            with self._lock:  # whoever ends the visit finds every child
+                if time.monotonic() > self.end:
+                    return f"{SKIPPED}, the visit has ended"
+                try:
+                    child = subprocess.Popen(
+                        command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                        start_new_session=True,
+                    )  # fmt: skip
+                except FileNotFoundError:
+                    return ABSENT
+                self._running.add(child)
         try:
             code = child.wait(seconds)
         except subprocess.TimeoutExpired:
             return f"STOPPED at {seconds:.0f} s"
         finally:
             _stop(child)
-            self._running.discard(child)
+            with self._lock:
+                self._running.discard(child)
         return {0: OK, NOT_FOUND: ABSENT}.get(code, f"FAILED with code {code}")
 
     def _log(self, stage: Stage) -> Path:

@@ -1,6 +1,7 @@
 """A visit's stages are commands that exist, and its runner loses nothing: limits, cuts, tools that are missing."""
 
 import argparse
+import importlib.util
 import runpy
 import shlex
 import subprocess
@@ -9,13 +10,17 @@ import tarfile
 import time
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from triton.runtime.interpreter import InterpretedFunction
 
 from bench import record
+from bench.kernels.case import PLAIN
+from bench.kernels.measure import BENCHES
 from bench.visit import __main__ as command
-from bench.visit import visit
+from bench.visit import launch_configs, visit
 from bench.visit.stages import SECONDS, SPARE, STAGES, Stage, longest, stretch
 from bench.visit.visit import Visit
 from fastdino import cli
@@ -90,9 +95,10 @@ def test_every_stage_of_tests_finds_some(text: str, python: Python) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
-def test_every_stage_is_tested_here() -> None:
-    others = {stage.name for stage in STAGES} - dict(ARGUMENTS).keys() - dict(TESTS).keys()
-    assert others == {"machine"}, "torch's own"
+def test_other_stages_are_modules_without_arguments() -> None:
+    others = [of_project(s.command) for s in STAGES if s.name not in dict(ARGUMENTS).keys() | dict(TESTS).keys()]
+    assert set(others) == {"torch.utils.collect_env", "tests.kernels.calls"}
+    assert all(importlib.util.find_spec(module) for module in others)
     assert len({stage.name for stage in STAGES}) == len(STAGES)
 
 
@@ -103,6 +109,33 @@ def test_limits_add_up() -> None:
     assert stretch(STAGES, SECONDS) == 1, "a short visit leaves stages out rather than cut all of them"
     for seconds in (longest(STAGES), 1800):
         assert SPARE + stretch(STAGES, seconds) * (longest(STAGES) - SPARE) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("operation", "shape"), [("dino_loss", "3,2,2,100"), ("sinkhorn", "8,100"), ("ibot_loss", "4,600")]
+)
+def test_other_launch_configurations_reach_the_kernel_and_are_right(
+    operation: str, shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastdino_kernels._backend.INTERPRETED", True)
+    case = BENCHES[operation].case(shape, torch.device("cpu"), compiled=False)
+    tried = launch_configs.with_alternatives(case)
+    assert len(tried.variants) > 4
+    launched = set()
+    original = InterpretedFunction.__getitem__
+
+    def launch(kernel: Any, grid: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> None:
+            launched.add(f"{kernel.fn.__name__} {kwargs}")
+            original(kernel, grid)(*args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(InterpretedFunction, "__getitem__", launch)
+    expected, *others = (v.bind(case.make(0))() for name, v in tried.variants.items() if name != PLAIN)
+    for results in others:
+        torch.testing.assert_close(results, expected, rtol=1e-4, atol=1e-5)
+    assert len(launched) > len(tried.variants) - 2, "each was launched in its own way"
 
 
 def test_list_needs_no_gpu_and_names_every_stage(python: Python) -> None:
