@@ -23,17 +23,6 @@ class Shape(NamedTuple):
     hidden: int  # of the MLP
 
 
-SIZES = {
-    "nano": Shape(96, 4, 4, 384),
-    "tiny": Shape(192, 12, 3, 768),
-    "small": Shape(384, 12, 6, 1536),
-    "base": Shape(768, 12, 12, 3072),
-    "large": Shape(1024, 24, 16, 4096),
-    "huge": Shape(1280, 32, 16, 5120),
-    "giant": Shape(1408, 40, 16, 6144),
-}
-
-
 class PatchEmbed(nn.Module):
     """A linear map of each patch's pixels."""
 
