@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastdino_kernels._backend import INTERPRETED
+from tests.kernels.sample_drop import use_small_tiles
 from tests.kernels.sanitizer import sanitized
 
 
@@ -16,6 +17,12 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tokens, so that few of them have several."""
+    use_small_tiles(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

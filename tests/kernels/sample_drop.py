@@ -12,7 +12,7 @@ from fastdino_kernels.testing import assert_no_worse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# (B, M, N, D) with small_blocks: several programs per image and tiles per program, ragged in N and D; all images kept,
+# (B, M, N, D) with small_tiles: several programs per image and tiles per program, ragged in N and D; all images kept,
 # in another order; one of many; more kept than are searched together; one token of one feature.
 SHAPES = [(4, 2, 19, 48), (3, 3, 5, 64), (9, 1, 8, 20), (11, 7, 3, 33), (2, 1, 1, 1)]
 OWN_BLOCKS = [(3, 2, 37, 384), (2, 1, 17, 1000), (2, 1, 2, 3000), (2, 1, 2, 4100)]
@@ -20,7 +20,7 @@ REAL = [(128, 89, 201, 768), (512, 358, 37, 384), (24, 16, 261, 1536)]
 Shape = tuple[int, int, int, int]
 
 
-def use_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def use_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     block = {"BLOCK_ROWS": 2, "BLOCK_D": 64, "num_warps": 2}
     config = {"each": {**block, "TOKENS": 4}, "sum": {**block, "TOKENS": 8}}
     for module in (_sample_drop, gather_layer_norm, scatter_add_scaled):

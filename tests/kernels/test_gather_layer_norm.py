@@ -18,23 +18,13 @@ from tests.kernels.sample_drop import (
     Shape,
     check,
     strided_inputs,
-    use_small_blocks,
 )
 
-# Triton's interpreter works with NumPy, which warns of the infinities that these tests are about.
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.filterwarnings("ignore::Warning:triton.runtime.interpreter"),
-]
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 BOTH = pytest.mark.parametrize(
     "implementation", [gather_layer_norm, gather_layer_norm_reference], ids=["kernel", "reference"]
 )
-
-
-@pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_small_blocks(monkeypatch)
 
 
 def gathered(implementation: Callable[..., Tensor], inputs: Inputs) -> list[Tensor]:
@@ -44,7 +34,7 @@ def gathered(implementation: Callable[..., Tensor], inputs: Inputs) -> list[Tens
     return [y.detach(), *torch.autograd.grad(y, leaves, inputs.grad_y.to(y.dtype))]
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("vectors", [None, torch.float32], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -58,7 +48,7 @@ def test_kernel_with_its_own_blocks(shape: Shape) -> None:
     check(gathered, gather_layer_norm, gather_layer_norm_reference, Inputs(shape, torch.float32))
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_tiles")
 @BOTH
 def test_formula(implementation: Callable[..., Tensor]) -> None:
     inputs = Inputs((5, 3, 7, 40), torch.float32)
@@ -75,7 +65,7 @@ def test_formula(implementation: Callable[..., Tensor]) -> None:
     assert not grad_x[dropped].any()
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_tiles")
 def test_strides() -> None:
     dense, strided = (gathered(gather_layer_norm, inputs.to(DEVICE)) for inputs in strided_inputs())
     for got, want in zip(strided, dense, strict=True):
@@ -86,7 +76,7 @@ def test_no_image_kept() -> None:
     assert gathered(gather_layer_norm, Inputs((3, 0, 5, 8), torch.float32).to(DEVICE))[0].shape == (0, 5, 8)
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_tiles")
 def test_nan_stays_in_its_image() -> None:
     inputs = Inputs((4, 2, 9, 20), torch.float32).to(DEVICE)
     kept, dropped = int(inputs.rows[1]), next(b for b in range(4) if b not in inputs.rows)

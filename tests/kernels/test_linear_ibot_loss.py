@@ -14,11 +14,7 @@ from fastdino_kernels.losses.linear_ibot_loss import linear_ibot_loss, linear_ib
 from fastdino_kernels.losses.sinkhorn import sinkhorn
 from fastdino_kernels.testing import assert_no_worse
 
-# Triton's interpreter works with NumPy, which warns of the infinities that these tests are about.
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.filterwarnings("ignore::Warning:triton.runtime.interpreter"),
-]
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TEMPS: dict[str, Any] = {"student_temp": 0.1, "teacher_temp": 0.07}

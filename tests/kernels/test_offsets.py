@@ -28,10 +28,7 @@ K = 40
 TEMPS = {"student_temp": 0.1, "teacher_temp": 0.04}
 VIEWS = [(4, 3, K), (2, 3, K)]
 PATCHES = [(4, K), (4, K)]
-pytestmark = [
-    pytest.mark.large,
-    pytest.mark.filterwarnings("ignore::Warning:triton.runtime.interpreter"),
-]
+pytestmark = pytest.mark.large
 
 
 @pytest.fixture(autouse=True)

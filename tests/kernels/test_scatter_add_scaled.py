@@ -20,23 +20,13 @@ from tests.kernels.sample_drop import (
     Shape,
     check,
     strided_inputs,
-    use_small_blocks,
 )
 
-# Triton's interpreter works with NumPy, which warns of the infinities that these tests are about.
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.filterwarnings("ignore::Warning:triton.runtime.interpreter"),
-]
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 BOTH = pytest.mark.parametrize(
     "implementation", [scatter_add_scaled, scatter_add_scaled_reference], ids=["kernel", "reference"]
 )
-
-
-@pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_small_blocks(monkeypatch)
 
 
 def scattered(implementation: Callable[..., Tensor], inputs: Inputs, **kwargs: Any) -> list[Tensor]:
@@ -46,7 +36,7 @@ def scattered(implementation: Callable[..., Tensor], inputs: Inputs, **kwargs: A
     return [out.detach(), *torch.autograd.grad(out, leaves, inputs.grad.to(out.dtype))]
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("vectors", [None, torch.float32], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -61,7 +51,7 @@ def test_kernel_with_its_own_blocks(shape: Shape) -> None:
     check(scattered, scatter_add_scaled, scatter_add_scaled_reference, Inputs(shape, torch.float32))
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_tiles")
 @BOTH
 def test_formula(implementation: Callable[..., Tensor]) -> None:
     """Image by image; the gradients of what is dropped; what is dropped stays to the bit, -0 included."""
@@ -80,7 +70,7 @@ def test_formula(implementation: Callable[..., Tensor]) -> None:
     assert torch.equal(out[dropped].view(torch.int32), inputs.x[dropped].view(torch.int32))
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_tiles")
 @BOTH
 def test_without_layer_scale(implementation: Callable[..., Tensor]) -> None:
     inputs = Inputs((4, 2, 9, 20), torch.float32)
@@ -95,7 +85,7 @@ def test_without_layer_scale(implementation: Callable[..., Tensor]) -> None:
     torch.testing.assert_close(grad_branch.cpu(), 2 * inputs.grad[inputs.rows])
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
 @BOTH
 def test_mixed_dtypes(implementation: Callable[..., Tensor], x_dtype: torch.dtype) -> None:
@@ -110,14 +100,14 @@ def test_mixed_dtypes(implementation: Callable[..., Tensor], x_dtype: torch.dtyp
     torch.testing.assert_close(out.detach().cpu().float(), want, rtol=2e-2, atol=4e-2)
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_tiles")
 def test_strides() -> None:
     dense, strided = (scattered(scatter_add_scaled, inputs.to(DEVICE)) for inputs in strided_inputs())
     for got, want in zip(strided, dense, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_tiles")
 @BOTH
 def test_in_place(implementation: Callable[..., Tensor]) -> None:
     """The same tensor comes back, carries the gradient of what was added, and autograd refuses its old values."""
@@ -137,7 +127,7 @@ def test_in_place(implementation: Callable[..., Tensor]) -> None:
         square.backward()
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_tiles")
 def test_frozen_layer_scale_keeps_no_branch() -> None:
     inputs = Inputs((4, 2, 9, 20), torch.float32).to(DEVICE)
     branch = inputs.branch.requires_grad_()
@@ -147,7 +137,7 @@ def test_frozen_layer_scale_keeps_no_branch() -> None:
     assert branch.grad is not None
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_tiles")
 def test_a_residual_block() -> None:
     """Both ends of a branch, and x's gradient from both, against the whole block in float64."""
     inputs = Inputs((6, 4, 9, 24), torch.float32)

@@ -12,11 +12,7 @@ from fastdino_kernels.losses import sinkhorn as module
 from fastdino_kernels.losses.sinkhorn import sinkhorn, sinkhorn_reference
 from fastdino_kernels.testing import assert_no_worse
 
-# Triton's interpreter works with NumPy, which warns of the infinities that these tests are about.
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.filterwarnings("ignore::Warning:triton.runtime.interpreter"),
-]
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # (R, K), in groups of 16 rows and tiles of 4 x 64, and slices of 192 columns
