@@ -124,9 +124,11 @@ def _unchanged(number: signal.Signals) -> Iterator[None]:
     Without it the next batch reports the death, within a second.
     """
     handler = signal.getsignal(number)
-    yield
-    if threading.current_thread() is threading.main_thread():  # no other may set one, and then torch did not
-        signal.signal(number, handler or signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():  # no other may set one, and then torch did not
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _of_the_dataset(error: Exception) -> bool:
