@@ -263,7 +263,8 @@ def test_a_checkpoint_that_cannot_be_loaded(run, tmp_path, case, command):
         other = tmp_path / "other"
         fastdino("train", "vit_small_16", "--run.dir", other, *TINY, "--model.arch", "vit_tiny", "--run.epochs", 1)
         shutil.rmtree(copy / newest)
-        shutil.copytree(next((other / "checkpoints").iterdir()), copy / newest)
+        found = next((other / "checkpoints").iterdir())
+        shutil.copytree(found, copy / "checkpoints" / found.name)
         says = "another model"
     else:
         manifest = copy / newest / "manifest.json"
