@@ -147,7 +147,7 @@ def sets(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     opened: list[object] = []
 
     def bank_and_test(root: str, data: DataConfig) -> Sets:
-        opened.append((root, data.image_size))
+        opened.append((root, data))
         return Sets(Colours(30, 100), Colours(20, 30), "made here")
 
     monkeypatch.setattr(room, "bank_and_test", bank_and_test)

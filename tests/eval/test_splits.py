@@ -31,7 +31,7 @@ def test_a_pair_of_split_folders(tmp_path: Path, train: str, judged: str) -> Non
     images(
         *(tmp_path / train / name for name in ("cat", "dog")), *(tmp_path / judged / name for name in ("cat", "dog"))
     )
-    bank, test, rule = bank_and_test(str(tmp_path), DataConfig(image_size=32))
+    bank, test, rule = bank_and_test(str(tmp_path), DATA)
     assert bank.labels == test.labels == ["cat", "dog"]
     assert rule == f"{train}/ is the bank, {judged}/ is judged"
     assert [bank.label(i) for i in range(len(bank))] == [0, 0, 0, 1, 1, 1]
@@ -40,12 +40,12 @@ def test_a_pair_of_split_folders(tmp_path: Path, train: str, judged: str) -> Non
 def test_val_is_judged_before_test_and_other_folders_are_left_alone(tmp_path: Path) -> None:
     images(*(tmp_path / split / name for split in ("train", "val", "test") for name in ("cat", "dog")))
     images(tmp_path / "annotations")
-    assert bank_and_test(str(tmp_path), DataConfig(image_size=32)).rule == "train/ is the bank, val/ is judged"
+    assert bank_and_test(str(tmp_path), DATA).rule == "train/ is the bank, val/ is judged"
 
 
 def test_without_a_split_every_fifth_image_is_judged(tmp_path: Path) -> None:
     images(tmp_path / "cat", tmp_path / "trainer", count=10)
-    bank, test, rule = bank_and_test(str(tmp_path), DataConfig(image_size=32))
+    bank, test, rule = bank_and_test(str(tmp_path), DATA)
     assert bank.labels == ["cat", "trainer"]
     assert names(test) == ["cat/0.png", "cat/5.png", "trainer/0.png", "trainer/5.png"]
     assert {*names(bank)} | {*names(test)} == {f"{c}/{i}.png" for c in ("cat", "trainer") for i in range(10)}
@@ -56,18 +56,18 @@ def test_without_a_split_every_fifth_image_is_judged(tmp_path: Path) -> None:
 def test_a_split_without_its_other_half_is_no_class(tmp_path: Path, folders: list[str]) -> None:
     images(*(tmp_path / folder / name for folder in folders for name in ("cat", "dog")))
     with pytest.raises(ConfigError, match=rf"holds .*{folders[0]}/.*k-NN takes train/ together with val/ or test/"):
-        bank_and_test(str(tmp_path), DataConfig(image_size=32))
+        bank_and_test(str(tmp_path), DATA)
 
 
 def test_splits_below_a_split_are_no_classes(tmp_path: Path) -> None:
     images(*(tmp_path / a / b / "cat" for a in ("train", "val") for b in ("train", "val")))
     with pytest.raises(ConfigError, match=r"holds \['train', 'val'\] where folders of classes should be"):
-        bank_and_test(str(tmp_path), DataConfig(image_size=32))
+        bank_and_test(str(tmp_path), DATA)
 
 
 def test_a_class_may_be_called_train_inside_a_split(tmp_path: Path) -> None:
     images(*(tmp_path / split / name for split in ("train", "val") for name in ("bus", "train")))
-    assert bank_and_test(str(tmp_path), DataConfig(image_size=32)).bank.labels == ["bus", "train"]
+    assert bank_and_test(str(tmp_path), DATA).bank.labels == ["bus", "train"]
 
 
 def test_two_folders_of_one_split(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_a_file_is_no_split_and_a_missing_folder_has_none(tmp_path: Path) -> Non
 def test_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     images(*(tmp_path / "x" / split / name for split in ("train", "val") for name in ("cat", "dog")))
-    assert bank_and_test("~/x", DataConfig(image_size=32)).rule == "train/ is the bank, val/ is judged"
+    assert bank_and_test("~/x", DATA).rule == "train/ is the bank, val/ is judged"
 
 
 def test_classes_that_differ_are_named(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_classes_that_differ_are_named(tmp_path: Path) -> None:
         *(tmp_path / "train" / name for name in ("bird", "cat", "dog")), *(tmp_path / "val" / c for c in ("cat", "dog"))
     )
     with pytest.raises(ConfigError, match="of the same classes; one lacks bird"):
-        bank_and_test(str(tmp_path), DataConfig(image_size=32))
+        bank_and_test(str(tmp_path), DATA)
 
 
 @pytest.mark.parametrize("where", ["", "train", "val"])
@@ -101,7 +101,7 @@ def test_images_beside_the_class_folders_are_named(tmp_path: Path, where: str) -
     images(*(tmp_path / split / name for split in splits for name in ("cat", "dog")))
     Image.new("RGB", (8, 8)).save(tmp_path / where / "stray.png")
     with pytest.raises(ConfigError, match=r"in no class folder of .*: stray\.png \(1 in all\)"):
-        bank_and_test(str(tmp_path), DataConfig(image_size=32))
+        bank_and_test(str(tmp_path), DATA)
 
 
 @pytest.mark.parametrize("broken", ["train", "val"])
@@ -110,25 +110,25 @@ def test_a_set_of_which_nothing_can_be_read(tmp_path: Path, broken: str) -> None
     files = sorted((tmp_path / broken).rglob("*.png"))
     for file in files[:-1]:
         file.write_bytes(b"no picture")
-    bank_and_test(str(tmp_path), DataConfig(image_size=32))  # one can be read: the others are left out
+    bank_and_test(str(tmp_path), DATA)  # one can be read: the others are left out
     files[-1].write_bytes(b"no picture")
     with pytest.raises(ConfigError, match="none of 6 images"):
-        bank_and_test(str(tmp_path), DataConfig(image_size=32))
+        bank_and_test(str(tmp_path), DATA)
 
 
 def test_labels_are_needed(tmp_path: Path) -> None:
     images(tmp_path / "all")
     with pytest.raises(ConfigError, match="a folder per class"):
-        bank_and_test(str(tmp_path), DataConfig(image_size=32))
+        bank_and_test(str(tmp_path), DATA)
     images(tmp_path / "rare", count=1)  # the images go by name: "all/0", "all/1", "all/2", "rare/0"
     os.remove(tmp_path / "all" / "0.png")
     os.rename(tmp_path / "rare", tmp_path / "a_rare")
     with pytest.raises(ConfigError, match="of one class only"):
-        bank_and_test(str(tmp_path), DataConfig(image_size=32))
+        bank_and_test(str(tmp_path), DATA)
 
 
 def test_shapes() -> None:
-    bank, test, _ = bank_and_test("shapes", DataConfig(image_size=32))
+    bank, test, _ = bank_and_test("shapes", DATA)
     assert len(bank) == len(test) == 1000
     assert bank.read(14)[1] == bank.label(14) == 2
     assert bank.read(0)[0].tobytes() != test.read(0)[0].tobytes()
