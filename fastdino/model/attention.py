@@ -26,7 +26,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, queries: Lengths, keys: Length
         keys: the lengths in k and v, with as many sequences per group as ``queries``.
         choice: "auto" | "xformers" | "sdpa", see :func:`implementation`.
 
-    Returns (1, M, H, d) in q's dtype. Raises RuntimeError when xformers is asked for and cannot run.
+    Returns (1, M, H, d) in q's dtype. Raises ConfigError when xformers is asked for and cannot run.
     """
     if implementation(choice, q.device, q.dtype, q.shape[-1]) == "xformers":
         mask = _block_diagonal(queries, keys, q.device)
@@ -37,7 +37,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, queries: Lengths, keys: Length
 def implementation(choice: str, device: torch.device, dtype: torch.dtype, width: int) -> str:
     """The implementation, "xformers" or "sdpa", that ``choice`` means for heads of ``width``, by dtype and device.
 
-    auto is xformers where it runs, and torch's SDPA elsewhere (on a GPU one warning says why). Raises RuntimeError when
+    auto is xformers where it runs, and torch's SDPA elsewhere (on a GPU one warning says why). Raises ConfigError when
     xformers is asked for and cannot run.
     """
     if choice == "sdpa" or (choice == "auto" and device.type != "cuda"):
@@ -45,7 +45,7 @@ def implementation(choice: str, device: torch.device, dtype: torch.dtype, width:
     if (refusal := _refusal(device, dtype, width)) is None:
         return "xformers"
     if choice == "xformers":
-        raise RuntimeError(f"{refusal}: use model.attention=auto or sdpa there")
+        raise ConfigError(f"{refusal}: use model.attention=auto or sdpa there")
     _warn_once(f"attention runs on torch's SDPA, because {refusal}")
     return "sdpa"
 

@@ -60,7 +60,7 @@ def test_mask_for_xformers(queries: room.Lengths) -> None:
 
 
 def test_xformers_on_a_cpu_is_refused() -> None:
-    with pytest.raises(RuntimeError, match=r"no attention for cpu: use model\.attention=auto or sdpa"):
+    with pytest.raises(ConfigError, match=r"no attention for cpu: use model\.attention=auto or sdpa"):
         attention(*inputs(KEYS), queries=KEYS, keys=KEYS, choice="xformers")
 
 
@@ -105,7 +105,7 @@ def test_xformers_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (12, 0))
     with pytest.warns(RuntimeWarning, match="too new"):
         assert room.implementation("auto", *GPU) == "sdpa"
-    with pytest.raises(RuntimeError, match=r"(?s)too new.*use model.attention=auto"):
+    with pytest.raises(ConfigError, match=r"(?s)too new.*use model.attention=auto"):
         room.implementation("xformers", *GPU)
 
 
