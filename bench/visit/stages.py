@@ -50,7 +50,7 @@ STAGES = (
     Stage("tests-gpu", f"{PYTEST} -n 2 --dist loadfile -m 'gpu and not large' tests", 200, "gpu tests", TESTED),
     Stage("memcheck", SANITIZER.format(tool="memcheck"), 100, "sanitizers", "SUMMARY|Invalid|Error"),
     Stage("racecheck", SANITIZER.format(tool="racecheck"), 100, "sanitizers", "SUMMARY|hazard|Error"),
-    Stage("train", TRAIN, 90, "training", "loss|k-NN|done"),
+    Stage("train", TRAIN, 90, "training", "ZeRO|took|loss|k-NN|done"),
     # Fewest rounds, no file: they fill the compilers' caches while nothing can be timed.
     Stage("warm-step", "python -m bench.step --arch vit_small --rounds 2", 110, "training"),
     Stage("machine", "python -m torch.utils.collect_env", 40, "compilers", MACHINE),

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import re
 import runpy
 import shlex
 import subprocess
@@ -20,10 +21,10 @@ from bench import record
 from bench.kernels.case import PLAIN
 from bench.kernels.measure import BENCHES
 from bench.visit import __main__ as command
-from bench.visit import launch_configs, visit
+from bench.visit import launch_configs, step_profile, visit
 from bench.visit.stages import SECONDS, SPARE, STAGES, Stage, longest, stretch
 from bench.visit.visit import Visit
-from fastdino import cli
+from fastdino import cli, distributed
 from tests.bench.conftest import Python
 
 MARKERS = {
@@ -136,6 +137,19 @@ def test_other_launch_configurations_reach_the_kernel_and_are_right(
     for results in others:
         torch.testing.assert_close(results, expected, rtol=1e-4, atol=1e-5)
     assert len(launched) > len(tried.variants) - 2, "each was launched in its own way"
+
+
+def test_a_profile_accounts_for_the_step() -> None:
+    """On a CPU operators stand for kernels: on one thread they take no longer than the step."""
+    with distributed.init("cpu") as ranks:
+        speed, total, *kernels = step_profile.profile("vit_nano", 2, ranks)
+    assert "at batch 2, MFU" in speed
+    launches, busy, wall = (float(number) for number in re.findall(r"[\d.]+", total))
+    assert launches > 500
+    assert 0.3 * wall < busy < wall
+    times = [float(line.split()[0]) for line in kernels]
+    assert times == sorted(times, reverse=True)
+    assert sum(times) <= busy
 
 
 def test_list_needs_no_gpu_and_names_every_stage(python: Python) -> None:
