@@ -1,15 +1,15 @@
-"""fastdino: train DINO, self-distillation with no labels.
+"""fastdino: train DINO, self-distillation of vision transformers without labels.
 
 commands:
   train RECIPE [flags]   train, or resume, a run:   fastdino train vit_small_16 --data.root /data/imagenet/train
   recipes [RECIPE]       list the recipes, or show one with all its settings
-  bench RECIPE [flags]   how fast does this recipe train here, and what holds it back
+  bench RECIPE [flags]   images/s of a recipe on this machine, and what limits it
   eval knn PATH          weighted k-NN accuracy of a run's teacher, or of a file of weights
   eval attention PATH    pictures of where each head of the last block looks
   export RUN             the teacher's backbone as safetensors that timm loads
   demo                   learn to tell rendered shapes apart in minutes on a CPU
 
-The same train command runs on one device, and on many under torchrun, deepspeed or srun:
+The same train command runs on one device, and on many under torchrun, deepspeed, srun or mpirun:
   torchrun --nproc_per_node 8 -m fastdino train vit_small_16 --data.root /data/imagenet/train
 `fastdino COMMAND --help` explains every flag; `fastdino train RECIPE --help` every setting.
 """

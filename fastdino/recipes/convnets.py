@@ -14,7 +14,9 @@ def resnet50() -> Config:
     """ResNet-50 by timm, 100 epochs, 2 + 8 views, SGD. Over several GPUs each batch normalization waits for its device.
 
     Run: torchrun --nproc_per_node 8 -m fastdino train resnet50 --data.root /data/imagenet/train
+
     Cost: not published for 100 epochs. Score: the released 800-epoch run at batch 4080 has k-NN 67.5, linear 75.3.
+
     Source: README of facebookresearch/dino, "ResNet-50 and other convnets training".
     """
     base = vit_small_16()
