@@ -21,7 +21,8 @@ def test_schedules(epochs: int, steps_per_epoch: int, warmup: float) -> None:
         lr=5e-4, min_lr=2e-6, warmup_epochs=warmup, weight_decay=0.04, weight_decay_end=0.4, teacher_momentum=0.99,
         freeze_last_layer=2,
     )  # fmt: skip
-    loss = LossConfig(warmup_teacher_temp=0.02, teacher_temp=0.06, warmup_teacher_temp_epochs=3)
+    warmer = min(3, epochs)
+    loss = LossConfig(warmup_teacher_temp=0.02, teacher_temp=0.06, warmup_teacher_temp_epochs=warmer)
     config = Config(optim=optim, loss=loss, run=RunConfig(epochs=epochs))
     schedules = Schedules(config, steps_per_epoch, global_batch=1024)
     total = epochs * steps_per_epoch
@@ -32,7 +33,7 @@ def test_schedules(epochs: int, steps_per_epoch: int, warmup: float) -> None:
     decay, momentum = warmup_then_cosine(0.04, 0.4, total), warmup_then_cosine(0.99, 1, total)
     np.testing.assert_allclose([now.weight_decay for now in values], decay, rtol=1e-12)
     np.testing.assert_allclose([now.momentum for now in values], momentum, rtol=1e-12)
-    temps = np.concatenate([np.linspace(0.02, 0.06, 3), np.full(epochs, 0.06)])
+    temps = np.concatenate([np.linspace(0.02, 0.06, warmer), np.full(epochs, 0.06)])
     np.testing.assert_allclose([now.teacher_temp for now in values], temps[np.arange(total) // steps_per_epoch])
     assert [now.freeze_last_layer for now in values] == list(np.arange(total) < 2 * steps_per_epoch)
     assert all(type(x) is float for x in (values[0].lr, values[-1].weight_decay, values[0].momentum))
