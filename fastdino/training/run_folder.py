@@ -236,7 +236,7 @@ class Lock:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 with file:
-                    return _describe(_holder(file))
+                    return _describe(_holder(file, patience=1.0))
             except OSError:  # this file system has no flock
                 if (holder := _holder(file)) and _may_live(holder):
                     file.close()
@@ -279,14 +279,18 @@ def _ourselves() -> dict[str, Any]:
     return {"host": socket.gethostname(), "pid": os.getpid(), "since": since, "started": _started(os.getpid())}
 
 
-def _holder(file: IO[bytes]) -> dict[str, Any]:
-    """What the holder of a lock file wrote into it; empty when it has not yet, or could not."""
-    try:
-        file.seek(0)
-        found = json.loads(file.read())
-        return found if isinstance(found, dict) else {}
-    except (OSError, ValueError):
-        return {}
+def _holder(file: IO[bytes], patience: float = 0.0) -> dict[str, Any]:
+    """What the holder of a lock file wrote into it; empty when it has not within ``patience`` seconds, or could not."""
+    end = time.monotonic() + patience
+    while True:
+        try:
+            file.seek(0)
+            found = json.loads(file.read())
+            return found if isinstance(found, dict) else {}
+        except (OSError, ValueError):
+            if time.monotonic() >= end:
+                return {}
+        time.sleep(0.05)
 
 
 def _describe(holder: dict[str, Any]) -> str:

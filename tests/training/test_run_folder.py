@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,17 @@ def test_without_flock_a_process_of_another_host_is_believed(tmp_path, monkeypat
     assert Lock(path).acquire() == f"process 7 on host gpu003, since yesterday, (if it is gone, remove {path})"
     path.write_text("")
     assert Lock(path).acquire() is None, "nobody ever wrote a name into it"
+
+
+def test_a_holder_that_has_just_come_is_named_too(tmp_path):
+    """Two processes started at once: the second may look before the first has written its name."""
+    path = tmp_path / ".lock"
+    with path.open("wb", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        writer = threading.Timer(0.3, file.write, [b'{"pid": 7, "host": "gpu003", "since": "now"}'])
+        writer.start()
+        assert Lock(path).acquire() == "process 7 on host gpu003, since now,"
+        writer.join()
 
 
 def test_a_lock_that_was_removed_while_waiting_is_taken_anew(tmp_path, monkeypatch):
