@@ -38,6 +38,7 @@ def run_demo(folder: Path, seed: int) -> dict[str, float]:
     torch.set_num_threads(1)  # the same sums on any machine; a second core makes the views
     base = recipes.demo()
     config = dataclasses.replace(base, run=dataclasses.replace(base.run, dir=folder, seed=seed))
+    folder = config.run.dir
     train(config)
     teacher, _, _ = run_backbone(folder)
     fresh = [_random_backbone(config, seed) for seed in range(NUM_INITIALISATIONS)]

@@ -24,6 +24,7 @@ def run_backbone(run: Path, step: int | None = None, role: Role = "teacher") -> 
 
     Raises ConfigError when it is no run folder, CheckpointError when it has no such checkpoint or one of another model.
     """
+    run = run.expanduser()
     config = read_config(run)
     path, manifest = _checkpoint(run, step)
     bare = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
@@ -65,9 +66,9 @@ def export_run(run: Path, out: Path | None = None, step: int | None = None, role
 
     Raises what :func:`run_backbone` raises, and ConfigError for a file that cannot be written.
     """
-    out = out or run
+    out = (out or run).expanduser()
     path = out / "backbone.safetensors" if out.is_dir() else out
-    if out != run and path.suffix != ".safetensors":
+    if out != run.expanduser() and path.suffix != ".safetensors":
         raise ConfigError(f"--out {out} must end in .safetensors, the one format that is written, or be a folder")
     backbone, config, step = run_backbone(run, step, role)
     export_backbone(backbone, path, {"config": config.to_json(), "step": str(step), "role": role})

@@ -61,6 +61,14 @@ def test_where_the_file_goes(run, tmp_path, out, path):
     assert [p.name for p in written.parent.iterdir()] == [written.name]
 
 
+def test_a_tilde_is_the_home_folder(run, tmp_path, monkeypatch):
+    """A shell expands it neither behind = nor in a notebook."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "link").symlink_to(run)
+    assert export_run(Path("~/link"), Path("~/new/x.safetensors")) == tmp_path / "new/x.safetensors"
+    assert run_backbone(Path("~/link"))[2] == run_backbone(run)[2]
+
+
 @pytest.mark.parametrize("out", ["weights.pth", "weights", "weights.safetensors.bak"])
 def test_another_format_is_refused_before_any_work(tmp_path, out, monkeypatch):
     monkeypatch.setattr(export, "run_backbone", lambda *_: pytest.fail("worked"))
