@@ -56,10 +56,12 @@ def config(folder: Path, engine: EngineConfig) -> Config:
 
 
 def processor() -> str:
-    """What decides how sums are rounded."""
+    """What decides how sums are rounded: the machine's kind, which libraries choose their kernels and blocks by."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
-    return f"{model}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__.split('+')[0]}"
+    first = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    kind = " ".join(first.get(name, "?") for name in ("model name", "cpu family", "model", "stepping", "cache size"))
+    flags = zlib.crc32(first.get("flags", "").encode())
+    return f"{kind}, flags {flags:08x}, torch {torch.__version__.split('+')[0]}"
 
 
 def curve(engine: EngineConfig) -> list[dict[str, Any]]:
