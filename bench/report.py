@@ -144,7 +144,7 @@ def data_table(results: Path) -> str:
     caption = (
         f"{where['device']}; {versions}; {_state(where)}. JPEG files of {what}; views of {document['views']} pixels."
     )
-    return f"{caption}\n\n{_table(['stage', 'by', 'images/s', 'per core', 'takes'], rows)}"
+    return f"{caption}\n\n{_table(['stage', 'by', 'images/s', 'per core', 'time / ours'], rows)}"
 
 
 def _cases(file: Path) -> dict[tuple[str, str], dict[str, Any]]:

@@ -123,10 +123,13 @@ class Engine(ABC):
             if group["shard"].ema_lp is not None:
                 group["shard"].ema_lp.copy_(group["shard"].ema)
         self._gather_teacher()
-        self._wait_teacher()
+        self.wait_teacher()
 
-    def _wait_teacher(self) -> None:
-        """Makes the teacher's weights ready on the current stream."""
+    def wait_teacher(self) -> None:
+        """Makes the teacher's weights ready on the current stream; a call of the teacher does so by itself.
+
+        Called also when nobody calls the teacher any more: nothing may be on its way when a rank leaves the others.
+        """
         while self._gathers:
             self._gathers.pop().wait()
 
@@ -156,7 +159,7 @@ class Engine(ABC):
             teacher[name].data = teacher[name].data.to(self.dtype)
         self.optimizer.bind(shards, self.sharded, self.ranks)
         for module in (self.teacher, *self.teacher.children()):
-            module.register_forward_pre_hook(lambda *_: self._wait_teacher())
+            module.register_forward_pre_hook(lambda *_: self.wait_teacher())
 
     def _gather_teacher(self) -> None:
         """Starts to collect the other ranks' slices of the teacher, beside whatever the device does next."""

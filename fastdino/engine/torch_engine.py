@@ -43,12 +43,12 @@ class TorchEngine(Engine):
     @torch.no_grad()
     def step(self, now: Now, finite: Tensor) -> Tensor:
         self._reduce()
-        pieces = []
+        grads = []
         for group, grad in zip(self.optimizer.param_groups, self._grads, strict=True):
             shard: Shard = group["shard"]
             shard.param.grad = grad
-            pieces += shard.views(grad)
-        applied = self.optimizer.prepare(now, pieces, finite)
+            grads += shard.views(grad)
+        applied = self.optimizer.prepare(now, grads, finite)
         self._update()
         for grad in self._grads:
             grad.zero_()

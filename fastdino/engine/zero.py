@@ -148,12 +148,12 @@ class ShardedEngine(Engine):
     @torch.no_grad()
     def step(self, now: Now, finite: Tensor) -> Tensor:
         assert self._micro_batch == self.accumulate, f"{self._micro_batch} backward passes before a step"
-        self._wait_teacher()
-        pieces: list[Tensor] = []
+        self.wait_teacher()
+        grads: list[Tensor] = []
         for index, group in enumerate(self.optimizer.param_groups):
             shard: Shard = group["shard"]
-            pieces += self._zero.averaged_gradients[index][: len(shard.fragments)]  # what is left is padding
-        applied = self.optimizer.prepare(now, pieces, finite)
+            grads += self._zero.averaged_gradients[index][: len(shard.fragments)]  # what is left is padding
+        applied = self.optimizer.prepare(now, grads, finite)
         self._deepspeed.step()
         self._micro_batch = 0
         self._gather_teacher()

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from fastdino.config import ConfigError
 from fastdino.config.errors import require
 from fastdino.data.sources.decode import BadImage
-from fastdino.data.sources.source import Source
+from fastdino.data.sources.source import Source, open_folder
 from fastdino.data.views import normalize
 from fastdino.eval.evaluation import Evaluation, Subject
 from fastdino.eval.features import EvaluationError, Reading, check_size, device_and_dtype, evaluating
 from fastdino.eval.pictures import new_figure
-from fastdino.eval.splits import bank_and_test, open_folder
+from fastdino.eval.splits import bank_and_test
 from fastdino.files import whole_file
 from fastdino.model.vit import ViT
 

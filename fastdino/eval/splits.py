@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 from fastdino.config import ConfigError, DataConfig
 from fastdino.data.sources.decode import BadImage
-from fastdino.data.sources.folder import SPLITS, FolderSource, split_folders
+from fastdino.data.sources.folder import SPLITS, split_folders
 from fastdino.data.sources.shapes import ShapesSource
-from fastdino.data.sources.source import Source
+from fastdino.data.sources.source import Source, open_folder
 from fastdino.data.sources.subset import Subset
 
 BANK_SEED, TEST_SEED = 2**31 + 101, 2**31 + 102  # of shapes that are rendered for nothing else
@@ -48,11 +48,6 @@ def bank_and_test(root: str, data: DataConfig) -> Sets:
         sets = _strided(open_folder(root, data))
     _check(sets, root)
     return sets
-
-
-def open_folder(root: str | Path, data: DataConfig) -> FolderSource:
-    """Every image below ``root``, opened as in training."""
-    return FolderSource(root, max_pixels=data.max_pixels, bits=data.bits)
 
 
 def _pair(train: Path, judged: Path, data: DataConfig) -> Sets:

@@ -1,10 +1,10 @@
 """Checkpoints that survive a kill at any point and load at any number of ranks and any ZeRO stage.
 
-A checkpoint is a folder ``step-00001234`` of safetensors files and one ``manifest.json``. Every rank writes the pieces
-of the flat fp32 shards that it owns; rank 0 also writes the small tensors that all ranks share. The folder is written
-under a temporary name, its manifest (sizes and checksums of all files) last, and then renamed: a folder with its final
-name is complete. Loading copies the parts of pieces that a rank owns now, so neither the number of ranks nor the
-ZeRO stage has to be the same. Nothing is ever unpickled.
+A checkpoint is a folder ``step-00001234`` of safetensors files and one ``manifest.json``. Every rank writes the
+fragments of the flat fp32 shards that it owns; rank 0 also writes the small tensors that all ranks share. The folder is
+written under a temporary name, its manifest (sizes and checksums of all files) last, and then renamed: a folder with
+its final name is complete. Loading copies the parts of fragments that a rank owns now, so neither the number of ranks
+nor the ZeRO stage has to be the same. Nothing is ever unpickled.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fastdino.config import UserError
 from fastdino.distributed import Ranks
+from fastdino.engine.shards import Fragment
 
 FORMAT = 1  # raised when an older fastdino could not read what this one writes
 SHARED = "shared.safetensors"
@@ -41,19 +42,6 @@ class CheckpointError(UserError, ValueError):
 
 class NewerFormatError(CheckpointError):
     """A checkpoint that a newer fastdino wrote: passing it over for an older one would lose work silently."""
-
-
-class Piece(Protocol):
-    """Elements [start, stop) of the flattened parameter ``name``, with its optimizer state, as live fp32 views."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def start(self) -> int: ...
-    @property
-    def stop(self) -> int: ...
-    @property
-    def tensors(self) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +91,7 @@ def save(
     step: int,
     ranks: Ranks,
     *,
-    pieces: Iterable[Piece],
+    fragments: Iterable[Fragment],
     shared: dict[str, Tensor],
     shapes: dict[str, list[int]],
     meta: dict[str, Any],
@@ -112,7 +100,7 @@ def save(
 
     Args:
         folder: the run's checkpoints/ folder, the same on all ranks.
-        pieces: what this rank has to write; none where another rank writes the same.
+        fragments: what this rank has to write; none where another rank writes the same.
         shared: small tensors that are equal on all ranks: center, counters, buffers. Rank 0 writes them.
         shapes: shape of every parameter by name.
         meta: anything JSON can hold.
@@ -127,7 +115,7 @@ def save(
         except OSError as error:
             failure = f"rank 0: {error}"
     failure, temporary = ranks.gather((failure, temporary))[0]
-    owned, name, measured = list(pieces), f"rank-{ranks.rank:05d}.safetensors", dict[str, dict[str, int]]()
+    owned, name, measured = list(fragments), f"rank-{ranks.rank:05d}.safetensors", dict[str, dict[str, int]]()
     try:
         if owned and failure is None:
             tensors = {_key(kind, p.name, p.start): tensor for p in owned for kind, tensor in p.tensors.items()}
@@ -304,8 +292,10 @@ def _newest(folder: Path) -> tuple[Path, Manifest] | CheckpointError | None:
     return damage
 
 
-def load(path: Path, manifest: Manifest, pieces: Iterable[Piece], shapes: dict[str, list[int]]) -> dict[str, Tensor]:
-    """Copies a checkpoint into the live views of ``pieces``, whatever ranks and stage it was written with.
+def load(
+    path: Path, manifest: Manifest, fragments: Iterable[Fragment], shapes: dict[str, list[int]]
+) -> dict[str, Tensor]:
+    """Copies a checkpoint into the live views of ``fragments``, whatever ranks and stage it was written with.
 
     Returns the shared tensors. Raises CheckpointError, before anything is changed, if it is from another model.
     """
@@ -321,9 +311,9 @@ def load(path: Path, manifest: Manifest, pieces: Iterable[Piece], shapes: dict[s
         for name, start, stop in written:
             index.setdefault(name, []).append((start, stop, file))
     open_files = {file: _open(path / file) for file in (*manifest.pieces, SHARED)}
-    for piece in pieces:
-        for kind, view in piece.tensors.items():
-            _copy(piece, kind, view, index.get(piece.name, []), open_files)
+    for fragment in fragments:
+        for kind, view in fragment.tensors.items():
+            _copy(fragment, kind, view, index.get(fragment.name, []), open_files)
     return _all_tensors(open_files[SHARED])
 
 
@@ -338,17 +328,19 @@ def _open(path: Path) -> Any:
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
 
 
-def _copy(piece: Piece, kind: str, view: Tensor, written: list[tuple[int, int, str]], files: dict[str, Any]) -> None:
-    """Fills one view from the pieces that overlap it."""
+def _copy(
+    fragment: Fragment, kind: str, view: Tensor, written: list[tuple[int, int, str]], files: dict[str, Any]
+) -> None:
+    """Fills one view from what was written of the same elements."""
     filled = 0
     for start, stop, file in written:
-        low, high = max(piece.start, start), min(piece.stop, stop)
+        low, high = max(fragment.start, start), min(fragment.stop, stop)
         if low < high:
-            values = files[file].get_slice(_key(kind, piece.name, start))[low - start : high - start]
-            view[low - piece.start : high - piece.start].copy_(values)
+            values = files[file].get_slice(_key(kind, fragment.name, start))[low - start : high - start]
+            view[low - fragment.start : high - fragment.start].copy_(values)
             filled += high - low
-    if filled != piece.stop - piece.start:
-        raise CheckpointError(f"the checkpoint holds {filled} of {piece.stop - piece.start} values of {piece.name}")
+    if filled != fragment.numel:
+        raise CheckpointError(f"the checkpoint holds {filled} of {fragment.numel} values of {fragment.name}")
 
 
 def read_weights(
@@ -363,14 +355,6 @@ def read_weights(
 
     Raises CheckpointError when the checkpoint is of a network of other ``shapes``.
     """
-
-    @dataclass
-    class Whole:
-        name: str
-        start: int
-        stop: int
-        tensors: dict[str, Tensor]
-
     weights = {name: torch.empty(shape) for name, shape in shapes.items()}
-    pieces = [Whole(name, 0, whole.numel(), {kind: whole.view(-1)}) for name, whole in weights.items()]
-    return weights, load(path, manifest, pieces, shapes)
+    wholes = [Fragment(name, 0, x.numel(), tensors={kind: x.view(-1)}) for name, x in weights.items()]
+    return weights, load(path, manifest, wholes, shapes)

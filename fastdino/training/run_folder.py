@@ -18,8 +18,9 @@ from torch import Tensor
 
 from fastdino.config import Config, ConfigError, UserError
 from fastdino.distributed import Ranks
+from fastdino.engine.shards import Fragment
 from fastdino.training import checkpoint
-from fastdino.training.checkpoint import CheckpointError, Manifest, Piece
+from fastdino.training.checkpoint import CheckpointError, Manifest
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class RunFolder:
         self,
         step: int,
         *,
-        pieces: Iterable[Piece],
+        fragments: Iterable[Fragment],
         shared: dict[str, Tensor],
         shapes: dict[str, list[int]],
         meta: dict[str, Any],
@@ -125,7 +126,9 @@ class RunFolder:
         if step == self._newest_step:
             return
         try:
-            checkpoint.save(self.checkpoints, step, self.ranks, pieces=pieces, shared=shared, shapes=shapes, meta=meta)
+            checkpoint.save(
+                self.checkpoints, step, self.ranks, fragments=fragments, shared=shared, shapes=shapes, meta=meta
+            )
         except CheckpointError as error:
             self.failed_saves += 1
             self._failed_in_row += 1

@@ -1,5 +1,6 @@
 """The loop: images in, a better teacher out. One step is :meth:`Trainer.train_step`; read that first."""
 
+import functools
 import logging
 import time
 from collections import defaultdict
@@ -162,6 +163,8 @@ class Trainer:
                         self._preempt()
                     knn = self._end_of_epoch(metrics, knn, notice)
                     noticed = self.ranks.ask(notice.given)
+                noticed()  # nothing may be on its way when this rank leaves the others
+                self.engine.wait_teacher()
         except KeyboardInterrupt:
             log.warning("stopped at step %d; the same command resumes from the newest checkpoint", self.step)
             raise
@@ -294,6 +297,7 @@ class Trainer:
         """Live tensors that are equal on all ranks and belong into a checkpoint."""
         return {**self.method.state(), **self.engine.state()}
 
+    @functools.cached_property
     def _meta(self) -> dict[str, Any]:
         """What a resumption has to have in common with this run."""
         images = self.source.fingerprint()
@@ -305,10 +309,10 @@ class Trainer:
         stride = self.config.run.keep_every * self.steps_per_epoch
         self.folder.save(
             self.step,
-            pieces=self.engine.fragments() if self.engine.saves else (),
+            fragments=self.engine.fragments() if self.engine.saves else (),
             shared=self._shared(),
             shapes=self.shapes,
-            meta={**self._meta(), "epoch": self.step / self.steps_per_epoch},
+            meta={**self._meta, "epoch": self.step / self.steps_per_epoch},
             keep_for_good=range(stride, self.total_steps + 1, stride) if stride else (),
             last=last,
         )
@@ -316,7 +320,7 @@ class Trainer:
     def _restore(self, path: Path, manifest: Manifest) -> int:
         """Loads a checkpoint; returns the step at which the run goes on."""
         assert self.folder is not None
-        self.folder.check_images(path, manifest, self._meta())
+        self.folder.check_images(path, manifest, self._meta)
         saved = checkpoint.load(path, manifest, self.engine.fragments(), self.shapes)
         for name, live in self._shared().items():
             live.copy_(saved[name])

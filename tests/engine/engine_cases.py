@@ -164,7 +164,7 @@ class Case:
 
     def networks(self) -> dict[str, dict[str, Tensor]]:
         """The weights that student and teacher compute with."""
-        self.engine._wait_teacher()
+        self.engine.wait_teacher()
         networks = {"student": self.engine.student_network, "teacher": self.engine.teacher}
         weights = {role: {n: p.detach().clone() for n, p in net.named_parameters()} for role, net in networks.items()}
         digests = [(role, n, zlib.crc32(w.float().numpy())) for role, ws in weights.items() for n, w in ws.items()]

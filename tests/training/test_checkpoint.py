@@ -5,13 +5,13 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastdino.distributed import Ranks
+from fastdino.engine.shards import Fragment
 from fastdino.training import checkpoint
 from fastdino.training.checkpoint import CheckpointError
 from tests.children import environment
@@ -20,23 +20,15 @@ ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 SHAPES = {"head.v": [7, 5], "head.b": [11]}
 
 
-@dataclass
-class Part:
-    name: str
-    start: int
-    stop: int
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
-def parts(flat: dict[str, torch.Tensor], bounds: list[int]) -> list[Part]:
-    """Pieces of one flat shard per kind, cut at ``bounds`` of the concatenated parameters."""
+def parts(flat: dict[str, torch.Tensor], bounds: list[int]) -> list[Fragment]:
+    """Fragments of one flat shard per kind, cut at ``bounds`` of the concatenated parameters."""
     offset, out = 0, []
     for name, shape in SHAPES.items():
         size = torch.Size(shape).numel()
         edges = sorted({0, size, *(b - offset for b in bounds if 0 < b - offset < size)})
         for start, stop in itertools.pairwise(edges):
             views = {kind: buffer[offset + start : offset + stop] for kind, buffer in flat.items()}
-            out.append(Part(name, start, stop, views))
+            out.append(Fragment(name, start, stop, tensors=views))
         offset += size
     return out
 
@@ -48,7 +40,7 @@ def random_flat() -> dict[str, torch.Tensor]:
 def write(folder: Path, step: int, flat: dict[str, torch.Tensor], bounds: list[int]) -> Path:
     shared = {"center": torch.arange(3.0)}
     return checkpoint.save(
-        folder, step, ALONE, pieces=parts(flat, bounds), shared=shared, shapes=SHAPES, meta={"epoch": 2, "note": "x"}
+        folder, step, ALONE, fragments=parts(flat, bounds), shared=shared, shapes=SHAPES, meta={"epoch": 2, "note": "x"}
     )
 
 
@@ -115,7 +107,7 @@ def test_other_model_is_refused_before_anything_changes(tmp_path):
 def test_missing_piece_is_named(tmp_path):
     flat = random_flat()
     path = checkpoint.save(
-        tmp_path, 1, ALONE, pieces=parts(flat, [35])[:1], shared={"c": torch.ones(1)}, shapes=SHAPES, meta={}
+        tmp_path, 1, ALONE, fragments=parts(flat, [35])[:1], shared={"c": torch.ones(1)}, shapes=SHAPES, meta={}
     )
     with pytest.raises(CheckpointError, match=r"0 of 11 values of head.b"):
         checkpoint.load(path, checkpoint.read_manifest(path), parts(flat, []), SHAPES)
@@ -135,13 +127,14 @@ def test_full_disk_leaves_older_checkpoints_and_says_so(tmp_path):
 import resource, signal, torch
 from pathlib import Path
 from fastdino.distributed import Ranks
+from fastdino.engine.shards import Fragment
 from fastdino.training import checkpoint
 ALONE = Ranks(0, 1, 0, torch.device('cpu'))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
-class Part: name, start, stop, tensors = "w", 0, 100000, {{"param": torch.ones(100000)}}
+part = Fragment("w", 0, 100000, tensors={{"param": torch.ones(100000)}})
 shared, shapes = {{"c": torch.ones(1)}}, {{"w": [100000]}}
-checkpoint.save(Path({str(tmp_path)!r}), 2, ALONE, pieces=[Part()], shared=shared, shapes=shapes, meta={{}})
+checkpoint.save(Path({str(tmp_path)!r}), 2, ALONE, fragments=[part], shared=shared, shapes=shapes, meta={{}})
 """
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=False
@@ -164,6 +157,7 @@ def test_kill_at_any_point_leaves_the_newest_whole_checkpoint(tmp_path, point, w
 import os, signal, torch
 from pathlib import Path
 from fastdino.distributed import Ranks
+from fastdino.engine.shards import Fragment
 from fastdino.training import checkpoint
 ALONE = Ranks(0, 1, 0, torch.device('cpu'))
 home = Path if {point!r} in ("write_text", "rename") else checkpoint
@@ -172,9 +166,9 @@ def killed(*args, **kwargs):
     if {when!r} == "after": original(*args, **kwargs)
     os.kill(os.getpid(), signal.SIGKILL)
 setattr(home, {point!r}, killed)
-class Part: name, start, stop, tensors = "head.v", 0, 35, {{"param": torch.ones(35)}}
+part = Fragment("head.v", 0, 35, tensors={{"param": torch.ones(35)}})
 shared, shapes = {{"c": torch.ones(1)}}, {{"head.v": [7, 5]}}
-checkpoint.save(Path({str(tmp_path)!r}), 2, ALONE, pieces=[Part()], shared=shared, shapes=shapes, meta={{}})
+checkpoint.save(Path({str(tmp_path)!r}), 2, ALONE, fragments=[part], shared=shared, shapes=shapes, meta={{}})
 """
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=False

@@ -175,7 +175,7 @@ class Disk:
 
 
 def save(run: RunFolder, step: int, last: bool = False) -> None:
-    run.save(step, pieces=(), shared={}, shapes={}, meta={}, keep_for_good=(), last=last)
+    run.save(step, fragments=(), shared={}, shapes={}, meta={}, keep_for_good=(), last=last)
 
 
 def test_a_failed_save_is_told_and_the_next_one_tried(tmp_path, monkeypatch, caplog):

@@ -1,5 +1,6 @@
 """Where images come from: a folder, or rendered objects. An index becomes an RGB image and a label."""
 
+from pathlib import Path
 from typing import Protocol
 
 from PIL import Image
@@ -48,4 +49,9 @@ def open_source(root: str, config: DataConfig) -> Source:
             f"{parts.get('train', next(iter(parts.values())))}. To train on all of them, give a folder of links to "
             "them under other names"
         )
+    return open_folder(root, config)
+
+
+def open_folder(root: str | Path, config: DataConfig) -> FolderSource:
+    """Every image below ``root``, read as ``config`` says."""
     return FolderSource(root, max_pixels=config.max_pixels, bits=config.bits)
