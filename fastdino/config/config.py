@@ -35,6 +35,7 @@ class Config:
             require(isinstance(getattr(self, name), kind), name, getattr(self, name), f"a {kind.__name__}")
         self._check_views()
         self._check_lengths()
+        self._check_rates()
         if self.model.attention == "xformers" and self.engine.device == "cpu":
             raise ConfigError(
                 "model.attention='xformers' needs a GPU, and engine.device='cpu': xformers has no CPU path; "
@@ -65,6 +66,13 @@ class Config:
                 f"shorten {them} or train longer"
             )
 
+    def _check_rates(self) -> None:
+        """Depth is known of our own ViT's parameters."""
+        for name in () if self.model.is_vit else ("layer_decay", "patch_embed_lr"):
+            value = getattr(self.optim, name)
+            reason = f"which parameter of {self.model.arch} belongs to which layer is not known"
+            require(value == 1, f"optim.{name}", value, f"1 with model.arch={self.model.arch}", reason)
+
     def ignored(self) -> list[str]:
         """A line for each setting that is not at its default, and that others make without effect."""
         cases = [
@@ -79,8 +87,12 @@ class Config:
             (self.head.num_layers == 1, "head", "hidden_dim", "head.num_layers is 1"),
             (self.engine.name == "torch", "engine", "zero_stage", "engine.name=torch shards nothing"),
             (self.optim.clip == 0, "optim", "clip_mode", "optim.clip is 0"),
+            (self.optim.name != "adamw", "optim", "beta2", f"optim.name is {self.optim.name}"),
+            (self.optim.schedule == "constant", "optim", "min_lr weight_decay_end teacher_momentum_end",
+             "optim.schedule is constant"),
+            (self.optim.freeze_last_layer == 0, "optim", "freeze_how", "optim.freeze_last_layer is 0"),
             (self.run.knn_every == 0, "run", "knn_root", "run.knn_every is 0"),
-            (self.loss.warmup_teacher_temp_epochs == 0, "loss", "warmup_teacher_temp",
+            (self.loss.warmup_teacher_temp_epochs == 0, "loss", "warmup_teacher_temp temp_warmup_by",
              "loss.warmup_teacher_temp_epochs is 0"),
         ]  # fmt: skip
         lines, defaults = [], Config()

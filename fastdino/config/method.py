@@ -1,6 +1,7 @@
 """Settings of the loss."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from fastdino.config.group import Group
 
@@ -17,6 +18,8 @@ class LossConfig(Group):
     """Where the warm-up starts; lower it when the loss does not fall at first."""
     warmup_teacher_temp_epochs: int = 0
     """Epochs over which the teacher's temperature rises linearly to teacher_temp; DINO's longer runs use 30."""
+    temp_warmup_by: Literal["epoch", "step"] = "epoch"
+    """The teacher's temperature rises once per epoch as in DINO v1, or at every step as in DINOv2."""
     center_momentum: float = 0.9
     """Weight of the center's old value in its moving average over steps."""
 
