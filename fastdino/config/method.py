@@ -22,6 +22,8 @@ class LossConfig(Group):
     """The teacher's temperature rises once per epoch as in DINO v1, or at every step as in DINOv2."""
     center_momentum: float = 0.9
     """Weight of the center's old value in its moving average over steps."""
+    patch_weight: float = 0.0
+    """Weight of iBOT's loss on masked patches; 0: no masks."""
 
     def check(self) -> None:
         self.require(self.student_temp > 0, "student_temp", "positive", "it divides the logits")
@@ -32,3 +34,4 @@ class LossConfig(Group):
         self.require(self.warmup_teacher_temp_epochs >= 0, "warmup_teacher_temp_epochs", "0 or more")
         moves = 0 <= self.center_momentum < 1
         self.require(moves, "center_momentum", "in [0, 1)", "at 1 the center never moves and training collapses")
+        self.require(self.patch_weight >= 0, "patch_weight", "0 or more")
