@@ -108,6 +108,7 @@ class Config:
             (self.run.knn_every == 0, "run", "knn_root", "run.knn_every is 0"),
             (self.loss.warmup_teacher_temp_epochs == 0, "loss", "warmup_teacher_temp",
              "loss.warmup_teacher_temp_epochs is 0"),
+            (self.loss.patch_weight == 0, "views", "mask_share mask_ratio", "loss.patch_weight is 0"),
         ]  # fmt: skip
         lines, kinds = [], group_kinds()
         for without_effect, group, names, reason in cases:
