@@ -13,11 +13,11 @@ class Health:
 
     Args:
         num_prototypes: K; a loss or entropy of ln K is that of a uniform distribution.
-        num_patch_prototypes: the same of patches, whose statistics are watched if there are any.
+        num_patch_prototypes: K' of the patches; None: as many. Their statistics are watched where there are any.
     """
 
-    def __init__(self, num_prototypes: int, num_patch_prototypes: int) -> None:
-        self.uniform, self.patch_uniform = math.log(num_prototypes), math.log(num_patch_prototypes)
+    def __init__(self, num_prototypes: int, num_patch_prototypes: int | None = None) -> None:
+        self.uniform, self.patch_uniform = math.log(num_prototypes), math.log(num_patch_prototypes or num_prototypes)
         self._recent: deque[dict[str, float]] = deque(maxlen=PATIENCE)
         self._raised: set[str] = set()
 
