@@ -18,7 +18,8 @@ Backbone = ViT | TimmBackbone
 """A module with ``num_features`` (D), ``implementation`` (what runs it, for the log), ``published`` (the module whose
 state dict has the names under which such weights are published) and ``fitted(state)`` (such weights, made to fit it).
 
-Called with (V_i, B, 3, h_i, w_i) normalised views by name it gives (sum of V_i, B, D), with (B, 3, h, w) images (B, D).
+Called with (V_i, B, 3, h_i, w_i) normalised views by name, and masks of patches, it gives CLS tokens (sum of V_i, B, D)
+and patches (M, D); with (B, 3, h, w) images (B, D).
 """
 
 
@@ -80,12 +81,12 @@ def build_network(config: Config, teacher: bool = False, load: bool = True) -> N
     Args:
         config: model, head and view sizes are read.
         load: False leaves model.weights and head.weights unread, for a network that takes those of a checkpoint.
-        teacher: without drop path and without gradients. BatchNorm layers of a teacher stay in training mode, as in
-            DINO v1: their running statistics are the teacher's own, no average of the student's.
+        teacher: without drop path, stretched coordinates and gradients. BatchNorm layers of a teacher stay in training
+            mode, as in DINO v1: their running statistics are the teacher's own, no average of the student's.
 
     Raises ConfigError for a backbone that does not exist or cannot take the views' sizes.
     """
-    model = dataclasses.replace(config.model, drop_path=0.0) if teacher else config.model
+    model = dataclasses.replace(config.model, drop_path=0.0, rope_scale=1.0) if teacher else config.model
     views = config.views
     given = {"global": (views.global_size, 2 * config.run.local_batch)}
     if views.num_local:
@@ -103,26 +104,26 @@ def build_network(config: Config, teacher: bool = False, load: bool = True) -> N
     return network.requires_grad_(False) if teacher else network
 
 
-def build_backbone(model: ModelConfig, image_size: int, views: dict[str, tuple[int, int]] | None = None) -> Backbone:
+def build_backbone(
+    model: ModelConfig,
+    image_size: int | tuple[int, int],
+    views: dict[str, tuple[int, int]] | None = None,
+    mask_token: bool = False,
+) -> Backbone:
     """A backbone in fp32 on the CPU; its module maps (B, 3, h, w) to (B, D).
 
     Args:
         model: arch and its options; ``weights`` is not read here.
-        image_size: side in pixels for which position embeddings are made.
+        image_size: side in pixels, for our ViT also (height, width), for which position embeddings are made.
         views: by name, side and number of the views of a size that it has to take at a time, by default images of
             ``image_size``; checked for timm's backbones.
+        mask_token: our ViT has one.
     """
     if not model.is_vit:
+        assert isinstance(image_size, int), "a backbone of timm is made for squares"
         return TimmBackbone(model, image_size, views or {"global": (image_size, 2)})
-    return ViT(
-        model.arch.removeprefix("vit_"),
-        patch_size=model.patch_size,
-        image_size=image_size,
-        drop_path=model.drop_path,
-        attention=model.attention,
-        pos_embed=model.pos_embed,
-        init=model.init,
-    )
+    options = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    return ViT(model.arch.removeprefix("vit_"), image_size=image_size, mask_token=mask_token, **options)
 
 
 def restore_backbone(path: Path, arch: str = "", image_size: int | None = None) -> tuple[Backbone, Config]:
