@@ -88,3 +88,8 @@ class HeadConfig(Group):
         for name in ("num_prototypes", "num_layers", "hidden_dim", "bottleneck_dim"):
             self.require(getattr(self, name) >= 1, name, "at least 1")
         self.require(self.num_prototypes >= 2, "num_prototypes", "at least 2", "one prototype tells nothing apart")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchHeadConfig(HeadConfig):
+    """A head of the patches' own, beside that of the CLS token."""

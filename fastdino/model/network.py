@@ -1,12 +1,14 @@
-"""Views become points: a backbone and a head, called once, as a whole."""
+"""Views become points: a backbone and its heads, called once, as a whole."""
 
 import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fastdino.config import Config, ModelConfig, ViewsConfig
+from fastdino.data.batch import Masks
 from fastdino.model.head import Head
 from fastdino.model.timm_backbone import TimmBackbone
 from fastdino.model.vit import ViT
@@ -22,7 +24,7 @@ and patches (M, D); with (B, 3, h, w) images (B, D).
 
 
 class Outputs(NamedTuple):
-    """What a loss reads of a forward pass over S views of B images, in the views' order.
+    """What a loss reads of a forward pass over S views of B images, in the views' order, and of M of their patches.
 
     The logits are ``points @ prototypes.T``. They are the loss's to make, whole or in part; the prototypes come out of
     the forward pass because a parameter is read only during a call of the module that an engine was given.
@@ -30,23 +32,47 @@ class Outputs(NamedTuple):
 
     cls: Tensor
     """(S, B, D) CLS tokens after the final norm."""
+    patches: Tensor
+    """(M, D) patches after the final norm, those at ``masks.rows``; without masks M is 0."""
     cls_points: Tensor
-    """(S, B, P) L2-normalised projections of them."""
+    """(S, B, P) L2-normalised projections of ``cls``."""
+    patch_points: Tensor
+    """(M, P') the same of ``patches``, by the patches' own head if there is one."""
     prototypes: Tensor
-    """(K, P)."""
+    """(K, P) that CLS points are compared with."""
+    patch_prototypes: Tensor
+    """(K', P') of the patch points; the same tensor as ``prototypes`` when they share the head."""
 
 
 class Network(nn.Module):
-    """Student or teacher: ``backbone`` gives features, ``head`` the points that are compared with K prototypes."""
+    """Student or teacher: ``backbone`` gives features, heads the points that are compared with prototypes.
 
-    def __init__(self, backbone: Backbone, head: Head) -> None:
+    Args:
+        backbone: see :data:`Backbone`.
+        head: of CLS tokens.
+        patch_head: of patches; None: they share ``head``.
+    """
+
+    def __init__(self, backbone: Backbone, head: Head, patch_head: Head | None = None) -> None:
         super().__init__()
-        self.backbone, self.head = backbone, head
+        self.backbone, self.head, self.patch_head = backbone, head, patch_head
 
-    def forward(self, views: dict[str, Tensor]) -> Outputs:
-        """(V_i, B, 3, h_i, w_i) normalised views by name, the only way in."""
-        cls, _ = self.backbone(views)
-        return Outputs(cls, *self.head(cls))
+    def forward(self, views: dict[str, Tensor], masks: Masks | None = None) -> Outputs:
+        """(V_i, B, 3, h_i, w_i) normalised views by name, the only way in. ``masks`` are of the first of them.
+
+        A shared head runs once on both kinds of tokens, so its BatchNorm averages over all of them.
+        """
+        cls, patches = self.backbone(views, masks)
+        prototypes = self.head.prototypes()
+        if self.patch_head is None and len(patches):
+            points = self.head.points(torch.cat([cls.flatten(0, 1), patches]))
+            cls_points, patch_points = points.split([len(points) - len(patches), len(patches)])
+            cls_points, patch_prototypes = cls_points.unflatten(0, cls.shape[:2]), prototypes
+        else:
+            head = self.patch_head or self.head
+            cls_points, patch_points = self.head.points(cls), head.points(patches)
+            patch_prototypes = prototypes if head is self.head else head.prototypes()
+        return Outputs(cls, patches, cls_points, patch_points, prototypes, patch_prototypes)
 
 
 def build_network(config: Config, teacher: bool = False, load: bool = True) -> Network:
@@ -66,11 +92,15 @@ def build_network(config: Config, teacher: bool = False, load: bool = True) -> N
     if views.num_local:
         given["local"] = views.local_size, views.num_local * config.run.local_batch
     backbone = build_backbone(model, views.global_size, given)
-    network = Network(backbone, Head(backbone.num_features, config.head, model.init))
+    head = Head(backbone.num_features, config.head, model.init)
+    patch_head = config.patch_head and Head(backbone.num_features, config.patch_head, model.init)
+    network = Network(backbone, head, patch_head)
     if load and model.weights is not None:
         load_backbone(backbone, model.weights)
     if load and config.head.weights is not None:
-        load_head(network.head, config.head.weights)
+        load_head(head, config.head.weights)
+    if load and patch_head is not None and config.patch_head.weights is not None:
+        load_head(patch_head, config.patch_head.weights)
     return network.requires_grad_(False) if teacher else network
 
 
