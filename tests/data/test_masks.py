@@ -112,7 +112,7 @@ def test_the_number_is_constant(num_images, share, low, high):
 
 
 def test_ratios_vary_though_their_sum_does_not():
-    counts = [sorted(draw(8, epoch=epoch).sum(-1).flatten().tolist()) for epoch in range(100)]
+    counts = [sorted(draw(8, epoch=epoch).sum(-1).flatten().tolist())[8:] for epoch in range(100)]
     assert len({tuple(x) for x in counts}) > 90
     middles = [24, 34, 44, 53, 63, 73, 83, 93]
     for mirror in range(4):
