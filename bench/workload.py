@@ -109,8 +109,8 @@ def step_flops(config: Config) -> float:
     def backbone(pixels: int) -> tuple[float, float]:
         """Forward FLOPs of one view: of the patches, of the rest."""
         patches = (pixels // patch) ** 2
-        tokens = patches + 1
-        linear = 2 * tokens * (4 * width * width + 2 * width * size.hidden)
+        tokens = patches + 1 + (config.model.registers or 0)
+        linear = 2 * tokens * (4 * width * width + (3 if size.swiglu else 2) * width * size.hidden)
         attention = 4 * tokens * tokens * width
         return 2.0 * patches * 3 * patch**2 * width, float(size.depth * (linear + attention))
 

@@ -14,6 +14,7 @@ The same train command runs on one device, and on many under torchrun, deepspeed
 `fastdino COMMAND --help` explains every flag; `fastdino train RECIPE --help` every setting.
 """
 
+import copy
 import inspect
 import json
 import logging
@@ -24,12 +25,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from fastdino import __version__, recipes
-from fastdino.config import Config, ConfigError, UserError
+from fastdino.config import Config, ConfigError, PatchHeadConfig, UserError, group_kinds
 from fastdino.launch import launched_rank, without_local_rank
 
 if TYPE_CHECKING:
@@ -103,14 +104,40 @@ def _config(command: str, arguments: list[str]) -> Config:
     name = arguments[0]
     base = recipes.get(name)
     text = inspect.getdoc(recipes.RECIPES[name])
-    flags = _plain_switches(arguments[1:])
-    return tyro.cli(Config, default=base, args=flags, prog=f"fastdino {command} {name}", description=text)
+    base, flags = _patch_head(base, _plain_switches(arguments[1:]))
+    kind: Any = tyro.conf.AvoidSubcommands[Config]
+    return tyro.cli(kind, default=base, args=flags, prog=f"fastdino {command} {name}", description=text)
+
+
+def _patch_head(base: Config, flags: list[str]) -> tuple[Config, list[str]]:
+    """The recipe with a patch head where the flags ask for it, or without one; and the flags that are left.
+
+    A head that the recipe has not is like its head, but for what the flags say. It comes in unchecked, since that any
+    patch is read may be another flag. ``--help`` explains its settings too.
+    """
+    names = [flag.partition("=")[0].replace("_", "-") for flag in flags]
+    head = base.patch_head
+    if "--patch-head" in names:
+        at = names.index("--patch-head")
+        _, equals, value = flags[at].partition("=")
+        value, rest = (value, flags[at + 1 :]) if equals else ("".join(flags[at + 1 : at + 2]), flags[at + 2 :])
+        if value.lower() != "none":
+            raise ConfigError(
+                f"--patch-head {value}: write --patch-head None for patches that share the head, or say what theirs "
+                "is like (--patch-head.num-prototypes 4096)"
+            )
+        head, flags = None, flags[:at] + rest
+    elif head is None and any(name.startswith("--patch-head.") or name in ("-h", "--help") for name in names):
+        head = PatchHeadConfig(**{**vars(base.head), "weights": None})
+    base = copy.copy(base)
+    object.__setattr__(base, "patch_head", head)
+    return base, flags
 
 
 def _plain_switches(arguments: list[str]) -> list[str]:
     """``--head.batch-norm true`` and ``--head.batch-norm=true`` as the switch that tyro takes, which has no value."""
-    groups = get_type_hints(Config).items()
-    settings = [f"{group}.{field.name}" for group, kind in groups for field in fields(kind) if field.type is bool]
+    kinds = group_kinds().items()
+    settings = [f"{group}.{field.name}" for group, kind in kinds for field in fields(kind) if field.type is bool]
     off = {f"--{name}": f"--{name.replace('.', '.no-')}" for name in (s.replace("_", "-") for s in settings)}
     switches = {*off, *off.values()}
     words: list[str] = []

@@ -66,6 +66,17 @@ class Ranks:
         if self.world_size > 1:
             dist.all_reduce(x)
 
+    def logsumexp(self, lse: Tensor) -> Tensor:
+        """Log-sum-exps over the samples of this rank (-inf for none) -> those over the samples of all ranks.
+
+        One reduction and no maximum: the exponentials are summed in fp64, which holds those of up to +-700.
+        """
+        if self.world_size == 1:
+            return lse
+        total = lse.double().exp()
+        self.sum_(total)
+        return total.log().to(lse.dtype)
+
     def gather(self, value: Any) -> list[Any]:
         """``value`` of every rank, on every rank. Waits for the other ranks' hosts, never for a GPU."""
         if self.world_size == 1:

@@ -4,11 +4,11 @@ The defaults are those of DINO v1's training command. Each group checks itself w
 what concerns two groups. A wrong value raises :class:`ConfigError`, whose message says what, where and what to do.
 """
 
-from fastdino.config.config import Config
+from fastdino.config.config import Config, group_kinds
 from fastdino.config.data import MAX_VIEWS, DataConfig, ViewsConfig
 from fastdino.config.errors import ConfigError, UserError
 from fastdino.config.method import LossConfig
-from fastdino.config.model import VIT_SIZES, HeadConfig, ModelConfig
+from fastdino.config.model import VIT_SIZES, HeadConfig, ModelConfig, PatchHeadConfig
 from fastdino.config.optim import EngineConfig, OptimConfig
 from fastdino.config.run import RunConfig
 
@@ -23,7 +23,9 @@ __all__ = [
     "LossConfig",
     "ModelConfig",
     "OptimConfig",
+    "PatchHeadConfig",
     "RunConfig",
     "UserError",
     "ViewsConfig",
+    "group_kinds",
 ]

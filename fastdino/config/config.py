@@ -9,10 +9,13 @@ from typing import get_type_hints
 
 from fastdino.config.data import DataConfig, ViewsConfig
 from fastdino.config.errors import ConfigError, require
+from fastdino.config.group import Group
 from fastdino.config.method import LossConfig
-from fastdino.config.model import HeadConfig, ModelConfig
+from fastdino.config.model import HeadConfig, ModelConfig, PatchHeadConfig
 from fastdino.config.optim import EngineConfig, OptimConfig
 from fastdino.config.run import RunConfig
+
+VIT_ONLY = "patch_size attention pos_embed drop_path_rule interpolation rope_scale registers layer_scale"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +24,8 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
+    patch_head: HeadConfig | None = None
+    """A head for the patches of loss.patch_weight; None: they share that of the CLS token."""
     views: ViewsConfig = field(default_factory=ViewsConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -29,10 +34,16 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        for name, kind in get_type_hints(type(self)).items():
-            require(isinstance(getattr(self, name), kind), name, getattr(self, name), f"a {kind.__name__}")
+        if type(self.patch_head) is HeadConfig:
+            object.__setattr__(self, "patch_head", PatchHeadConfig(**vars(self.patch_head)))
+        for name, kind in group_kinds().items():
+            value = getattr(self, name)
+            fits = isinstance(value, kind) or (value is None and name == "patch_head")
+            require(fits, name, value, f"a {kind.__name__}")
         self._check_views()
+        self._check_losses()
         self._check_lengths()
+        self._check_rates()
         if self.model.attention == "xformers" and self.engine.device == "cpu":
             raise ConfigError(
                 "model.attention='xformers' needs a GPU, and engine.device='cpu': xformers has no CPU path; "
@@ -49,6 +60,25 @@ class Config:
                     remedy = f"use {below} or {above}" if below else f"use {above}"
                     raise ConfigError(f"views.{name}={size} is not a multiple of model.patch_size={patch}: {remedy}")
 
+    def _check_losses(self) -> None:
+        """A loss that is asked for has what it reads."""
+        loss, arch = self.loss, self.model.arch
+        if loss.patch_weight and not self.model.is_vit:
+            raise ConfigError(
+                f"loss.patch_weight={loss.patch_weight:g} hides patches behind a mask token, and {arch} has none: "
+                "use one of our ViTs (model.arch=vit_...), or loss.patch_weight=0"
+            )
+        if self.patch_head is not None and not loss.patch_weight:
+            raise ConfigError(
+                "patch_head is a head for patches, and loss.patch_weight=0 reads none: give loss.patch_weight a value, "
+                "or leave the patch head out (--patch-head None)"
+            )
+        if loss.koleo_weight and self.run.local_batch < 2:
+            raise ConfigError(
+                f"loss.koleo_weight={loss.koleo_weight:g} keeps an image from its nearest neighbour in the batch, and "
+                "run.local_batch=1 has no other: use at least 2, or loss.koleo_weight=0"
+            )
+
     def _check_lengths(self) -> None:
         """What ends after some epochs ends within the run: else the rest of it would be dropped without a word."""
         optim = self.optim
@@ -63,26 +93,45 @@ class Config:
                 f"shorten {them} or train longer"
             )
 
+    def _check_rates(self) -> None:
+        """Depth is known of our own ViT's parameters."""
+        for name in () if self.model.is_vit else ("layer_decay", "patch_embed_lr"):
+            value = getattr(self.optim, name)
+            reason = f"which parameter of {self.model.arch} belongs to which layer is not known"
+            require(value == 1, f"optim.{name}", value, f"1 with model.arch={self.model.arch}", reason)
+
     def ignored(self) -> list[str]:
         """A line for each setting that is not at its default, and that others make without effect."""
         cases = [
-            (not self.model.is_vit, "model", "patch_size attention pos_embed", f"{self.model.arch} has its own"),
+            (not self.model.is_vit, "model", VIT_ONLY, f"{self.model.arch} has its own"),
+            (self.model.drop_path == 0, "model", "drop_path_rule", "model.drop_path is 0"),
+            (self.model.pos_embed == "rope", "model", "interpolation", "rope has no position embeddings"),
+            (self.model.pos_embed != "rope", "model", "rope_scale", f"model.pos_embed is {self.model.pos_embed}"),
             (self.model.weights is not None, "model", "pos_embed", "model.weights are loaded"),
             (self.data.root != "shapes", "data", "num_images", "a folder has as many as it holds"),
             (self.data.root == "shapes", "data", "max_pixels bits", "shapes are rendered"),
             (self.views.num_local == 0, "views", "local_size local_scale", "views.num_local is 0"),
             (self.head.num_layers == 1, "head", "hidden_dim", "head.num_layers is 1"),
+            (self.patch_head is not None and self.patch_head.num_layers == 1, "patch_head", "hidden_dim",
+             "patch_head.num_layers is 1"),
+            (self.loss.patch_weight == 0, "loss", "patch_targets", "loss.patch_weight is 0"),
+            ("center" not in self.loss.uses, "loss", "center_momentum", "all targets are sinkhorn's"),
             (self.engine.name == "torch", "engine", "zero_stage", "engine.name=torch shards nothing"),
             (self.optim.clip == 0, "optim", "clip_mode", "optim.clip is 0"),
+            (self.optim.name != "adamw", "optim", "beta2", f"optim.name is {self.optim.name}"),
+            (self.optim.schedule == "constant", "optim", "min_lr weight_decay_end teacher_momentum_end",
+             "optim.schedule is constant"),
+            (self.optim.freeze_last_layer == 0, "optim", "freeze_how", "optim.freeze_last_layer is 0"),
             (self.run.knn_every == 0, "run", "knn_root", "run.knn_every is 0"),
-            (self.loss.warmup_teacher_temp_epochs == 0, "loss", "warmup_teacher_temp",
+            (self.loss.warmup_teacher_temp_epochs == 0, "loss", "warmup_teacher_temp temp_warmup_by",
              "loss.warmup_teacher_temp_epochs is 0"),
+            (self.loss.patch_weight == 0, "views", "mask_share mask_ratio", "loss.patch_weight is 0"),
         ]  # fmt: skip
-        lines, defaults = [], Config()
+        lines, kinds = [], group_kinds()
         for without_effect, group, names, reason in cases:
             for name in names.split() if without_effect else ():
                 value = getattr(getattr(self, group), name)
-                if value != getattr(getattr(defaults, group), name):
+                if value != getattr(kinds[group](), name):
                     lines.append(f"{group}.{name}={value} has no effect: {reason}")
         return lines
 
@@ -97,7 +146,10 @@ class Config:
             groups = json.loads(text)
         except json.JSONDecodeError as error:
             raise ConfigError(f"not a config: {error}") from error
-        kinds = get_type_hints(cls)
+        kinds = group_kinds()
+        if isinstance(groups, dict) and groups.get("patch_head") is None:  # as in every config from before it
+            groups.pop("patch_head", None)
+            del kinds["patch_head"]
         if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
             raise ConfigError("not a config of fastdino: groups of settings are missing")
         if missing := kinds.keys() - groups.keys():
@@ -111,3 +163,8 @@ class Config:
                     + (f", or call it {near[0]} if that is its name now" if near else "")
                 )
         return cls(**{name: kind(**groups[name]) for name, kind in kinds.items()})
+
+
+def group_kinds() -> dict[str, type[Group]]:
+    """The kind of each group by its name. Only ``patch_head`` may be None instead."""
+    return {**get_type_hints(Config), "patch_head": PatchHeadConfig}

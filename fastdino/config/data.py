@@ -36,6 +36,10 @@ class ViewsConfig(Group):
     """Probability of Gaussian blur in the first global, second global and local views."""
     solarize: float = 0.2
     """Probability of solarization in the second global view."""
+    mask_share: float = 0.5
+    """Share of the global views of which patches are hidden from the student; needs loss.patch_weight."""
+    mask_ratio: tuple[float, float] = (0.1, 0.5)
+    """Smallest and largest share of the patches that is hidden in a masked view."""
 
     def check(self) -> None:
         for name in ("global_size", "local_size"):
@@ -56,6 +60,16 @@ class ViewsConfig(Group):
         self.require(
             min(self.jitter_strength) >= 0 and self.jitter_strength[3] <= 0.5, "jitter_strength",
             "four numbers >= 0, the last at most 0.5", "a hue shift of 0.5 is the whole circle",
+        )  # fmt: skip
+
+        self.require(
+            0 < self.mask_share <= 1, "mask_share", "in (0, 1]",
+            "a share of the global views; to train with no masks leave loss.patch_weight at 0",
+        )  # fmt: skip
+        low, high = self.mask_ratio
+        self.require(
+            0 < low <= high < 1, "mask_ratio", "two numbers with 0 < low <= high < 1",
+            "shares of a view's patches; of a view that is hidden whole nothing can be learned",
         )  # fmt: skip
 
     @property

@@ -1,6 +1,7 @@
 """What all groups of settings share: values of other types are converted, what cannot be is refused with its name."""
 
 import os
+import re
 import sys
 import types
 from pathlib import Path
@@ -24,8 +25,8 @@ class Group:
 
     @property
     def group_name(self) -> str:
-        """As in the flags: ModelConfig is ``model``."""
-        return type(self).__name__.removesuffix("Config").lower()
+        """As in the settings: ModelConfig is ``model``, PatchHeadConfig ``patch_head``."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__.removesuffix("Config")).lower()
 
     def check(self) -> None:
         """Raises ConfigError for values that cannot work."""

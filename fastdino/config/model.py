@@ -6,7 +6,10 @@ from typing import Literal
 
 from fastdino.config.group import Group
 
-VIT_SIZES = ("nano", "tiny", "small", "base", "large", "huge", "giant")
+VIT_SIZES = (
+    "nano", "tiny", "small", "base", "large", "huge", "giant",
+    "small_plus", "large_swiglu", "huge_plus", "giant2", "7b",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,15 +17,29 @@ class ModelConfig(Group):
     """The backbone: an image becomes a feature vector."""
 
     arch: str = "vit_small"
-    """vit_tiny|small|base|large|huge|giant (vit_nano for tests and the demo), or timm:NAME for any backbone of timm."""
+    """vit_tiny|small|base|large|huge|giant (vit_nano for tests and the demo), with SwiGLU vit_large_swiglu|giant2 (the
+    wider ViT-g of DINOv2) and vit_small_plus|huge_plus|7b (DINOv3's), or timm:NAME for any backbone of timm."""
     patch_size: int = 16
     """Side of a patch in pixels; ViT only."""
     drop_path: float = 0.1
-    """Probability of dropping a residual branch at the last block; rises linearly from 0 over depth. Student only."""
+    """Probability of dropping a residual branch at the last block. Student only."""
+    drop_path_rule: Literal["linear", "uniform"] = "linear"
+    """linear: drop_path rises from 0 over depth, as in DINO v1; uniform: the same in every block, as in DINOv2."""
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
     """auto: xformers' memory-efficient attention over all packed views where it runs, torch's SDPA elsewhere."""
-    pos_embed: Literal["learned", "sincos"] = "learned"
-    """How position embeddings start: learned from noise as in DINO v1, or from sines and cosines (short runs)."""
+    pos_embed: Literal["learned", "sincos", "rope"] = "learned"
+    """learned: position embeddings that start from noise as in DINO v1; sincos: from sines and cosines (short runs).
+    rope: none, queries and keys are rotated by their patch's place, as in DINOv3."""
+    interpolation: Literal["offset", "antialias"] = "offset"
+    """How position embeddings fit another grid of patches: bicubic, by the factor (new + 0.1) / old as in DINO v1 and
+    DINOv2 without registers, or to the new size with antialiasing as in DINOv2 with registers."""
+    rope_scale: float = 2.0
+    """s: in training rope stretches a view's coordinates by a random factor in [1/s, s]; 1 does not. Student only."""
+    registers: int | None = None
+    """Extra tokens that belong to no patch: 4 keep the patches' features clean of global ones (Darcet et al. 2024).
+    Default: as model.weights have, else 0."""
+    layer_scale: float = 0.0
+    """Start of a learned factor per channel on each residual branch, 1e-5 in DINOv2; 0: there is none."""
     init: Literal["trunc_normal", "xavier"] = "trunc_normal"
     """How linear layers start: trunc_normal(0.02) as in DINO v1, or Xavier-uniform (short runs of narrow models)."""
     weights: Path | None = None
@@ -35,6 +52,11 @@ class ModelConfig(Group):
         self.require(ours or self.arch.startswith("timm:"), "arch", f"one of {known} or timm:NAME")
         self.require(self.patch_size > 0, "patch_size", "a positive number of pixels")
         self.require(0 <= self.drop_path < 1, "drop_path", "in [0, 1)", "at 1 no block would be left")
+        self.require(
+            self.rope_scale >= 1, "rope_scale", "1 or more", "coordinates are stretched by up to it, or 1 / it"
+        )
+        self.require(self.registers is None or self.registers >= 0, "registers", "0 or more")
+        self.require(self.layer_scale >= 0, "layer_scale", "0 or more")
 
     @property
     def is_vit(self) -> bool:
@@ -66,3 +88,8 @@ class HeadConfig(Group):
         for name in ("num_prototypes", "num_layers", "hidden_dim", "bottleneck_dim"):
             self.require(getattr(self, name) >= 1, name, "at least 1")
         self.require(self.num_prototypes >= 2, "num_prototypes", "at least 2", "one prototype tells nothing apart")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchHeadConfig(HeadConfig):
+    """A head of the patches' own, beside that of the CLS token."""

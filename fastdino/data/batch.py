@@ -1,5 +1,6 @@
 """What a step of training gets from the data: the views of its images."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -8,14 +9,22 @@ from torch import Tensor
 
 
 class Masks(NamedTuple):
-    """Patches of the global views that are hidden from the student."""
+    """Patches of the global views that are hidden from the student, whose guesses the loss compares with the teacher's.
 
-    hidden: Tensor
-    """bool (2B, N): True where a patch is hidden."""
+    The teacher's input is ``masks._replace(hidden=None)``: it sees every patch and is read at the same ones.
+    """
+
+    hidden: Tensor | None
+    """bool (2B, N): True where a patch is hidden, view 0 of all images first; None: nothing is hidden."""
     rows: Tensor
-    """int64 (M,): the hidden patches, as indices into the 2B * N of ``hidden``. M is the same at every step."""
+    """int64 (M,): the hidden patches, ascending, as indices into the 2B * N patches. M is the same at every step."""
     weight: Tensor
-    """fp32 (M,): weight of each row in the loss."""
+    """fp32 (M,): weight of each row in the loss, 1 / (2B * hidden patches of the row's view)."""
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Masks":
+        """The same with every tensor changed."""
+        hidden = None if self.hidden is None else change(self.hidden)
+        return Masks(hidden, change(self.rows), change(self.weight))
 
 
 @dataclass
@@ -31,16 +40,19 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """The same in page-locked memory, from which a GPU copies while it computes. DataLoader calls this."""
-        views = {name: group.pin_memory() for name, group in self.views.items()}
-        return Batch(views, self.masks and Masks(*(x.pin_memory() for x in self.masks)), self.bad)
+        return self._each(lambda x: x.pin_memory())
 
     def to(self, device: torch.device) -> "Batch":
         """The same on ``device``; from page-locked memory the copy does not wait."""
-        views = {name: group.to(device, non_blocking=True) for name, group in self.views.items()}
-        masks = self.masks and Masks(*(x.to(device, non_blocking=True) for x in self.masks))
-        return Batch(views, masks, self.bad)
+        return self._each(lambda x: x.to(device, non_blocking=True))
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keeps the memory from being used again before ``stream`` is through with it; see Tensor.record_stream."""
         for tensor in (*self.views.values(), *(self.masks or ())):
-            tensor.record_stream(stream)
+            if tensor is not None:
+                tensor.record_stream(stream)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same with every tensor changed."""
+        views = {name: change(group) for name, group in self.views.items()}
+        return Batch(views, self.masks and self.masks.each(change), self.bad)

@@ -11,8 +11,9 @@ from torch.utils.data import Dataset
 
 from fastdino.config import Config, UserError
 from fastdino.data import views
-from fastdino.data.batch import Batch
+from fastdino.data.batch import Batch, Masks
 from fastdino.data.draws import Purpose, random_bits
+from fastdino.data.masks import check_masks, masks_of, sample_masks
 from fastdino.data.sampler import Key, Plan
 from fastdino.data.sources.decode import BadImage
 from fastdino.data.sources.source import Source
@@ -33,6 +34,10 @@ class _Views(Dataset[Batch]):
 
     def __init__(self, config: Config, source: Source) -> None:
         self.views, self.seed, self.source = config.views, config.run.seed, source
+        self.grid = None
+        if config.loss.patch_weight:
+            self.grid = (config.views.global_size // config.model.patch_size,) * 2
+            check_masks(config.run.local_batch, config.views, self.grid)
 
     def __getitems__(self, keys: list[Key]) -> Batch | BadImage:
         """The batch; or as a value, for the training process to raise, what makes the source unusable."""
@@ -48,7 +53,14 @@ class _Views(Dataset[Batch]):
             params = views.sample_params(self.seed, epoch, index, config, image.size)
             for name, made in views.apply(image, params, config).items():
                 groups[name][:, position] = made
-        return Batch(groups, bad=bad)
+        return Batch(groups, self._masks(keys), bad)
+
+    def _masks(self, keys: list[Key]) -> Masks | None:
+        """By the images as planned, whichever stand in for them."""
+        if self.grid is None:
+            return None
+        (epoch,) = {epoch for epoch, _ in keys}  # a step lies within one
+        return masks_of(sample_masks(self.seed, epoch, [index for _, index in keys], self.views, self.grid))
 
     def _read(self, epoch: int, index: int, bad: list[str]) -> Image.Image | BadImage:
         """Image ``index``, or the first readable one of a random row; what was not readable is added to ``bad``."""
@@ -147,9 +159,11 @@ def train_batches(
 
     A batch is a pure function of (config, source, step, micro batch, rank): it does not depend on the number of workers
     or on where the run was resumed. On a GPU the next batch is copied on a stream of its own while one is in use.
-    An unreadable image is replaced by another, counted, logged and named in ``Batch.bad``.
+    An unreadable image is replaced by another, counted, logged and named in ``Batch.bad``. Masks are in a batch when
+    loss.patch_weight is above 0.
 
-    Raises ConfigError when the source does not fill a global batch, WorkerDied when no worker can be started.
+    Raises ConfigError when the source does not fill a global batch or the masks hide nothing, WorkerDied when no worker
+    can be started.
     """
     plan = Plan(
         num_images=len(source),

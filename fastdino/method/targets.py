@@ -1,12 +1,18 @@
 """What the student is asked to predict: softmax((teacher logits - center) / temperature), with a center per target."""
 
+import logging
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
+from fastdino.config import Config, ConfigError
 from fastdino.distributed import Ranks
+from fastdino_kernels import sinkhorn
+
+log = logging.getLogger(__name__)
 
 
 class Target(Protocol):
@@ -67,3 +73,65 @@ class Centering:
     def state(self) -> dict[str, Tensor]:
         """The center."""
         return {"center": self.center}
+
+
+class Sinkhorn:
+    """The center with which the samples of all ranks use every prototype equally, solved anew at each call.
+
+    Rows are samples, columns prototypes: each iteration makes the columns' sums equal, then the rows'. What scales a
+    row is the softmax's own denominator, so what scales the columns is all that a loss needs. With accumulation every
+    micro batch is balanced on its own. Source: Caron et al. 2020 (SwAV); DINOv2 (Oquab et al. 2024).
+
+    Args:
+        ranks: the samples are theirs together.
+    """
+
+    ITERATIONS = 3
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+
+    def __call__(self, points: Tensor, prototypes: Tensor, temp: float) -> Tensor:
+        """-temp times the columns' scaling; each iteration reduces K numbers over the ranks."""
+        logits = F.linear(points, prototypes)
+        _, column = sinkhorn(logits, temp=temp, iterations=self.ITERATIONS, all_reduce=self.ranks.logsumexp)
+        return -temp * column
+
+    def after_step(self, applied: Tensor) -> None:
+        """Nothing is remembered."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+
+def build_targets(config: Config, ranks: Ranks) -> tuple[Target, Target | None]:
+    """The target of views and, if patches are predicted, that of patches: two centers even when they share a head.
+
+    Raises ConfigError for Sinkhorn over so few samples that it has nothing to balance.
+    """
+    loss, views, patch_head = config.loss, config.views, config.patch_head or config.head
+    num_views = 2 * config.run.local_batch * ranks.world_size
+    hidden = views.mask_share * sum(views.mask_ratio) / 2 * (views.global_size // config.model.patch_size) ** 2
+    wanted = [("targets", loss.targets, config.head.num_prototypes, num_views)]
+    if loss.patch_weight:
+        name = "patch_targets" if loss.patch_targets else "targets"
+        wanted += [(name, loss.patch_targets or loss.targets, patch_head.num_prototypes, round(num_views * hidden))]
+    made: list[Target] = []
+    for name, kind, num_prototypes, num_samples in wanted:
+        if kind == "sinkhorn":
+            _check_samples(name, num_samples, ranks)
+            made.append(Sinkhorn(ranks))
+        else:
+            made.append(Centering(num_prototypes, loss.center_momentum, config.engine.accumulate, ranks))
+    return made[0], made[1] if loss.patch_weight else None
+
+
+def _check_samples(name: str, num_samples: int, ranks: Ranks) -> None:
+    """A target is one sample's share of all prototypes' use, so among n samples it can tell at most ln n nats."""
+    said = f"loss.{name}=sinkhorn balances the {num_samples} samples of a micro batch over all ranks"
+    remedy = f"raise run.local_batch or take more ranks, or use loss.{name}=center"
+    if num_samples < 8:
+        raise ConfigError(f"{said}, too few to tell anything apart: {remedy}")
+    if num_samples < 64 and ranks.is_main:
+        log.warning("%s, which is few: %s", said, remedy)

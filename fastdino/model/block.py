@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdino.model.attention import attention, implementation
-from fastdino.model.packing import Packing
+from fastdino.model.packing import Packing, Reading
+from fastdino.model.positions import Rotation
 
 
 class Shape(NamedTuple):
@@ -21,6 +22,10 @@ class Shape(NamedTuple):
     depth: int
     num_heads: int
     hidden: int  # of the MLP
+    swiglu: bool = False  # the MLP is gated
+
+
+NORM_EPS, ROPE_NORM_EPS = 1e-6, 1e-5  # of every norm; DINOv3's for a network with rotary positions
 
 
 class PatchEmbed(nn.Module):
@@ -47,75 +52,110 @@ class PatchProjection(nn.Conv2d):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)), each branch dropped per sequence in training."""
+    """x + attention(norm(x)), then x + MLP(norm(x)), each branch dropped per sequence in training.
 
-    def __init__(self, shape: Shape, drop_path: float, attention: str) -> None:
+    Args:
+        shape: widths.
+        drop_path: probability of dropping a branch.
+        attention: "auto" | "xformers" | "sdpa".
+        layer_scale: start of a factor per channel on each branch; 0: none.
+        rope: it is given rotary positions. Then keys have no bias.
+    """
+
+    def __init__(
+        self, shape: Shape, drop_path: float, attention: str, layer_scale: float = 0.0, rope: bool = False
+    ) -> None:
         super().__init__()
+        eps = ROPE_NORM_EPS if rope else NORM_EPS
         self.drop_path = drop_path
-        self.norm1 = nn.LayerNorm(shape.width, eps=1e-6)
-        self.attn = Attention(shape, attention)
-        self.norm2 = nn.LayerNorm(shape.width, eps=1e-6)
-        self.mlp = Mlp(shape)
+        self.norm1 = nn.LayerNorm(shape.width, eps=eps)
+        self.attn = Attention(shape, attention, rope)
+        self.ls1 = LayerScale(shape.width, layer_scale) if layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(shape.width, eps=eps)
+        self.mlp = SwiGlu(shape) if shape.swiglu else Mlp(shape)
+        self.ls2 = LayerScale(shape.width, layer_scale) if layer_scale else nn.Identity()
 
-    def forward(self, x: Tensor, packing: Packing, cls_only: bool = False) -> Tensor:
-        """(1, tokens, D) -> (1, tokens, D); with ``cls_only`` the CLS rows of the same result, (1, sequences, D)."""
-        branch = self.attn(self.norm1(x), packing, cls_only)
-        if cls_only:
-            x, packing = packing.take_first(x), packing.first_tokens()
-        x = self._add(x, branch, packing)
-        return self._add(x, self.mlp(self.norm2(x)), packing)
+    def forward(
+        self, x: Tensor, packing: Packing, rotation: Rotation | None = None, reading: Reading | None = None
+    ) -> Tensor:
+        """(1, tokens, D) -> (1, tokens, D); with ``reading`` those rows of the same result, (1, read, D)."""
+        branch = self.attn(self.norm1(x), packing, rotation, reading)
+        if reading is not None:
+            x = x.index_select(1, reading.rows)
+        x = self._add(x, self.ls1(branch), packing, reading)
+        return self._add(x, self.ls2(self.mlp(self.norm2(x))), packing, reading)
 
-    def _add(self, x: Tensor, branch: Tensor, packing: Packing) -> Tensor:
+    def _add(self, x: Tensor, branch: Tensor, packing: Packing, reading: Reading | None = None) -> Tensor:
         """Residual sum with drop path: a sequence keeps its branch with probability 1 - p, then divided by 1 - p."""
         if not self.training or not self.drop_path:
             return x + branch
         keep = 1 - self.drop_path
         kept = torch.empty(packing.num_sequences, 1, device=x.device, dtype=x.dtype).bernoulli_(keep)
-        return torch.addcmul(x, branch, packing.per_token(kept), value=1 / keep)
+        return torch.addcmul(x, branch, packing.per_token(kept, reading), value=1 / keep)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention within each sequence of a packed batch."""
 
-    def __init__(self, shape: Shape, choice: str) -> None:
+    def __init__(self, shape: Shape, choice: str, rope: bool) -> None:
         super().__init__()
         self.num_heads, self.choice = shape.num_heads, choice
-        self.qkv = Qkv(shape.width, shape.num_heads)
+        self.qkv = Qkv(shape.width, shape.num_heads, key_bias=not rope)
         self.proj = nn.Linear(shape.width, shape.width)
 
-    def forward(self, x: Tensor, packing: Packing, cls_only: bool = False) -> Tensor:
-        """(1, tokens, D) -> (1, tokens, D); with ``cls_only`` (1, sequences, D), the CLS tokens' rows."""
-        queries = packing
-        if cls_only:
-            (q,), (k, v), queries = self.qkv(packing.take_first(x), "q"), self.qkv(x, "kv"), packing.first_tokens()
-        else:
+    def forward(
+        self, x: Tensor, packing: Packing, rotation: Rotation | None = None, reading: Reading | None = None
+    ) -> Tensor:
+        """(1, tokens, D) -> (1, tokens, D); with ``reading`` those rows of the same result, (1, read, D)."""
+        queries = packing.lengths
+        if reading is None:
             q, k, v = self.qkv(x)
-        x = attention(q, k, v, queries=queries.lengths, keys=packing.lengths, choice=self.choice)
-        return self.proj(x.flatten(2))
+        else:
+            (q,), (k, v) = self.qkv(x.index_select(1, reading.asking), "q"), self.qkv(x, "kv")
+            queries = reading.queries
+        if rotation is not None:
+            k = rotation.turn(k)
+            q = (rotation if reading is None else rotation.take(reading.asking)).turn(q)
+        x = attention(q, k, v, queries=queries, keys=packing.lengths, choice=self.choice).flatten(2)
+        if reading is not None and reading.answers is not None:
+            x = x.index_select(1, reading.answers)
+        return self.proj(x)
 
     def implementation(self) -> str:
         """What runs it, on the weights' device and in their dtype."""
         weight = self.proj.weight
         return implementation(self.choice, weight.device, weight.dtype, weight.shape[1] // self.num_heads)
 
-    def cls_weights(self, x: Tensor) -> Tensor:
-        """(R, tokens, D) -> (R, H, tokens) fp32, the softmax row of the CLS token, written out."""
+    def cls_weights(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
+        """(R, tokens, D) -> (R, H, tokens) fp32, the softmax row of the CLS token, written out.
+
+        ``rotation`` is of the R * tokens; it leaves the CLS token's query as it is.
+        """
         (q,), (k,) = self.qkv(x[:, :1], "q"), self.qkv(x, "k")
+        if rotation is not None:
+            k = rotation.turn(k.flatten(0, 1).unsqueeze(0)).view_as(k)
         scores = torch.einsum("rqhd,rnhd->rhn", q.float(), k.float())
         return (scores / math.sqrt(q.shape[-1])).softmax(dim=-1)
 
 
 class Qkv(nn.Linear):
-    """Queries, keys and values in one matrix: rows q, k, v; within each, head by head."""
+    """Queries, keys and values in one matrix: rows q, k, v; within each, head by head.
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    Without ``key_bias`` the keys' third of the bias is there by name and shape, and never acts: a rotation, unlike the
+    softmax, does not cancel it, and networks with rotary positions are made without.
+    """
+
+    def __init__(self, width: int, num_heads: int, key_bias: bool = True) -> None:
         super().__init__(width, 3 * width)
-        self.num_heads = num_heads
+        self.num_heads, self.key_bias = num_heads, key_bias
 
     def forward(self, x: Tensor, wanted: str = "qkv") -> tuple[Tensor, ...]:  # type: ignore[override]
         """(.., D) -> those of q, k and v that are ``wanted``, neighbours of "qkv", each (.., H, d)."""
         weight: Tensor = self.weight
         bias: Tensor = self.bias
+        if not self.key_bias:
+            q, k, v = bias.chunk(3)
+            bias = torch.cat([q, torch.zeros_like(k), v])
         if wanted != "qkv":
             first = "qkv".index(wanted) * self.in_features
             rows = slice(first, first + len(wanted) * self.in_features)
@@ -134,6 +174,32 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(.., D) -> (.., D)."""
         return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGlu(nn.Module):
+    """A linear layer gated by another one's SiLU, and a third: w3(silu(x1) * x2), x1 and x2 the halves of w12's."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(shape.width, 2 * shape.hidden)
+        self.w3 = nn.Linear(shape.hidden, shape.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(.., D) -> (.., D)."""
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel (CaiT, Touvron et al. 2021)."""
+
+    def __init__(self, width: int, start: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), start))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(.., D) -> (.., D)."""
+        return x * self.gamma
 
 
 def init_linears(module: nn.Module, init: str) -> None:

@@ -31,7 +31,7 @@ class Head(nn.Module):
             if i < config.num_layers - 1:
                 layers += [nn.BatchNorm1d(widths[i + 1])] if config.batch_norm else []
                 layers.append(nn.GELU())
-        self.mlp = nn.Sequential(*layers)
+        self.mlp, self.width = nn.Sequential(*layers), config.bottleneck_dim
         init_linears(self.mlp, init)
         self.last_layer = Prototypes(config.bottleneck_dim, config.num_prototypes, config.freeze_prototype_norm)
 
@@ -43,7 +43,9 @@ class Head(nn.Module):
         return self.points(x), self.prototypes()
 
     def points(self, x: Tensor) -> Tensor:
-        """(.., D) -> (.., P), the MLP's output at length 1."""
+        """(.., D) -> (.., P), the MLP's output at length 1. Of no rows it makes no points, and BatchNorm sees none."""
+        if not x.numel():
+            return x.new_empty((*x.shape[:-1], self.width))
         z = self.mlp(x.flatten(0, -2))
         z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1)
         return z.to(x.dtype).unflatten(0, x.shape[:-1])

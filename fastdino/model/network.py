@@ -1,12 +1,14 @@
-"""Views become points: a backbone and a head, called once, as a whole."""
+"""Views become points: a backbone and its heads, called once, as a whole."""
 
 import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fastdino.config import Config, ModelConfig, ViewsConfig
+from fastdino.data.batch import Masks
 from fastdino.model.head import Head
 from fastdino.model.timm_backbone import TimmBackbone
 from fastdino.model.vit import ViT
@@ -16,12 +18,13 @@ Backbone = ViT | TimmBackbone
 """A module with ``num_features`` (D), ``implementation`` (what runs it, for the log), ``published`` (the module whose
 state dict has the names under which such weights are published) and ``fitted(state)`` (such weights, made to fit it).
 
-Called with (V_i, B, 3, h_i, w_i) normalised views by name it gives (sum of V_i, B, D), with (B, 3, h, w) images (B, D).
+Called with (V_i, B, 3, h_i, w_i) normalised views by name, and masks of patches, it gives CLS tokens (sum of V_i, B, D)
+and patches (M, D); with (B, 3, h, w) images (B, D).
 """
 
 
 class Outputs(NamedTuple):
-    """What a loss reads of a forward pass over S views of B images, in the views' order.
+    """What a loss reads of a forward pass over S views of B images, in the views' order, and of M of their patches.
 
     The logits are ``points @ prototypes.T``. They are the loss's to make, whole or in part; the prototypes come out of
     the forward pass because a parameter is read only during a call of the module that an engine was given.
@@ -29,23 +32,47 @@ class Outputs(NamedTuple):
 
     cls: Tensor
     """(S, B, D) CLS tokens after the final norm."""
+    patches: Tensor
+    """(M, D) patches after the final norm, those at ``masks.rows``; without masks M is 0."""
     cls_points: Tensor
-    """(S, B, P) L2-normalised projections of them."""
+    """(S, B, P) L2-normalised projections of ``cls``."""
+    patch_points: Tensor
+    """(M, P') the same of ``patches``, by the patches' own head if there is one."""
     prototypes: Tensor
-    """(K, P)."""
+    """(K, P) that CLS points are compared with."""
+    patch_prototypes: Tensor
+    """(K', P') of the patch points; the same tensor as ``prototypes`` when they share the head."""
 
 
 class Network(nn.Module):
-    """Student or teacher: ``backbone`` gives features, ``head`` the points that are compared with K prototypes."""
+    """Student or teacher: ``backbone`` gives features, heads the points that are compared with prototypes.
 
-    def __init__(self, backbone: Backbone, head: Head) -> None:
+    Args:
+        backbone: see :data:`Backbone`.
+        head: of CLS tokens.
+        patch_head: of patches; None: they share ``head``.
+    """
+
+    def __init__(self, backbone: Backbone, head: Head, patch_head: Head | None = None) -> None:
         super().__init__()
-        self.backbone, self.head = backbone, head
+        self.backbone, self.head, self.patch_head = backbone, head, patch_head
 
-    def forward(self, views: dict[str, Tensor]) -> Outputs:
-        """(V_i, B, 3, h_i, w_i) normalised views by name, the only way in."""
-        cls = self.backbone(views)
-        return Outputs(cls, *self.head(cls))
+    def forward(self, views: dict[str, Tensor], masks: Masks | None = None) -> Outputs:
+        """(V_i, B, 3, h_i, w_i) normalised views by name, the only way in. ``masks`` are of the first of them.
+
+        A shared head runs once on both kinds of tokens, so its BatchNorm averages over all of them.
+        """
+        cls, patches = self.backbone(views, masks)
+        prototypes = self.head.prototypes()
+        if self.patch_head is None and len(patches):
+            points = self.head.points(torch.cat([cls.flatten(0, 1), patches]))
+            cls_points, patch_points = points.split([len(points) - len(patches), len(patches)])
+            cls_points, patch_prototypes = cls_points.unflatten(0, cls.shape[:2]), prototypes
+        else:
+            head = self.patch_head or self.head
+            cls_points, patch_points = self.head.points(cls), head.points(patches)
+            patch_prototypes = prototypes if head is self.head else head.prototypes()
+        return Outputs(cls, patches, cls_points, patch_points, prototypes, patch_prototypes)
 
 
 def build_network(config: Config, teacher: bool = False, load: bool = True) -> Network:
@@ -54,45 +81,49 @@ def build_network(config: Config, teacher: bool = False, load: bool = True) -> N
     Args:
         config: model, head and view sizes are read.
         load: False leaves model.weights and head.weights unread, for a network that takes those of a checkpoint.
-        teacher: without drop path and without gradients. BatchNorm layers of a teacher stay in training mode, as in
-            DINO v1: their running statistics are the teacher's own, no average of the student's.
+        teacher: without drop path, stretched coordinates and gradients. BatchNorm layers of a teacher stay in training
+            mode, as in DINO v1: their running statistics are the teacher's own, no average of the student's.
 
     Raises ConfigError for a backbone that does not exist or cannot take the views' sizes.
     """
-    model = dataclasses.replace(config.model, drop_path=0.0) if teacher else config.model
+    model = dataclasses.replace(config.model, drop_path=0.0, rope_scale=1.0) if teacher else config.model
     views = config.views
     given = {"global": (views.global_size, 2 * config.run.local_batch)}
     if views.num_local:
         given["local"] = views.local_size, views.num_local * config.run.local_batch
     backbone = build_backbone(model, views.global_size, given)
-    network = Network(backbone, Head(backbone.num_features, config.head, model.init))
+    head = Head(backbone.num_features, config.head, model.init)
+    patch_head = config.patch_head and Head(backbone.num_features, config.patch_head, model.init)
+    network = Network(backbone, head, patch_head)
     if load and model.weights is not None:
         load_backbone(backbone, model.weights)
     if load and config.head.weights is not None:
-        load_head(network.head, config.head.weights)
+        load_head(head, config.head.weights)
+    if load and patch_head is not None and config.patch_head.weights is not None:
+        load_head(patch_head, config.patch_head.weights)
     return network.requires_grad_(False) if teacher else network
 
 
-def build_backbone(model: ModelConfig, image_size: int, views: dict[str, tuple[int, int]] | None = None) -> Backbone:
+def build_backbone(
+    model: ModelConfig,
+    image_size: int | tuple[int, int],
+    views: dict[str, tuple[int, int]] | None = None,
+    mask_token: bool = False,
+) -> Backbone:
     """A backbone in fp32 on the CPU; its module maps (B, 3, h, w) to (B, D).
 
     Args:
         model: arch and its options; ``weights`` is not read here.
-        image_size: side in pixels for which position embeddings are made.
+        image_size: side in pixels, for our ViT also (height, width), for which position embeddings are made.
         views: by name, side and number of the views of a size that it has to take at a time, by default images of
             ``image_size``; checked for timm's backbones.
+        mask_token: our ViT has one.
     """
     if not model.is_vit:
+        assert isinstance(image_size, int), "a backbone of timm is made for squares"
         return TimmBackbone(model, image_size, views or {"global": (image_size, 2)})
-    return ViT(
-        model.arch.removeprefix("vit_"),
-        patch_size=model.patch_size,
-        image_size=image_size,
-        drop_path=model.drop_path,
-        attention=model.attention,
-        pos_embed=model.pos_embed,
-        init=model.init,
-    )
+    options = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    return ViT(model.arch.removeprefix("vit_"), image_size=image_size, mask_token=mask_token, **options)
 
 
 def restore_backbone(path: Path, arch: str = "", image_size: int | None = None) -> tuple[Backbone, Config]:

@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,32 +10,65 @@ from torch import Tensor
 from fastdino.model.attention import Lengths
 
 
+class Reading(NamedTuple):
+    """The rows of a block's output that are read: the first of every sequence, its CLS, then patches of group one.
+
+    A group of which CLS alone is read asks one query per sequence. One of which patches are read asks all of its own:
+    how many are read of a sequence varies, and sequences of one length need no ragged mask.
+    """
+
+    queries: Lengths
+    asking: Tensor
+    """(queries,) the tokens whose queries are computed."""
+    rows: Tensor
+    """(read,) the tokens that are read."""
+    answers: Tensor | None
+    """(read,) the same, as indices into ``asking``; None where each query is read."""
+    sequence: Tensor | None
+    """(read,) the sequence of each; None where each sequence is read once."""
+
+
 @dataclass(frozen=True)
 class Packing:
     """Where the sequences of a packed batch lie. It depends on shapes alone and is kept between steps."""
 
     lengths: Lengths
-    first: Tensor | None
-    """(sequences,) the token with which each sequence begins, its CLS; None where a sequence has no other."""
-    sequence: Tensor | None
-    """(tokens,) the sequence that each token belongs to; None where a sequence is one token."""
+    first: Tensor
+    """(sequences,) the token with which each sequence begins, its CLS."""
+    sequence: Tensor
+    """(tokens,) the sequence that each token belongs to."""
 
     @property
     def num_sequences(self) -> int:
         """Sequences of all groups."""
         return sum(sequences for sequences, _ in self.lengths)
 
-    def first_tokens(self) -> "Packing":
-        """What is left of this packing by :meth:`take_first`."""
-        return Packing(tuple((sequences, 1) for sequences, _ in self.lengths), None, None)
+    def reading(self, patches: Tensor | None, num_prefix: int) -> Reading:
+        """The CLS of every sequence, and ``patches`` of the first group.
 
-    def take_first(self, x: Tensor) -> Tensor:
-        """(1, tokens, ..) -> (1, sequences, ..), the first token of each sequence."""
-        return x if self.first is None else x.index_select(1, self.first)
+        Args:
+            patches: (M,) int64 indices into the patches of the first group, its sequences one after the other.
+            num_prefix: tokens of a sequence before its patches.
+        """
+        if patches is None:
+            queries = tuple((sequences, 1) for sequences, _ in self.lengths)
+            return Reading(queries, self.first, self.first, None, None)
+        tokens = self.lengths[0][1]
+        sequence = patches // (tokens - num_prefix)
+        rows = patches + num_prefix * (sequence + 1)
+        asking, answers, cls = _asking(self.lengths, self.first.device)
+        return Reading(
+            (self.lengths[0], *((sequences, 1) for sequences, _ in self.lengths[1:])),
+            asking,
+            torch.cat([self.first, rows]),
+            torch.cat([answers, rows]),  # the first group comes first in both
+            torch.cat([cls, sequence]),
+        )
 
-    def per_token(self, x: Tensor) -> Tensor:
-        """(sequences, ..) -> (tokens, ..), each sequence's value repeated for its tokens."""
-        return x if self.sequence is None else x[self.sequence]
+    def per_token(self, x: Tensor, reading: Reading | None = None) -> Tensor:
+        """(sequences, ..) -> (tokens, ..), each sequence's value for its tokens, or for those that are read."""
+        sequence = self.sequence if reading is None else reading.sequence
+        return x if sequence is None else x[sequence]
 
 
 def pack(groups: list[Tensor]) -> tuple[Tensor, Packing]:
@@ -54,3 +88,15 @@ def _packing(lengths: Lengths, device: torch.device) -> Packing:
             first.append(first_token + tokens * index)
             first_sequence, first_token = first_sequence + sequences, first_token + sequences * tokens
         return Packing(lengths, torch.cat(first), torch.cat(sequence))
+
+
+@functools.lru_cache(maxsize=64)
+def _asking(lengths: Lengths, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the first group asks all its queries: the tokens that ask, each CLS among them, each sequence's number."""
+    with torch.inference_mode(False):
+        sequences, tokens = lengths[0]
+        first = _packing(lengths, device).first
+        number = torch.arange(len(first), device=device)
+        asking = torch.cat([torch.arange(sequences * tokens, device=device), first[sequences:]])
+        answers = torch.cat([first[:sequences], sequences * (tokens - 1) + number[sequences:]])
+        return asking, answers, number

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdino.config import ConfigError, ModelConfig
+from fastdino.data.batch import Masks
 
 
 class TimmBackbone(nn.Module):
@@ -42,12 +43,14 @@ class TimmBackbone(nn.Module):
         """``state`` as it is."""
         return state
 
-    def forward(self, x: Tensor | dict[str, Tensor]) -> Tensor:
-        """(V_i, B, 3, h_i, w_i) views by name -> (sum of V_i, B, D); (B, 3, h, w) images -> (B, D)."""
+    def forward(self, x: Tensor | dict[str, Tensor], masks: Masks | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """(V_i, B, 3, h_i, w_i) views by name -> (sum of V_i, B, D) and no patches, (0, D); (B, 3, h, w) -> (B, D)."""
+        assert masks is None, "a backbone of timm hides and gives no patches"
         dtype = next(self.model.parameters()).dtype
         if isinstance(x, Tensor):
             return self.model(x.to(dtype))
-        return torch.cat([self.model(v.flatten(0, 1).to(dtype)).unflatten(0, v.shape[:2]) for v in x.values()])
+        cls = torch.cat([self.model(v.flatten(0, 1).to(dtype)).unflatten(0, v.shape[:2]) for v in x.values()])
+        return cls, cls.new_empty(0, cls.shape[-1])
 
     def _probe(self, view: str, size: int) -> int:
         """D, the width of the features of a view, from shapes alone."""

@@ -5,15 +5,17 @@ B images, N patches of a view, D width, H heads.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdino.config import ConfigError
+from fastdino.config import ConfigError, ModelConfig
+from fastdino.data.batch import Masks
 from fastdino.model.attention import check_choice
-from fastdino.model.block import Attention, Block, PatchEmbed, Shape, init_linears
-from fastdino.model.packing import pack
-from fastdino.model.positions import resample_positions, sincos_positions
+from fastdino.model.block import NORM_EPS, ROPE_NORM_EPS, Attention, Block, PatchEmbed, Shape, init_linears
+from fastdino.model.packing import Packing, pack
+from fastdino.model.positions import Grid, Rotation, resample_positions, rope_angles, rotation, sincos_positions
 
 SIZES = {
     "nano": Shape(96, 4, 4, 384),
@@ -23,52 +25,59 @@ SIZES = {
     "large": Shape(1024, 24, 16, 4096),
     "huge": Shape(1280, 32, 16, 5120),
     "giant": Shape(1408, 40, 16, 6144),
+    "small_plus": Shape(384, 12, 6, 1536, swiglu=True),
+    "large_swiglu": Shape(1024, 24, 16, 2736, swiglu=True),
+    "huge_plus": Shape(1280, 32, 20, 5120, swiglu=True),
+    "giant2": Shape(1536, 40, 24, 4096, swiglu=True),
+    "7b": Shape(4096, 40, 32, 8192, swiglu=True),
 }
 
 
 class ViT(nn.Module):
-    """Vision Transformer (Dosovitskiy et al. 2021) as in DINO v1: CLS token, pre-norm, no dropout but drop path.
+    """Vision Transformer (Dosovitskiy et al. 2021) as in DINO: CLS token, pre-norm, no dropout but drop path.
 
     Args:
-        size: a name in SIZES.
-        patch_size: side of a patch in pixels.
+        size: a name in SIZES, or a shape.
         image_size: pixels, one side or (height, width), of the grid that ``pos_embed`` holds; views of any other
             size get interpolated positions.
-        drop_path: probability of dropping a residual branch of the last block for one view; linear over depth.
-        attention: "auto" | "xformers" | "sdpa".
-        pos_embed: "learned" starts position embeddings from noise, "sincos" from sines and cosines; both learn.
-        init: "trunc_normal" (std 0.02) or "xavier" for the linear layers.
+        mask_token: it has one, for the patches that are hidden from it.
+        options: settings of :class:`fastdino.config.ModelConfig`, ``drop_path`` 0 by default; ``arch`` and
+            ``weights`` are not read.
     """
-
-    num_prefix = 1  # tokens of a sequence before its patches: CLS
 
     def __init__(
         self,
-        size: str = "small",
+        size: str | Shape = "small",
         *,
-        patch_size: int = 16,
         image_size: int | tuple[int, int] = 224,
-        drop_path: float = 0.0,
-        attention: str = "auto",
-        pos_embed: str = "learned",
-        init: str = "trunc_normal",
+        mask_token: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__()
-        check_choice(attention)
-        shape = SIZES[size]
-        self.num_features, self.patch_size = shape.width, patch_size
+        model = ModelConfig(**{"drop_path": 0.0, **options})
+        check_choice(model.attention)
+        shape = SIZES[size] if isinstance(size, str) else size
+        width, depth, rope = shape.width, shape.depth, model.pos_embed == "rope"
+        self.num_features, self.head_width, self.patch_size = width, width // shape.num_heads, model.patch_size
+        self.num_prefix = 1 + (model.registers or 0)  # tokens of a sequence before its patches: CLS, registers
+        self.interpolation, self.rope_scale = model.interpolation, model.rope_scale
         self.grid = self._grid(*((image_size, image_size) if isinstance(image_size, int) else image_size))
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, shape.width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + math.prod(self.grid), shape.width))
-        self.patch_embed = PatchEmbed(patch_size, shape.width)
-        drop_paths = [drop_path * i / max(shape.depth - 1, 1) for i in range(shape.depth)]
-        self.blocks = nn.ModuleList(Block(shape, rate, attention) for rate in drop_paths)
-        self.norm = nn.LayerNorm(shape.width, eps=1e-6)
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        if pos_embed == "sincos":
-            self.pos_embed.data.copy_(sincos_positions(self.grid, shape.width))
-        init_linears(self, init)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = None if rope else nn.Parameter(torch.zeros(1, 1 + math.prod(self.grid), width))
+        self.register_tokens = nn.Parameter(torch.zeros(1, model.registers, width)) if model.registers else None
+        self.mask_token = nn.Parameter(torch.zeros(1, width)) if mask_token else None
+        self.patch_embed = PatchEmbed(model.patch_size, width)
+        rates = [model.drop_path] * depth
+        if model.drop_path_rule == "linear":
+            rates = [model.drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(shape, rate, model.attention, model.layer_scale, rope) for rate in rates)
+        self.norm = nn.LayerNorm(width, eps=ROPE_NORM_EPS if rope else NORM_EPS)
+        for token in (self.cls_token, self.pos_embed, self.register_tokens):
+            if token is not None:
+                nn.init.trunc_normal_(token, std=0.02)
+        if self.pos_embed is not None and model.pos_embed == "sincos":
+            self.pos_embed.data.copy_(sincos_positions(self.grid, width))
+        init_linears(self, model.init)
 
     @property
     def implementation(self) -> str:
@@ -89,50 +98,89 @@ class ViT(nn.Module):
             return state
         return {**state, "pos_embed": resample_positions(positions, (side, side), self.grid)}
 
-    def forward(self, x: Tensor | dict[str, Tensor]) -> Tensor:
-        """The CLS tokens after the final norm.
+    def forward(self, x: Tensor | dict[str, Tensor], masks: Masks | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Tokens after the final norm: CLS of every view, and the patches that are asked for.
 
         Args:
-            x: (V_i, B, 3, h_i, w_i) normalised views by name -> (sum of V_i, B, D), views in the order given; or
-                (B, 3, h, w) images alone -> (B, D), as timm's models take them.
+            x: (V_i, B, 3, h_i, w_i) normalised views by name; or (B, 3, h, w) images alone, as timm's models take
+                them.
+            masks: which patches of the first group of views are hidden, and which are read.
 
-        The tokens of every view are packed into one sequence, so each linear layer runs once. The last block
-        computes queries, projection and MLP for CLS tokens alone: no other row of its output is read.
+        Returns (sum of V_i, B, D), views in the order given, and (M, D), M = 0 without masks; of images alone (B, D).
+
+        The tokens of every view are packed into one sequence, so each linear layer runs once. The last block computes
+        what is read alone: queries of the groups of which patches are read and of CLS tokens, the rest for such rows.
         """
         groups = [x.unsqueeze(0)] if isinstance(x, Tensor) else list(x.values())
-        tokens, packing = pack([self._tokens(views.flatten(0, 1)) for views in groups])
-        for block in self.blocks[:-1]:
-            tokens = block(tokens, packing)
-        tokens = self.blocks[-1](tokens, packing, cls_only=True)
-        features = self.norm(tokens).view(-1, groups[0].shape[1], self.num_features)
-        return features[0] if isinstance(x, Tensor) else features
+        tokens, packing, turns = self._all_but_last_block(groups, None if masks is None else masks.hidden)
+        reading = packing.reading(None if masks is None else masks.rows, self.num_prefix)
+        tokens = self.norm(self.blocks[-1](tokens, packing, turns, reading))[0]
+        cls, patches = tokens.split([packing.num_sequences, len(tokens) - packing.num_sequences])
+        cls = cls.view(-1, groups[0].shape[1], self.num_features)
+        return cls[0] if isinstance(x, Tensor) else (cls, patches)
+
+    def patch_tokens(self, x: Tensor) -> Tensor:
+        """(B, 3, h, w) -> (B, rows, columns, D), the patches after the final norm."""
+        tokens, packing, turns = self._all_but_last_block([x.unsqueeze(0)])
+        tokens = self.norm(self.blocks[-1](tokens, packing, turns)).view(*packing.lengths[0], -1)
+        return tokens[:, self.num_prefix :].unflatten(1, self._grid(*x.shape[-2:]))
 
     def attention_maps(self, x: Tensor) -> Tensor:
         """(B, 3, h, w) -> (B, H, N) fp32: how much the CLS token attends to each patch in the last block.
 
-        A head's row sums to 1 minus what the CLS token keeps for itself.
+        A head's row sums to 1 minus what the CLS token keeps for itself and gives to registers.
         """
-        tokens, packing = pack([self._tokens(x)])
-        for block in self.blocks[:-1]:
-            tokens = block(tokens, packing)
+        tokens, packing, turns = self._all_but_last_block([x.unsqueeze(0)])
         last = self.blocks[-1]
         assert isinstance(last, Block)
-        weights = last.attn.cls_weights(last.norm1(tokens).view(*packing.lengths[0], -1))
+        weights = last.attn.cls_weights(last.norm1(tokens).view(*packing.lengths[0], -1), turns)
         return weights[:, :, self.num_prefix :]
 
-    def _tokens(self, x: Tensor) -> Tensor:
-        """(R, 3, h, w) -> (R, 1 + N, D): CLS and patches, positions added."""
-        positions = self._positions(self._grid(*x.shape[-2:]))
-        cls = (self.cls_token + positions[:, :1]).expand(len(x), -1, -1)
-        return torch.cat([cls, self.patch_embed(x) + positions[:, 1:]], dim=1)
+    def _all_but_last_block(
+        self, groups: list[Tensor], hidden: Tensor | None = None
+    ) -> tuple[Tensor, Packing, Rotation | None]:
+        """(V_i, B, 3, h_i, w_i) views -> (1, tokens, D), where each sequence lies in it, how each token is turned."""
+        sequences = [self._tokens(views.flatten(0, 1), None if i else hidden) for i, views in enumerate(groups)]
+        tokens, packing = pack(sequences)
+        turns = None
+        if self.pos_embed is None:
+            angles = [self._angles(views) for views in groups]
+            turns = rotation(angles, [count for count, _ in packing.lengths], self.num_prefix)
+        for block in self.blocks[:-1]:
+            tokens = block(tokens, packing, turns)
+        return tokens, packing, turns
 
-    def _positions(self, grid: tuple[int, int]) -> Tensor:
+    def _tokens(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """(R, 3, h, w) -> (R, num_prefix + N, D): CLS, registers, patches; positions added to all but registers."""
+        grid = self._grid(*x.shape[-2:])
+        cls: Tensor = self.cls_token
+        patches = self.patch_embed(x)
+        if hidden is not None:
+            assert self.mask_token is not None, "patches are hidden from a backbone without a mask token"
+            assert hidden.shape == patches.shape[:2], f"a mask of {tuple(hidden.shape)}, {tuple(patches.shape)} patches"
+            patches = torch.where(hidden.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
+        if self.pos_embed is not None:
+            positions = self._positions(self.pos_embed, grid)
+            cls, patches = cls + positions[:, :1], patches + positions[:, 1:]
+        prefix = [cls] if self.register_tokens is None else [cls, self.register_tokens]
+        return torch.cat([*(token.expand(len(x), -1, -1) for token in prefix), patches], dim=1)
+
+    def _positions(self, positions: Tensor, grid: Grid) -> Tensor:
         """(1, 1 + N, D) position embeddings for a grid of patches."""
         if grid == self.grid:
-            return self.pos_embed
-        return resample_positions(self.pos_embed, self.grid, grid)
+            return positions
+        return resample_positions(positions, self.grid, grid, self.interpolation)
 
-    def _grid(self, height: int, width: int) -> tuple[int, int]:
+    def _angles(self, x: Tensor) -> Tensor:
+        """(N, d / 2) angles of the patches of (.., 3, h, w), both axes stretched by one random factor in training."""
+        dtype = torch.promote_types(self.cls_token.dtype, torch.float32)
+        angles = rope_angles(self._grid(*x.shape[-2:]), self.head_width, x.device, dtype)
+        if self.training and self.rope_scale != 1:
+            most = math.log(self.rope_scale)
+            angles = angles * torch.empty(1, device=x.device, dtype=dtype).uniform_(-most, most).exp()
+        return angles
+
+    def _grid(self, height: int, width: int) -> Grid:
         """Patches per column and row. Raises ConfigError when patches do not tile the image."""
         p = self.patch_size
         if height % p or width % p or not height or not width:

@@ -68,8 +68,11 @@ class Metrics:
         """Writes ``values`` and the pace since the last report; returns both."""
         values = {**values, **self._clock.lap(step)}
         self.write(step, {**more, **values})
+        parts = [name for name in values if name.startswith("loss_")]
+        more_to_say = [*parts, "patch_cos"] if len(parts) > 1 else []
         shown = {
             "loss": f"{values['loss']:.3f}",
+            **{name.removeprefix("loss_"): f"{values[name]:.3f}" for name in more_to_say if name in values},
             "img/s": f"{values['images_per_second']:.0f}",
             "data": f"{values['data_wait']:.0%}",
         }

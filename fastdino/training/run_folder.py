@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from torch import Tensor
 
-from fastdino.config import Config, ConfigError, UserError
+from fastdino.config import Config, ConfigError, UserError, group_kinds
 from fastdino.distributed import Ranks
 from fastdino.engine.shards import Fragment
 from fastdino.training import checkpoint
@@ -29,17 +29,18 @@ log = logging.getLogger(__name__)
 # schedules, which RunFolder.restore says.
 MAY_CHANGE = {
     "engine.name", "engine.zero_stage", "engine.accumulate", "engine.device", "model.attention", "model.weights",
-    "head.weights", "data.root", "data.num_workers", "data.max_bad", "run.dir", "run.epochs", "run.local_batch",
-    "run.save_every", "run.save_every_steps", "run.keep", "run.keep_every", "run.log_every", "run.knn_every",
-    "run.knn_root", "run.max_nonfinite",
+    "head.weights", "patch_head.weights", "data.root", "data.num_workers", "data.max_bad", "run.dir", "run.epochs",
+    "run.local_batch", "run.save_every", "run.save_every_steps", "run.keep", "run.keep_every", "run.log_every",
+    "run.knn_every", "run.knn_root", "run.max_nonfinite",
 }  # fmt: skip
 MAX_FAILED_SAVES = 3  # in a row, after which a run whose disk refuses checkpoints ends
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Every setting by its dotted name."""
-    groups = dataclasses.asdict(config)
-    return {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
+    """Every setting by its dotted name; None for those of a head that there is not."""
+    groups = {name: getattr(config, name) for name in group_kinds()}
+    settings = [(name, field.name) for name, kind in group_kinds().items() for field in dataclasses.fields(kind)]
+    return {f"{group}.{name}": getattr(groups[group], name, None) for group, name in settings}
 
 
 def read_config(folder: Path) -> Config:

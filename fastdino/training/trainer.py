@@ -21,7 +21,7 @@ from fastdino.engine.schedules import Schedules
 from fastdino.eval import OnlineKnn
 from fastdino.method.dino import Dino
 from fastdino.method.health import Health
-from fastdino.method.targets import Centering
+from fastdino.method.targets import build_targets
 from fastdino.model import Network, build_network
 from fastdino.training import checkpoint
 from fastdino.training.checkpoint import Manifest
@@ -83,8 +83,7 @@ class Trainer:
         student, teacher = build_network(config, load=load), build_network(config, teacher=True, load=load)
         self.shapes = {name: list(p.shape) for name, p in student.named_parameters()}
         self.engine = build_engine(config, student, teacher, ranks)
-        target = Centering(config.head.num_prototypes, config.loss.center_momentum, config.engine.accumulate, ranks)
-        self.method = Dino(self.engine.student, self.engine.teacher, config.loss, target)
+        self.method = Dino(self.engine.student, self.engine.teacher, config.loss, *build_targets(config, ranks))
         self.global_batch = config.run.local_batch * ranks.world_size * config.engine.accumulate
         self.step = self._restore(*newest) if newest else 0
         self.batches = train_batches(
@@ -148,7 +147,8 @@ class Trainer:
             self._introduce()
             compiles = self.ranks.device.type == "cuda"
             metrics = Metrics(self.folder.path, self.step, self.total_steps, self.global_batch, compiles=compiles)
-        health = Health(self.config.head.num_prototypes)
+        head = self.config.head
+        health = Health(head.num_prototypes, (self.config.patch_head or head).num_prototypes)
         loss, knn = self.ranks.gather(metrics and (metrics.last.get("loss", float("nan")), metrics.last.get("knn")))[0]
         noticed = self.ranks.ask(False)  # whether any rank was given notice, a step ago
         try:

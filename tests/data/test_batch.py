@@ -13,3 +13,10 @@ def test_a_batch_moves_with_its_masks():
     assert [x.dtype for x in moved.masks] == [torch.bool, torch.int64, torch.float32]
     assert moved.bad == ["a.jpg"]
     assert Batch(batch.views).to(torch.device("meta")).masks is None
+
+
+def test_masks_that_hide_nothing_move_too():
+    masks = Masks(None, torch.arange(6), torch.ones(6))
+    moved = Batch({}, masks).to(torch.device("meta")).masks
+    assert moved.hidden is None
+    assert moved.rows.device.type == moved.weight.device.type == "meta"

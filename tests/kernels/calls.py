@@ -89,12 +89,13 @@ def adamw(param: Tensor, grad: Tensor) -> list[Tensor]:
     return [*state, param_lp]
 
 
-def clipped(param: Tensor, grad: Tensor) -> list[Tensor]:
+def clipped(param: Tensor, grad: Tensor, rates: bool = False) -> list[Tensor]:
     segments = make_segments((3000, 0, len(param) - 3000), param.device)
     state = [param.clone(), param * 0.1, param * param, param + 1]
     scale = 1 / (1 + segment_squares(grad, segments))
     flag, step = torch.zeros((), device=param.device), torch.ones((), device=param.device)
-    adamw_ema_(state[0], grad, *state[1:], step, HYPER, grad_scale=scale, segments=segments, found_inf=flag)
+    options = {"grad_scale": scale, "segments": segments, "found_inf": flag}
+    adamw_ema_(state[0], grad, *state[1:], step, HYPER, lr_scale=scale if rates else None, **options)
     return state
 
 
@@ -137,6 +138,7 @@ def make_calls(
         "ema_update_ of lists": (ema_of_lists, (random(n), random(n, dtype=torch.bfloat16))),
         "adamw_ema_": (adamw, (random(n), random(n, dtype=dtype))),
         "adamw_ema_ with segments": (clipped, (random(n), random(n, dtype=dtype))),
+        "adamw_ema_ with rates": (partial(clipped, rates=True), (random(n), random(n, dtype=dtype))),
     }
 
 

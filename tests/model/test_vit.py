@@ -107,7 +107,7 @@ GROUPS = [
 def test_packed_and_pruned_equals_the_textbook(shapes: list[tuple[int, ...]]) -> None:
     """Output and every gradient: packing mixes nothing, and pruning the last block drops nothing that matters."""
     vit, groups = nano(), views(*shapes)
-    got = vit(groups)
+    got, _ = vit(groups)
     want = torch.cat([literal(vit, x.flatten(0, 1))[0][:, 0].unflatten(0, x.shape[:2]) for x in groups.values()])
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
     weights = torch.randn_like(got)
@@ -158,9 +158,10 @@ def test_positions_are_resampled_as_in_v1(old: tuple[int, int], new: tuple[int, 
 def test_own_grid_is_not_resampled() -> None:
     vit = nano(image_size=(24, 40))
     assert vit.grid == (3, 5)
-    assert vit._positions((3, 5)) is vit.pos_embed
-    assert vit._positions((5, 3)).shape == vit.pos_embed.shape
-    assert not torch.equal(vit._positions((5, 3)), vit.pos_embed)
+    assert vit._positions(vit.pos_embed, (3, 5)) is vit.pos_embed
+    other = vit._positions(vit.pos_embed, (5, 3))
+    assert other.shape == vit.pos_embed.shape
+    assert not torch.equal(other, vit.pos_embed)
 
 
 def test_an_evaluation_before_training_leaves_training_alone() -> None:
@@ -168,7 +169,7 @@ def test_an_evaluation_before_training_leaves_training_alone() -> None:
     vit, groups = nano(drop_path=0.5), views((1, 2, 3, 48, 48), (1, 2, 3, 32, 16))
     with torch.inference_mode():
         vit(groups)
-    vit(groups).sum().backward()
+    vit(groups)[0].sum().backward()
     assert vit.pos_embed.grad is not None
     assert vit.pos_embed.grad.abs().sum() > 0
 
@@ -204,7 +205,7 @@ def test_drop_path_follows_the_seed_and_pruning_changes_no_draw() -> None:
 
     def run(seed: int) -> Tensor:
         torch.manual_seed(seed)
-        return vit(groups)
+        return vit(groups)[0]
 
     assert torch.equal(run(0), run(0))
     assert not torch.equal(run(0), run(1))
@@ -232,7 +233,7 @@ def test_no_device_value_is_read() -> None:
     vit, groups = nano(drop_path=0.2).train(), views((2, 2, 3, 48, 48), (2, 2, 3, 16, 32))
     packing_room._packing.cache_clear()
     with _CountSyncs() as syncs:
-        vit(groups).sum().backward()
+        vit(groups)[0].sum().backward()
     assert syncs.count == 0
 
 
@@ -242,12 +243,12 @@ def test_bf16_and_autocast() -> None:
         nano(drop_path=0.1).float().eval(),
         {name: x.float() for name, x in views((2, 2, 3, 48, 48), (2, 2, 3, 24, 24)).items()},
     )
-    want = vit(groups)
+    want, _ = vit(groups)
     with torch.autocast("cpu", torch.bfloat16):
-        autocast = vit(groups)
-        vit.train()(groups).sum().backward()
+        autocast, _ = vit(groups)
+        vit.train()(groups)[0].sum().backward()
     torch.testing.assert_close(autocast.float(), want, rtol=0.1, atol=0.1)
-    half = vit.eval().bfloat16()(groups)
+    half, _ = vit.eval().bfloat16()(groups)
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), want, rtol=0.1, atol=0.1)
 
@@ -294,7 +295,7 @@ def test_xformers_and_sdpa_agree_on_the_whole_network() -> None:
     outputs = []
     for choice in ("xformers", "sdpa"):
         vit = nano(attention=choice).float().cuda()
-        out = vit(groups)
+        out, _ = vit(groups)
         outputs.append([out, *torch.autograd.grad(out.square().sum(), list(vit.parameters()))])
     for a, b in zip(*outputs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
