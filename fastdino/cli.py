@@ -159,7 +159,7 @@ def _plain_switches(arguments: list[str]) -> list[str]:
 
 
 def _list_recipes() -> str:
-    lines = [f"  {name:18} {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in recipes.RECIPES.items()]
+    lines = [f"  {name:20} {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in recipes.RECIPES.items()]
     return "recipes:\n" + "\n".join(lines)
 
 

@@ -46,3 +46,13 @@ def test_the_peak_comes_twice_and_the_end_holds() -> None:
     assert schedules(0).lr == 0
     assert schedules(20) == schedules(10**6), "beyond the end"
     assert schedules(20).lr == schedules(19).lr
+
+
+def test_freezing_and_the_temperature_may_end_within_an_epoch():
+    config = Config(
+        loss=LossConfig(teacher_temp=0.07, warmup_teacher_temp_epochs=0.5, temp_warmup_by="step"),
+        optim=OptimConfig(freeze_last_layer=0.3),
+    )
+    schedules = Schedules(config, steps_per_epoch=10, global_batch=256)
+    assert [schedules(step).freeze_last_layer for step in range(5)] == [True, True, True, False, False]
+    assert [schedules(step).teacher_temp for step in (0, 2, 4, 5)] == pytest.approx([0.04, 0.055, 0.07, 0.07])
