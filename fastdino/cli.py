@@ -6,6 +6,7 @@ commands:
   bench RECIPE [flags]   images/s of a recipe on this machine, and what limits it
   eval knn PATH          weighted k-NN accuracy of a run's teacher, or of a file of weights
   eval attention PATH    pictures of where each head of the last block looks
+  eval patches PATH      patch mIoU of a linear probe on rendered shapes, and the tokens of patches as colours
   export RUN             the teacher's backbone as safetensors that timm loads
   demo                   learn to tell rendered shapes apart in minutes on a CPU
 
