@@ -43,6 +43,7 @@ class Config:
         self._check_views()
         self._check_losses()
         self._check_lengths()
+        self._check_rates()
         if self.model.attention == "xformers" and self.engine.device == "cpu":
             raise ConfigError(
                 "model.attention='xformers' needs a GPU, and engine.device='cpu': xformers has no CPU path; "
@@ -92,6 +93,13 @@ class Config:
                 f"shorten {them} or train longer"
             )
 
+    def _check_rates(self) -> None:
+        """Depth is known of our own ViT's parameters."""
+        for name in () if self.model.is_vit else ("layer_decay", "patch_embed_lr"):
+            value = getattr(self.optim, name)
+            reason = f"which parameter of {self.model.arch} belongs to which layer is not known"
+            require(value == 1, f"optim.{name}", value, f"1 with model.arch={self.model.arch}", reason)
+
     def ignored(self) -> list[str]:
         """A line for each setting that is not at its default, and that others make without effect."""
         cases = [
@@ -110,8 +118,12 @@ class Config:
             ("center" not in self.loss.uses, "loss", "center_momentum", "all targets are sinkhorn's"),
             (self.engine.name == "torch", "engine", "zero_stage", "engine.name=torch shards nothing"),
             (self.optim.clip == 0, "optim", "clip_mode", "optim.clip is 0"),
+            (self.optim.name != "adamw", "optim", "beta2", f"optim.name is {self.optim.name}"),
+            (self.optim.schedule == "constant", "optim", "min_lr weight_decay_end teacher_momentum_end",
+             "optim.schedule is constant"),
+            (self.optim.freeze_last_layer == 0, "optim", "freeze_how", "optim.freeze_last_layer is 0"),
             (self.run.knn_every == 0, "run", "knn_root", "run.knn_every is 0"),
-            (self.loss.warmup_teacher_temp_epochs == 0, "loss", "warmup_teacher_temp",
+            (self.loss.warmup_teacher_temp_epochs == 0, "loss", "warmup_teacher_temp temp_warmup_by",
              "loss.warmup_teacher_temp_epochs is 0"),
             (self.loss.patch_weight == 0, "views", "mask_share mask_ratio", "loss.patch_weight is 0"),
         ]  # fmt: skip

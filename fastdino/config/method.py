@@ -18,6 +18,8 @@ class LossConfig(Group):
     """Where the warm-up starts; lower it when the loss does not fall at first."""
     warmup_teacher_temp_epochs: int = 0
     """Epochs over which the teacher's temperature rises linearly to teacher_temp; DINO's longer runs use 30."""
+    temp_warmup_by: Literal["epoch", "step"] = "epoch"
+    """The teacher's temperature rises once per epoch as in DINO v1, or at every step as in DINOv2."""
     targets: Literal["center", "sinkhorn"] = "center"
     """What keeps the teacher from one prototype for all images: center subtracts the mean logits of the steps before
     (DINO v1), sinkhorn makes the samples of a batch use every prototype equally. With accumulation each micro batch is

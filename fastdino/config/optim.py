@@ -13,7 +13,12 @@ class OptimConfig(Group):
     name: Literal["adamw", "sgd", "lars"] = "adamw"
     """adamw for ViTs, sgd for convolutional networks, lars for very large batches."""
     lr: float = 5e-4
-    """Peak learning rate for a global batch of 256; scaled linearly by global batch / 256."""
+    """Peak learning rate for a global batch of 256, or of 1024 under lr_rule=sqrt_1024."""
+    lr_rule: Literal["linear_256", "sqrt_1024"] = "linear_256"
+    """The peak is lr times global batch / 256 as in DINO v1, or times sqrt(global batch / 1024) as in DINOv2."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """constant: learning rate (after its warm-up), weight decay and momentum stay at their start, so that a run may be
+    made longer at any time."""
     min_lr: float = 1e-6
     """Learning rate at the end; not scaled, as in DINO v1."""
     warmup_epochs: float = 10
@@ -22,12 +27,23 @@ class OptimConfig(Group):
     """Weight decay at the start; biases and norms have none."""
     weight_decay_end: float = 0.4
     """Weight decay at the end of its cosine schedule."""
+    layer_decay: float = 1.0
+    """The learning rate of each block is this times that of the next one, the last block's this times the final norm's;
+    DINOv2 has 0.9 at lr 4e-3, and 1 at lr 2e-4. adamw and our ViT only."""
+    patch_embed_lr: float = 1.0
+    """Multiplies the patch embedding's learning rate once more (DINOv2: 0.2); 0 freezes it. adamw and our ViT only."""
+    beta2: float = 0.999
+    """adamw's weight of the old mean of squared gradients."""
     clip: float = 3.0
     """Largest gradient norm; 0 does not clip."""
-    clip_mode: Literal["tensor", "global"] = "tensor"
-    """Clip each parameter tensor by its own norm as DINO v1 does, or all of them by their common norm."""
+    clip_mode: Literal["tensor", "module", "global"] = "tensor"
+    """What is clipped by its norm: each parameter tensor as in DINO v1; backbone and heads, each as a whole, as in
+    DINOv2; or all parameters together."""
     freeze_last_layer: int = 1
     """Epochs during which the prototypes do not move. Try more when the loss does not fall."""
+    freeze_how: Literal["skip", "lr"] = "skip"
+    """skip: frozen prototypes have no moments yet, as in DINO v1. lr: their learning rate is 0 while their moments run,
+    as in DINOv2; adamw only."""
     teacher_momentum: float = 0.996
     """Weight of the teacher's old value at the start; DINO's authors use 0.9995 with a global batch of 256."""
     teacher_momentum_end: float = 1.0
@@ -36,6 +52,12 @@ class OptimConfig(Group):
     def check(self) -> None:
         for name in ("lr", "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "clip", "freeze_last_layer"):
             self.require(getattr(self, name) >= 0, name, "0 or more")
+        self.require(0 < self.layer_decay <= 1, "layer_decay", "in (0, 1]", "a later block never learns more slowly")
+        self.require(self.patch_embed_lr >= 0, "patch_embed_lr", "0 or more")
+        self.require(0 <= self.beta2 < 1, "beta2", "in [0, 1)")
+        for name, usual in {"layer_decay": 1, "patch_embed_lr": 1, "freeze_how": "skip"}.items():
+            works = self.name == "adamw" or getattr(self, name) == usual
+            self.require(works, name, f"{usual} with optim.name={self.name}", "only adamw has a rate per parameter")
         start, end = self.teacher_momentum, self.teacher_momentum_end
         self.require(0 <= start <= 1, "teacher_momentum", "in [0, 1]", "it is the weight of the teacher's old value")
         self.require(start <= end <= 1, "teacher_momentum_end", f"in [{start}, 1]", "the momentum only rises")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdino.config import OptimConfig
 from fastdino.distributed import Ranks
-from fastdino.engine.groups import Group
+from fastdino.engine.groups import Group, lr_scales
 from fastdino.engine.schedules import Now
 from fastdino.engine.shards import Shard
 from fastdino_kernels import AdamWHyper, adamw_ema_, ema_update_, make_segments, segment_squares
@@ -48,7 +48,7 @@ class Optimizer(torch.optim.Optimizer):
     def __init__(self, groups: list[Group], config: OptimConfig) -> None:
         defaults = {"lr": 0.0, "weight_decay": 0.0, "frozen": False}
         super().__init__([{"params": list(group.params.values()), "group": group} for group in groups], defaults)
-        self.clip, self.clip_mode = config.clip, config.clip_mode
+        self.config = config
 
     def bind(self, shards: list[Shard], sharded: bool, ranks: Ranks) -> None:
         """Makes the shards what the groups update, with moments of zero.
@@ -59,17 +59,23 @@ class Optimizer(torch.optim.Optimizer):
         index = {name: i for i, name in enumerate(names)} | {None: len(names)}  # padding counts as one more parameter
         device, self.num_params = shards[0].param.device, len(names)
         self.sharded, self.ranks = sharded, ranks
+        rates = lr_scales(names, self.config)
         for group, shard in zip(self.param_groups, shards, strict=True):
             segments = list(shard.segments())
             group["params"], group["shard"] = [shard.param], shard
             group["segments"] = make_segments([length for _, length in segments], device)
             group["index"] = torch.tensor([index[name] for name, _ in segments], device=device)
+            scales = [1.0 if name is None else rates[name] for name, _ in segments]
+            stops = group["group"].last_layer and self.config.freeze_how == "lr"  # a rate of 0 has to leave every bit
+            group["lr_scale"] = torch.tensor(scales, device=device) if stops or {*scales} - {1.0} else None
             state: dict[str, Tensor] = {key: torch.zeros_like(shard.param) for key in self.moments}
             state["ema"] = shard.ema
             state["step"] = torch.zeros((), device=device)  # updates so far
             self.state[shard.param] = state
         pieces = [index[fragment.name] for shard in shards for fragment in shard.fragments]
         self.index = torch.tensor(pieces, dtype=torch.long, device=device)
+        parts = [name.split(".")[0] for name in names] + [""]  # backbone, head, patch_head; padding is for itself
+        self.modules = torch.tensor([[part == module for part in parts] for module in parts], device=device)
         self.counters = {
             key: torch.zeros((), dtype=torch.long, device=device) for key in ("steps", "skipped", "skipped_in_row")
         }
@@ -87,9 +93,10 @@ class Optimizer(torch.optim.Optimizer):
             finite: 0-d bool of this rank; False on any rank makes the step a no-op on all.
         """
         for group in self.param_groups:
-            group["lr"] = now.lr
+            frozen = now.freeze_last_layer and group["group"].last_layer
+            group["lr"] = 0.0 if frozen and self.config.freeze_how == "lr" else now.lr
             group["weight_decay"] = now.weight_decay if group["group"].regularized else 0.0
-            group["frozen"] = now.freeze_last_layer and group["group"].last_layer
+            group["frozen"] = frozen and self.config.freeze_how == "skip"
         squares = self.grad_norm.new_zeros(self.num_params + 1)
         if grads:
             norms = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32))
@@ -98,16 +105,25 @@ class Optimizer(torch.optim.Optimizer):
         self.ranks.sum_(squares if self.sharded else squares[-1:])
         self.grad_norm = squares.sum().sqrt()
         applied = torch.isfinite(self.grad_norm)
-        norms = squares.sqrt() if self.clip_mode == "tensor" else self.grad_norm.expand_as(squares)
         self.plan = Step(
             now,
             applied,
             found_inf=(~applied).float(),
             momentum=1 - applied.double() * (1 - now.momentum),
-            scale=(self.clip / (norms + 1e-6)).clamp(max=1),
+            scale=(self.config.clip / (self._clip_norms(squares) + 1e-6)).clamp(max=1),
         )
         self._count(applied)
         return applied
+
+    def _clip_norms(self, squares: Tensor) -> Tensor:
+        """(parameters + 1,) norms of what each parameter is clipped with, from its squares."""
+        match self.config.clip_mode:
+            case "tensor":
+                return squares.sqrt()
+            case "module":
+                return torch.where(self.modules, squares, 0.0).sum(dim=1).sqrt()
+            case "global":
+                return self.grad_norm.expand_as(squares)
 
     def _count(self, applied: Tensor) -> None:
         skipped = (~applied).long()
@@ -135,7 +151,7 @@ class Optimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _clip_(self, group: dict[str, Any], grad: Tensor) -> None:
-        if self.clip:
+        if self.config.clip:
             torch._foreach_mul_(group["segments"].split(grad), list(self.plan.scale[group["index"]].unbind()))
 
     def _follow(self, shard: Shard, param: Tensor) -> None:
@@ -145,7 +161,7 @@ class Optimizer(torch.optim.Optimizer):
 
 
 class AdamW(Optimizer):
-    """AdamW with betas 0.9, 0.999 and eps 1e-8, clipping and teacher in one pass.
+    """AdamW with beta1 0.9 and eps 1e-8, clipping, each parameter's own rate and teacher in one pass.
 
     Source: Loshchilov and Hutter 2019, algorithm 2.
     """
@@ -154,11 +170,14 @@ class AdamW(Optimizer):
 
     def update(self, group: dict[str, Any], param: Tensor, grad: Tensor, state: dict[str, Tensor]) -> None:
         shard: Shard = group["shard"]
-        clip = {"grad_scale": self.plan.scale[group["index"]], "segments": group["segments"]} if self.clip else {}
+        now, config, lr_scale = self.plan.now, self.config, group["lr_scale"]
+        clip = self.plan.scale[group["index"]] if config.clip else None
+        segments = None if clip is None and lr_scale is None else group["segments"]
         adamw_ema_(
             param, grad, state["exp_avg"], state["exp_avg_sq"], shard.ema, state["step"],
-            AdamWHyper(group["lr"], group["weight_decay"], self.plan.now.momentum),
-            found_inf=self.plan.found_inf, param_lp=shard.param_lp, ema_lp=shard.ema_lp, **clip,
+            AdamWHyper(group["lr"], group["weight_decay"], now.momentum, betas=(0.9, config.beta2)),
+            grad_scale=clip, lr_scale=lr_scale, segments=segments,
+            found_inf=self.plan.found_inf, param_lp=shard.param_lp, ema_lp=shard.ema_lp,
         )  # fmt: skip
 
 

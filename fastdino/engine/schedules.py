@@ -1,4 +1,4 @@
-"""Every number that changes with the step, as pure functions of the step: DINO v1's schedules."""
+"""Every number that changes with the step, as pure functions of the step: DINO's schedules, v1 and v2."""
 
 import math
 from dataclasses import dataclass
@@ -27,38 +27,50 @@ def cosine(start: float, end: float, index: int, count: int) -> float:
 class Schedules:
     """``schedules(step) -> Now`` for steps 0 to epochs * steps_per_epoch - 1; the last values hold beyond.
 
-    The learning rate is ``optim.lr * global_batch / 256``: linear from 0 over the warm-up, whose last step already has
-    the peak, then a cosine to ``optim.min_lr``, which is not scaled. Weight decay and momentum are cosines without
-    warm-up. The teacher's temperature changes once per epoch. Source: Caron et al. 2021, their main_dino.py.
+    The peak learning rate is ``optim.lr`` times global_batch / 256, or times sqrt(global_batch / 1024). It is reached
+    linearly from 0 over the warm-up, whose last step already has it, and the step after the warm-up has it again: there
+    a cosine begins to ``optim.min_lr``, which is not scaled. Weight decay and momentum are cosines without warm-up.
+    With ``optim.schedule="constant"`` all three stay where the cosines begin.
+
+    The teacher's temperature rises linearly, once per epoch as in DINO v1 or at each step as in DINOv2; the last of the
+    warm-up's epochs, or steps, has ``loss.teacher_temp``. The rest is the same in both.
+    Source: Caron et al. 2021, their main_dino.py; Oquab et al. 2023, their CosineScheduler.
     """
 
     def __init__(self, config: Config, steps_per_epoch: int, global_batch: int) -> None:
+        optim = config.optim
         self.config = config
         self.steps_per_epoch = steps_per_epoch
         self.num_steps = config.run.epochs * steps_per_epoch
-        self.warmup_steps = int(config.optim.warmup_epochs * steps_per_epoch)
-        self.peak_lr = config.optim.lr * global_batch / 256
+        self.warmup_steps = int(optim.warmup_epochs * steps_per_epoch)
+        scale = global_batch / 256 if optim.lr_rule == "linear_256" else math.sqrt(global_batch / 1024)
+        self.peak_lr = optim.lr * scale
 
     def __call__(self, step: int) -> Now:
         optim, epoch = self.config.optim, step // self.steps_per_epoch
         index = min(step, self.num_steps - 1)
         return Now(
             lr=self._lr(index),
-            weight_decay=cosine(optim.weight_decay, optim.weight_decay_end, index, self.num_steps),
-            momentum=cosine(optim.teacher_momentum, optim.teacher_momentum_end, index, self.num_steps),
-            teacher_temp=self._teacher_temp(epoch),
+            weight_decay=self._along(optim.weight_decay, optim.weight_decay_end, index, self.num_steps),
+            momentum=self._along(optim.teacher_momentum, optim.teacher_momentum_end, index, self.num_steps),
+            teacher_temp=self._teacher_temp(step),
             freeze_last_layer=epoch < optim.freeze_last_layer,
         )
+
+    def _along(self, start: float, end: float, index: int, count: int) -> float:
+        return start if self.config.optim.schedule == "constant" else cosine(start, end, index, count)
 
     def _lr(self, index: int) -> float:
         if index >= self.warmup_steps:
             done = index - self.warmup_steps
-            return cosine(self.peak_lr, self.config.optim.min_lr, done, self.num_steps - self.warmup_steps)
+            return self._along(self.peak_lr, self.config.optim.min_lr, done, self.num_steps - self.warmup_steps)
         return self.peak_lr * index / max(self.warmup_steps - 1, 1)
 
-    def _teacher_temp(self, epoch: int) -> float:
+    def _teacher_temp(self, step: int) -> float:
         loss = self.config.loss
-        if epoch >= loss.warmup_teacher_temp_epochs:
+        index, count = step // self.steps_per_epoch, loss.warmup_teacher_temp_epochs
+        if loss.temp_warmup_by == "step":
+            index, count = step, count * self.steps_per_epoch
+        if index >= count:
             return loss.teacher_temp
-        share = epoch / max(loss.warmup_teacher_temp_epochs - 1, 1)
-        return loss.warmup_teacher_temp + share * (loss.teacher_temp - loss.warmup_teacher_temp)
+        return loss.warmup_teacher_temp + index / max(count - 1, 1) * (loss.teacher_temp - loss.warmup_teacher_temp)

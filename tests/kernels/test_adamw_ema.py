@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -101,11 +102,67 @@ def test_hyperparameters(hyper: AdamWHyper) -> None:
     check(shard(2500), hyper, steps=3)
 
 
+LENGTHS = [BLOCK + 100, 0, 1, 50, BLOCK - 51, 2 * BLOCK + 5, 300]
+
+
 @pytest.mark.parametrize("offset", [0, 3])
 def test_clipping_by_segment(offset: int) -> None:
-    lengths = [BLOCK + 100, 0, 1, 50, BLOCK - 51, 2 * BLOCK + 5, 300]
     scale = torch.tensor([0.5, 3.0, 0.0, 1e-3, 1.0, 0.25, 100.0], device=DEVICE)
-    check(shard(sum(lengths), offset), steps=2, grad_scale=scale, segments=make_segments(lengths, DEVICE))
+    check(shard(sum(LENGTHS), offset), steps=2, grad_scale=scale, segments=make_segments(LENGTHS, DEVICE))
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize("offset", [0, 3])
+def test_rates_by_segment(offset: int, clipped: bool) -> None:
+    rates = torch.tensor([0.5, 3.0, 1.0, 0.0, 1e-3, 0.9, 40.0], device=DEVICE)
+    options = {"grad_scale": rates.flip(0).contiguous()} if clipped else {}
+    check(shard(sum(LENGTHS), offset), steps=2, lr_scale=rates, segments=make_segments(LENGTHS, DEVICE), **options)
+
+
+def test_one_rate() -> None:
+    check(shard(3000), lr_scale=scalar(0.125))
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_rates_against_the_formula(update: Any) -> None:
+    """Element by element in float64: update and decay both have the segment's own rate, the moments have none."""
+    rates, tensors = [0.9**3, 0.0, 1.0, 0.2], shard(2300)
+    lengths = [700, 100, 1450, 50]
+    param, grad, average, square, ema = (x.double().cpu().numpy().copy() for x in tensors.values())
+    rate = HYPER.lr * np.repeat(rates, lengths)
+    for step in range(4, 7):
+        average = 0.9 * average + 0.1 * grad
+        square = 0.999 * square + 0.001 * grad**2
+        direction = average / (1 - 0.9**step) / (np.sqrt(square / (1 - 0.999**step)) + 1e-8)
+        param = param - rate * HYPER.weight_decay * param - rate * direction
+        ema = HYPER.momentum * ema + (1 - HYPER.momentum) * param
+        scales = torch.tensor(rates, device=DEVICE)
+        options = {"lr_scale": scales, "segments": make_segments(lengths, DEVICE)}
+        update(**tensors, step=scalar(float(step)), hyper=HYPER, **options)
+    for name, want in {"param": param, "exp_avg": average, "exp_avg_sq": square, "ema": ema}.items():
+        torch.testing.assert_close(tensors[name].double().cpu(), torch.from_numpy(want), rtol=3e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("lr", [0.0, HYPER.lr])
+@pytest.mark.parametrize("update", UPDATES)
+def test_a_rate_of_zero_leaves_every_bit_while_the_moments_run(update: Any, lr: float) -> None:
+    """Zeros of either sign, what is not finite, subnormal numbers: 0 times them would not be 0, or of another sign."""
+    lengths, odd = [1200, 1300], 8 * [-0.0, torch.inf, -torch.inf, torch.nan, 1e-42]  # at moments of either sign
+    rates = torch.tensor([0.0, 1.0], device=DEVICE)
+    tensors, usual = shard(2500), shard(2500)
+    tensors["param"][: len(odd)] = torch.tensor(odd)
+    before, teacher = tensors["param"].clone(), tensors["ema"].clone()
+    hyper = HYPER._replace(lr=lr)
+    update(**tensors, step=scalar(3.0), hyper=hyper, lr_scale=rates, segments=make_segments(lengths, DEVICE))
+    update(**usual, step=scalar(3.0), hyper=HYPER)
+    still = slice(0, 2500 if lr == 0 else 1200)
+    assert torch.equal(tensors["param"][still].view(torch.int32), before[still].view(torch.int32))
+    for name in ("exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(tensors[name], usual[name], rtol=1e-6, atol=1e-12)
+        assert not torch.equal(tensors[name], shard(2500)[name])
+    rest = slice(len(odd), still.stop)
+    torch.testing.assert_close(tensors["ema"][rest], teacher[rest].lerp(before[rest], 1 - HYPER.momentum))
+    assert lr == 0 or not torch.equal(tensors["param"][1200:], before[1200:])
 
 
 def test_clipping_by_one_coefficient() -> None:
@@ -144,7 +201,7 @@ def test_a_skipped_step_changes_no_bit(update: Any, bad: float, segmented: bool)
     before = bits(tensors)
     scale = torch.full((2,), torch.nan, device=DEVICE) if segmented else scalar(torch.nan)
     segments = make_segments([1200, 1300], DEVICE) if segmented else None
-    found = {"found_inf": scalar(1.0), "grad_scale": scale, "segments": segments}
+    found = {"found_inf": scalar(1.0), "grad_scale": scale, "lr_scale": scale, "segments": segments}
     update(**tensors, step=scalar(0.0), hyper=HYPER, **found)
     assert bits(tensors) == before
 
@@ -177,6 +234,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "found_inf": ({"found_inf": torch.zeros(1)}, r"found_inf is torch.float32 of shape \(1,\)"),
     "scale": ({"grad_scale": torch.zeros(2)}, "grad_scale"),
     "scales": ({"grad_scale": torch.zeros(()), "segments": make_segments([6], "cpu")}, r"expected .* \(1,\)"),
+    "rate": ({"lr_scale": torch.zeros(1)}, r"lr_scale is torch.float32 of shape \(1,\)"),
+    "rates": ({"lr_scale": torch.zeros(2), "segments": make_segments([6], "cpu")}, r"lr_scale .* expected .* \(1,\)"),
     "segments": ({"segments": make_segments([5], "cpu")}, "divide 5 elements"),
     "momentum": ({"hyper": HYPER._replace(momentum=1.5)}, "momentum is 1.5"),
     "betas": ({"hyper": HYPER._replace(betas=(0.9, 1.0))}, r"betas are \(0.9, 1.0\)"),
@@ -207,5 +266,6 @@ def test_real_size(segmented: bool) -> None:
     lengths = [590_592, 768, 1] * 50
     options: dict[str, Any] = {"grad_scale": scalar(0.5)}
     if segmented:
-        options = {"grad_scale": torch.rand(len(lengths), device=DEVICE), "segments": make_segments(lengths, DEVICE)}
+        options = {name: torch.rand(len(lengths), device=DEVICE) for name in ("grad_scale", "lr_scale")}
+        options["segments"] = make_segments(lengths, DEVICE)
     check(shard(sum(lengths)), steps=2, found_inf=scalar(0.0), **options)

@@ -21,7 +21,7 @@ def call_of(case: str) -> calls.Call:
 
 
 # They copy a table to the device once, which nothing can capture.
-WITH_TABLES = {"adamw_ema_ with segments", "ema_update_ of lists"}
+WITH_TABLES = {"adamw_ema_ with segments", "adamw_ema_ with rates", "ema_update_ of lists"}
 
 
 class Seen(TorchDispatchMode):

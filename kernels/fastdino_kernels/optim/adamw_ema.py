@@ -35,6 +35,7 @@ def adamw_ema_(
     hyper: AdamWHyper,
     *,
     grad_scale: Tensor | None = None,
+    lr_scale: Tensor | None = None,
     segments: Segments | None = None,
     found_inf: Tensor | None = None,
     param_lp: Tensor | None = None,
@@ -44,7 +45,8 @@ def adamw_ema_(
 
     With g = grad * grad_scale and (b1, b2) = betas:
         exp_avg <- b1 exp_avg + (1 - b1) g,  exp_avg_sq <- b2 exp_avg_sq + (1 - b2) g^2,
-        param <- (1 - lr weight_decay) param - lr exp_avg / (1 - b1^step) / (sqrt(exp_avg_sq / (1 - b2^step)) + eps).
+        param <- (1 - rate weight_decay) param - rate exp_avg / (1 - b1^step) / (sqrt(exp_avg_sq / (1 - b2^step)) + eps)
+    and rate = lr * lr_scale.
 
     Args:
         param, exp_avg, exp_avg_sq, ema: (N,) contiguous, fp32 or fp64, which share no memory.
@@ -52,6 +54,8 @@ def adamw_ema_(
         step: 0-d fp32, updates so far with this one. Like every tensor here the host does not wait for it (except in
             fp64 on a GPU).
         grad_scale: fp32 coefficient for clipping: 0-d, or with ``segments`` (num_segments,), one for each.
+        lr_scale: fp32 multiplier of the learning rate, of the shapes that ``grad_scale`` has. Where the product with lr
+            is 0 the parameter stays bit for bit as it was, not even decayed, while its moments run on.
         segments: a division of the N elements into parameters, see :func:`~fastdino_kernels.make_segments`.
         found_inf: 0-d fp32; unless it is 0 nothing changes, bit for bit, whatever the gradient holds.
         param_lp, ema_lp: (N,) contiguous, of any floating dtype; receive the results.
@@ -63,12 +67,12 @@ def adamw_ema_(
     optional = {"param_lp": param_lp, "ema_lp": ema_lp}
     _check_hyper(hyper)
     _check_flat(flat | {name: x for name, x in optional.items() if x is not None})
-    _check_scalars(param, step, found_inf, grad_scale, segments)
+    _check_scalars(param, segments, step=step, found_inf=found_inf, grad_scale=grad_scale, lr_scale=lr_scale)
     parts = (None, None, None) if segments is None else segments
     with torch.no_grad():
         adamw_ema_flat_(
             param, grad, exp_avg, exp_avg_sq, ema, step, hyper.lr, hyper.weight_decay, hyper.momentum, hyper.betas,
-            hyper.eps, grad_scale, *parts, found_inf, param_lp, ema_lp,
+            hyper.eps, grad_scale, lr_scale, *parts, found_inf, param_lp, ema_lp,
         )  # fmt: skip
 
 
@@ -86,6 +90,7 @@ def adamw_ema_flat_(
     betas: Sequence[float],
     eps: float,
     grad_scale: Tensor | None,
+    lr_scale: Tensor | None,
     lengths: Sequence[int] | None,
     chunks: Tensor | None,
     first_chunk: Tensor | None,
@@ -105,7 +110,8 @@ def adamw_ema_flat_(
     update = _launch if use_triton(param) and param.dtype == torch.float32 else adamw_ema_reference_
     update(
         param, grad, exp_avg, exp_avg_sq, ema, step, hyper,
-        grad_scale=grad_scale, segments=segments, found_inf=found_inf, param_lp=param_lp, ema_lp=ema_lp,
+        grad_scale=grad_scale, lr_scale=lr_scale, segments=segments, found_inf=found_inf, param_lp=param_lp,
+        ema_lp=ema_lp,
     )  # fmt: skip
 
 
@@ -120,6 +126,7 @@ def adamw_ema_reference_(
     hyper: AdamWHyper,
     *,
     grad_scale: Tensor | None = None,
+    lr_scale: Tensor | None = None,
     segments: Segments | None = None,
     found_inf: Tensor | None = None,
     param_lp: Tensor | None = None,
@@ -128,14 +135,22 @@ def adamw_ema_reference_(
     """:func:`adamw_ema_` in plain torch: the CPU path and the definition that the kernel is tested against."""
     if found_inf is not None and found_inf.tolist() != 0:  # on a CPU there is nothing to wait for
         return
+    split = (lambda x: [x]) if segments is None else segments.split
     g = grad.to(param.dtype)
     if grad_scale is not None:
-        parts, scales = ([g], [grad_scale]) if segments is None else (segments.split(g), grad_scale.unbind())
-        g = torch.cat([g[:0], *(part * scale for part, scale in zip(parts, scales, strict=True))])
-    torch._fused_adamw_(
-        [param], [g], [exp_avg], [exp_avg_sq], [], [step], lr=hyper.lr, beta1=hyper.betas[0], beta2=hyper.betas[1],
-        weight_decay=hyper.weight_decay, eps=hyper.eps, amsgrad=False, maximize=False,
-    )  # fmt: skip
+        g = torch.cat([g[:0], *(x * scale for x, scale in zip(split(g), grad_scale.view(-1), strict=True))])
+    flat = (param, g, exp_avg, exp_avg_sq)
+    rates, parts = [hyper.lr], [[x] for x in flat]
+    if lr_scale is not None:
+        rates, parts = [hyper.lr * scale for scale in lr_scale.view(-1).tolist()], [split(x) for x in flat]
+    for rate, *part in zip(rates, *parts, strict=True):
+        if lr_scale is not None and rate == 0:
+            part[0] = part[0].clone()
+        p, part_grad, average, average_sq = ([x] for x in part)
+        torch._fused_adamw_(
+            p, part_grad, average, average_sq, [], [step], lr=rate, beta1=hyper.betas[0], beta2=hyper.betas[1],
+            weight_decay=hyper.weight_decay, eps=hyper.eps, amsgrad=False, maximize=False,
+        )  # fmt: skip
     ema_update_reference_(ema, param, hyper.momentum, ema_lp)
     if param_lp is not None:
         param_lp.copy_(param)
@@ -170,11 +185,9 @@ def _check_apart(**tensors: Tensor | None) -> None:
             raise ValueError(f"{first} and {second} share memory: clone one")
 
 
-def _check_scalars(
-    param: Tensor, step: Tensor, found_inf: Tensor | None, grad_scale: Tensor | None, segments: Segments | None
-) -> None:
-    scales = () if segments is None else (len(segments.lengths),)
-    for name, x, shape in [("step", step, ()), ("found_inf", found_inf, ()), ("grad_scale", grad_scale, scales)]:
+def _check_scalars(param: Tensor, segments: Segments | None, **tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        shape = () if segments is None or not name.endswith("_scale") else (len(segments.lengths),)
         if x is not None and (x.shape != shape or x.dtype != torch.float32 or x.device != param.device):
             raise ValueError(
                 f"{name} is {x.dtype} of shape {tuple(x.shape)} on {x.device}: "
@@ -199,6 +212,7 @@ def _launch(
     hyper: AdamWHyper,
     *,
     grad_scale: Tensor | None,
+    lr_scale: Tensor | None,
     segments: Segments | None,
     found_inf: Tensor | None,
     param_lp: Tensor | None,
@@ -215,7 +229,7 @@ def _launch(
     with torch.cuda.device_of(param):
         _adamw_ema_kernel[(num_programs,)](
             (param, grad, exp_avg, exp_avg_sq, ema, param_lp, ema_lp),
-            (step, found_inf, grad_scale, chunks),
+            (step, found_inf, grad_scale, lr_scale, chunks),
             param.numel(), numbers, decays, **launch_config(),
         )  # fmt: skip
 
@@ -223,7 +237,7 @@ def _launch(
 @triton.jit
 def _adamw_ema_kernel(tensors, control, num_elements, numbers, decays, BLOCK: tl.constexpr):
     # One block of the flat tensors per program or, with a table of chunks, the part of one that lies in one segment.
-    step_ptr, found_inf_ptr, scale_ptr, chunks_ptr = control
+    step_ptr, found_inf_ptr, scale_ptr, lr_scale_ptr, chunks_ptr = control
     if found_inf_ptr is not None and tl.load(found_inf_ptr) != 0:
         return
     if chunks_ptr is None:
@@ -234,20 +248,23 @@ def _adamw_ema_kernel(tensors, control, num_elements, numbers, decays, BLOCK: tl
         start, low, high, segment = load_chunk(chunks_ptr, BLOCK)
         if scale_ptr is not None:
             scale_ptr += segment
+        if lr_scale_ptr is not None:
+            lr_scale_ptr += segment
     scale = 1.0 if scale_ptr is None else tl.load(scale_ptr)
+    lr_scale = None if lr_scale_ptr is None else tl.load(lr_scale_ptr)
     step = tl.load(step_ptr)
     correction1 = 1 / neg_expm1(step * decays[2])
     correction2 = 1 / neg_expm1(step * decays[3])
     i = tl.max_contiguous(tl.arange(0, BLOCK), 4)  # 4 elements per thread in every dtype, see _ema_block
     if (low == 0) & (high >= BLOCK):
-        _adamw_ema_block(tensors, start, i, None, scale, correction1, correction2, numbers, decays)
+        _adamw_ema_block(tensors, start, i, None, scale, lr_scale, correction1, correction2, numbers, decays)
     else:
         mask = (i >= low) & (i < high)
-        _adamw_ema_block(tensors, start, i, mask, scale, correction1, correction2, numbers, decays)
+        _adamw_ema_block(tensors, start, i, mask, scale, lr_scale, correction1, correction2, numbers, decays)
 
 
 @triton.jit
-def _adamw_ema_block(tensors, start, i, mask, scale, correction1, correction2, numbers, decays):
+def _adamw_ema_block(tensors, start, i, mask, scale, lr_scale, correction1, correction2, numbers, decays):
     lr, lr_decay, weight, eps = numbers
     param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, ema_ptr, param_lp_ptr, ema_lp_ptr = tensors
     param = tl.load(param_ptr + start + i, mask=mask)
@@ -257,8 +274,12 @@ def _adamw_ema_block(tensors, start, i, mask, scale, correction1, correction2, n
     ema = tl.load(ema_ptr + start + i, mask=mask)
     exp_avg = lerp(exp_avg, grad, decays[0])
     exp_avg_sq = lerp(exp_avg_sq, grad * grad, decays[1])
-    param -= lr_decay * param
-    param -= lr * correction1 * exp_avg / (tl.sqrt(exp_avg_sq * correction2) + eps)
+    if lr_scale is not None:
+        lr *= lr_scale
+        lr_decay *= lr_scale
+    moved = param - lr_decay * param
+    moved -= lr * correction1 * exp_avg / (tl.sqrt(exp_avg_sq * correction2) + eps)
+    param = moved if lr_scale is None else tl.where(lr == 0, param, moved)  # 0 * x is no 0 for every x
     ema = lerp(ema, param, weight)
     tl.store(param_ptr + start + i, param, mask=mask)
     tl.store(exp_avg_ptr + start + i, exp_avg, mask=mask)
