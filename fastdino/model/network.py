@@ -79,8 +79,8 @@ def build_network(config: Config, teacher: bool = False, load: bool = True) -> N
     """The network of ``config`` in fp32 on the CPU, started from torch's generator (seed it first) and from files.
 
     Args:
-        config: model, head and view sizes are read.
-        load: False leaves model.weights and head.weights unread, for a network that takes those of a checkpoint.
+        config: model, heads, view sizes and whether patches are predicted are read.
+        load: False leaves the weights that they name unread, for a network that takes those of a checkpoint.
         teacher: without drop path, stretched coordinates and gradients. BatchNorm layers of a teacher stay in training
             mode, as in DINO v1: their running statistics are the teacher's own, no average of the student's.
 
@@ -91,16 +91,15 @@ def build_network(config: Config, teacher: bool = False, load: bool = True) -> N
     given = {"global": (views.global_size, 2 * config.run.local_batch)}
     if views.num_local:
         given["local"] = views.local_size, views.num_local * config.run.local_batch
-    backbone = build_backbone(model, views.global_size, given)
-    head = Head(backbone.num_features, config.head, model.init)
-    patch_head = config.patch_head and Head(backbone.num_features, config.patch_head, model.init)
-    network = Network(backbone, head, patch_head)
+    backbone = build_backbone(model, views.global_size, given, mask_token=config.loss.patch_weight > 0)
+    settings = [head for head in (config.head, config.patch_head) if head is not None]
+    heads = [Head(backbone.num_features, head, model.init) for head in settings]
+    network = Network(backbone, *heads)
     if load and model.weights is not None:
         load_backbone(backbone, model.weights)
-    if load and config.head.weights is not None:
-        load_head(head, config.head.weights)
-    if load and patch_head is not None and config.patch_head.weights is not None:
-        load_head(patch_head, config.patch_head.weights)
+    for head, setting in zip(heads, settings, strict=True):
+        if load and setting.weights is not None:
+            load_head(head, setting.weights)
     return network.requires_grad_(False) if teacher else network
 
 
