@@ -70,7 +70,11 @@ class ViT(nn.Module):
         rates = [model.drop_path] * depth
         if model.drop_path_rule == "linear":
             rates = [model.drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(shape, rate, model.attention, model.layer_scale, rope) for rate in rates)
+        subset = model.drop_path_rule == "uniform"
+        self.blocks = nn.ModuleList(
+            Block(shape, rate, model.attention, subset=subset, layer_scale=model.layer_scale, rope=rope)
+            for rate in rates
+        )
         self.norm = nn.LayerNorm(width, eps=ROPE_NORM_EPS if rope else NORM_EPS)
         for token in (self.cls_token, self.pos_embed, self.register_tokens):
             if token is not None:
