@@ -121,7 +121,7 @@ def test_a_warm_up_of_the_temperature_that_goes_nowhere_may_be_long():
         ({"model": ModelConfig(arch="timm:resnet50", patch_size=8)}, ["model.patch_size=8 has no effect: timm:"]),
         ({"model": ModelConfig(arch="timm:resnet50", pos_embed="sincos", attention="sdpa")},
          ["model.attention=sdpa", "model.pos_embed=sincos"]),
-        ({"model": ModelConfig(weights=Path("x.safetensors"), pos_embed="sincos")}, ["model.pos_embed=sincos"]),
+        ({"model": ModelConfig(pos_embed="rope", image_size=64)}, ["model.image_size=64 has no effect: rope"]),
         ({"data": DataConfig(root="/images", num_images=7)}, ["data.num_images=7 has no effect: a folder"]),
         ({"data": DataConfig(root="shapes", num_images=7)}, []),
         ({"data": DataConfig(root="shapes", bits=12)}, ["data.bits=12 has no effect: shapes"]),
