@@ -288,7 +288,7 @@ def test_settings_are_few_and_each_is_explained():
     kinds = group_kinds()
     assert {f.name for f in dataclasses.fields(kinds.pop("patch_head"))} == {f.name for f in dataclasses.fields(HeadConfig)}
     names = [f.name for kind in kinds.values() for f in dataclasses.fields(kind)]
-    assert len(names) == 85
+    assert len(names) == 86
     for name in set(names):
         assert f"    {name}: " in source
         after = source.split(f"    {name}: ")[1].split("\n", 1)[1].lstrip()
