@@ -79,7 +79,7 @@ def build_network(config: Config, teacher: bool = False, load: bool = True) -> N
     """The network of ``config`` in fp32 on the CPU, started from torch's generator (seed it first) and from files.
 
     Args:
-        config: model, heads, view sizes and whether patches are hidden are read; see also
+        config: model, heads, view sizes and whether patches are predicted are read; see also
             :func:`fastdino.model.weights.settled`.
         load: False leaves files of weights unread, for a network that takes those of a checkpoint.
         teacher: without drop path, stretched coordinates and gradients. BatchNorm layers of a teacher stay in training
@@ -94,15 +94,14 @@ def build_network(config: Config, teacher: bool = False, load: bool = True) -> N
     if views.num_local:
         given["local"] = views.local_size, views.num_local * config.run.local_batch
     backbone = build_backbone(model, views.global_size, given, mask_token=config.loss.patch_weight > 0)
-    head = Head(backbone.num_features, config.head, model.init)
-    patch_head = config.patch_head and Head(backbone.num_features, config.patch_head, model.init)
-    network = Network(backbone, head, patch_head)
+    settings = [head for head in (config.head, config.patch_head) if head is not None]
+    heads = [Head(backbone.num_features, head, model.init) for head in settings]
+    network = Network(backbone, *heads)
     if load and model.weights is not None:
         load_backbone(backbone, model.weights)
-    if load and config.head.weights is not None:
-        load_head(head, config.head.weights)
-    if load and patch_head is not None and config.patch_head.weights is not None:
-        load_head(patch_head, config.patch_head.weights, patches=True)
+    for head, setting in zip(heads, settings, strict=True):
+        if load and setting.weights is not None:
+            load_head(head, setting.weights, patches=setting is config.patch_head)
     return network.requires_grad_(False) if teacher else network
 
 

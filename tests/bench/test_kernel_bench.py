@@ -23,8 +23,8 @@ SMALL = {
     "linear_ibot_loss": ["8,100,16", "8,100,16,bf16"],
     "sinkhorn": ["8,100", "8,100,bf16"],
     "koleo_loss": ["2,10,32", "1,9,40,bf16"],
-    "gather_layer_norm": ["4,2,5,32", "4,3,5,32,bf16"],
-    "scatter_add_scaled": ["4,2,5,32", "4,3,5,32,bf16"],
+    "gather_layer_norm": ["4,5,6,2,32", "4,5,32,bf16"],
+    "scatter_add_scaled": ["4,5,6,2,32", "4,5,32,bf16"],
 }
 
 

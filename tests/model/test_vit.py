@@ -17,6 +17,7 @@ from fastdino.model import attention as attention_room
 from fastdino.model import packing as packing_room
 from fastdino.model.packing import pack
 from fastdino.model.positions import resample_positions
+from tests.model.textbook import literal, nano, views
 
 TIMM = {
     "tiny": "vit_tiny_patch16_224",
@@ -26,48 +27,6 @@ TIMM = {
     "huge": "vit_huge_patch14_224",
     "giant": "vit_giant_patch14_224",
 }
-
-
-def nano(**options: Any) -> ViT:
-    """A float64 ViT of 8 x 8 patches whose positions and biases are no longer near zero."""
-    torch.manual_seed(0)
-    vit = ViT("nano", **{"patch_size": 8, "image_size": 48, **options}).double()
-    with torch.no_grad():
-        for parameter in vit.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return vit
-
-
-def views(*shapes: tuple[int, ...]) -> dict[str, Tensor]:
-    torch.manual_seed(1)
-    return {str(i): torch.randn(shape, dtype=torch.float64) for i, shape in enumerate(shapes)}
-
-
-def literal(vit: ViT, x: Tensor) -> tuple[Tensor, Tensor]:
-    """All tokens after the final norm (R, 1 + N, D), last attention (R, H, 1 + N, 1 + N): the textbook, unpacked."""
-    w = dict(vit.named_parameters())
-    patch, (rows, columns) = vit.patch_size, (x.shape[-2] // vit.patch_size, x.shape[-1] // vit.patch_size)
-    tokens = F.conv2d(x, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=patch)
-    tokens = torch.cat([w["cls_token"].expand(len(x), -1, -1), tokens.flatten(2).transpose(1, 2)], dim=1)
-    positions = w["pos_embed"]
-    if (rows, columns) != vit.grid:
-        grid = positions[:, 1:].unflatten(1, vit.grid).permute(0, 3, 1, 2)
-        scale = ((rows + 0.1) / vit.grid[0], (columns + 0.1) / vit.grid[1])
-        grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
-        positions = torch.cat([positions[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
-    y, width, heads = tokens + positions, vit.num_features, 4
-    for i in range(len(vit.blocks)):
-        b = {name.removeprefix(f"blocks.{i}."): p for name, p in w.items() if name.startswith(f"blocks.{i}.")}
-        z = F.layer_norm(y, (width,), b["norm1.weight"], b["norm1.bias"], 1e-6)
-        qkv = (z @ b["attn.qkv.weight"].T + b["attn.qkv.bias"]).reshape(*z.shape[:2], 3, heads, width // heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        weights = (q @ k.transpose(-1, -2) / math.sqrt(width // heads)).softmax(dim=-1)
-        z = (weights @ v).transpose(1, 2).flatten(2)
-        y = y + z @ b["attn.proj.weight"].T + b["attn.proj.bias"]
-        z = F.layer_norm(y, (width,), b["norm2.weight"], b["norm2.bias"], 1e-6)
-        z = F.gelu(z @ b["mlp.fc1.weight"].T + b["mlp.fc1.bias"])
-        y = y + z @ b["mlp.fc2.weight"].T + b["mlp.fc2.bias"]
-    return F.layer_norm(y, (width,), w["norm.weight"], w["norm.bias"], 1e-6), weights
 
 
 @pytest.mark.parametrize("size", TIMM)
