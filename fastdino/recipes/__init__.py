@@ -10,10 +10,11 @@ from fastdino.config import Config, ConfigError
 from fastdino.recipes.convnets import resnet50
 from fastdino.recipes.demo import demo
 from fastdino.recipes.dino import vit_base_16, vit_large_16, vit_small_8, vit_small_16, vit_small_16_300
+from fastdino.recipes.small import small
 
 RECIPES: dict[str, Callable[[], Config]] = {
     recipe.__name__: recipe
-    for recipe in (vit_small_16, vit_small_16_300, vit_small_8, vit_base_16, vit_large_16, resnet50, demo)
+    for recipe in (vit_small_16, vit_small_16_300, vit_small_8, vit_base_16, vit_large_16, resnet50, small, demo)
 }
 
 
