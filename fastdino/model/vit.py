@@ -116,8 +116,10 @@ class ViT(nn.Module):
         groups = [x.unsqueeze(0)] if isinstance(x, Tensor) else list(x.values())
         tokens, packing, turns = self._all_but_last_block(groups, None if masks is None else masks.hidden)
         reading = packing.reading(None if masks is None else masks.rows, self.num_prefix)
-        tokens = self.norm(self.blocks[-1](tokens, packing, turns, reading))[0]
-        cls, patches = tokens.split([packing.num_sequences, len(tokens) - packing.num_sequences])
+        tokens = self.norm(self.blocks[-1](tokens, packing, turns, reading)).squeeze(0)
+        cls, patches = tokens, tokens[:0]
+        if masks is not None:
+            cls, patches = tokens.split([packing.num_sequences, len(masks.rows)])
         cls = cls.view(-1, groups[0].shape[1], self.num_features)
         return cls[0] if isinstance(x, Tensor) else (cls, patches)
 
