@@ -88,6 +88,21 @@ def test_defaults_are_those_of_dino_v1(option):
         ),
         (lambda: OptimConfig(teacher_momentum=1.5), "optim.teacher_momentum=1.5"),
         (lambda: OptimConfig(lr=-1.0), "optim.lr=-1.0"),
+        (lambda: OptimConfig(layer_decay=0.0), r"optim.layer_decay=0.0 must be in \(0, 1\]"),
+        (lambda: OptimConfig(layer_decay=1.1), r"optim.layer_decay=1.1 must be in \(0, 1\]"),
+        (lambda: OptimConfig(patch_embed_lr=-0.2), "optim.patch_embed_lr=-0.2 must be 0 or more"),
+        (lambda: OptimConfig(beta2=1.0), r"optim.beta2=1.0 must be in \[0, 1\)"),
+        (lambda: OptimConfig(name="sgd", layer_decay=0.9), "optim.layer_decay=0.9 must be 1 with optim.name=sgd: only"),
+        (lambda: OptimConfig(name="lars", patch_embed_lr=0.2), "patch_embed_lr=0.2 must be 1 with optim.name=lars"),
+        (lambda: OptimConfig(name="sgd", freeze_how="lr"), "optim.freeze_how='lr' must be skip with optim.name=sgd"),
+        (
+            lambda: Config(model=ModelConfig(arch="timm:resnet50"), optim=OptimConfig(layer_decay=0.9)),
+            "optim.layer_decay=0.9 must be 1 with model.arch=timm:resnet50: which parameter",
+        ),
+        (
+            lambda: Config(model=ModelConfig(arch="timm:vit_small"), optim=OptimConfig(patch_embed_lr=0.2)),
+            "optim.patch_embed_lr=0.2 must be 1 with model.arch=timm:vit_small: which parameter",
+        ),
         (lambda: EngineConfig(accumulate=0), "engine.accumulate=0"),
         (lambda: DataConfig(max_bad=2.0), "data.max_bad=2.0"),
         (lambda: RunConfig(epochs=0), "run.epochs=0"),
@@ -133,13 +148,18 @@ def test_a_warm_up_of_the_temperature_that_goes_nowhere_may_be_long():
         ({"model": ModelConfig(arch="timm:resnet50", patch_size=8)}, ["model.patch_size=8 has no effect: timm:"]),
         ({"model": ModelConfig(arch="timm:resnet50", pos_embed="sincos", attention="sdpa")},
          ["model.attention=sdpa", "model.pos_embed=sincos"]),
-        ({"model": ModelConfig(weights=Path("x.safetensors"), pos_embed="sincos")}, ["model.pos_embed=sincos"]),
+        ({"model": ModelConfig(pos_embed="rope", image_size=64)}, ["model.image_size=64 has no effect: rope"]),
         ({"data": DataConfig(root="/images", num_images=7)}, ["data.num_images=7 has no effect: a folder"]),
         ({"data": DataConfig(root="shapes", num_images=7)}, []),
         ({"data": DataConfig(root="shapes", bits=12)}, ["data.bits=12 has no effect: shapes"]),
         ({"views": ViewsConfig(num_local=0, local_size=64)}, ["views.local_size=64"]),
         ({"engine": EngineConfig(name="torch", zero_stage=2)}, ["engine.zero_stage=2"]),
         ({"optim": OptimConfig(clip=0, clip_mode="global")}, ["optim.clip_mode=global"]),
+        ({"optim": OptimConfig(name="sgd", beta2=0.9)}, ["optim.beta2=0.9 has no effect: optim.name is sgd"]),
+        ({"optim": OptimConfig(schedule="constant", min_lr=0, weight_decay_end=0.1, teacher_momentum_end=0.999)},
+         ["optim.min_lr=0.0", "optim.weight_decay_end=0.1", "optim.teacher_momentum_end=0.999"]),
+        ({"optim": OptimConfig(freeze_last_layer=0, freeze_how="lr")}, ["optim.freeze_how=lr"]),
+        ({"loss": LossConfig(temp_warmup_by="step")}, ["loss.temp_warmup_by=step has no effect: loss.warmup"]),
         ({"run": RunConfig(knn_every=0, knn_root="/images")}, ["run.knn_root=/images"]),
         ({"loss": LossConfig(warmup_teacher_temp=0.01)}, ["loss.warmup_teacher_temp=0.01"]),
         ({"loss": LossConfig(patch_targets="sinkhorn")}, ["loss.patch_targets=sinkhorn has no effect: loss.patch_we"]),
@@ -326,7 +346,7 @@ def test_settings_are_few_and_each_is_explained():
     kinds = group_kinds()
     assert {f.name for f in dataclasses.fields(kinds.pop("patch_head"))} == {f.name for f in dataclasses.fields(HeadConfig)}
     names = [f.name for kind in kinds.values() for f in dataclasses.fields(kind)]
-    assert len(names) == 85
+    assert len(names) == 86
     for name in set(names):
         assert f"    {name}: " in source
         after = source.split(f"    {name}: ")[1].split("\n", 1)[1].lstrip()
