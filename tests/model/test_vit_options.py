@@ -143,7 +143,9 @@ def test_coordinates_are_stretched_in_training() -> None:
         factors = drawn(seed, 2, 3.0)
         torch.manual_seed(seed)
         cls, _ = vit(groups)
-        want = [literal(vit, x.flatten(0, 1), None, s)[0][:, 0] for x, s in zip(groups.values(), factors, strict=True)]
+        want = [
+            literal(vit, x.flatten(0, 1), stretch=s)[0][:, 0] for x, s in zip(groups.values(), factors, strict=True)
+        ]
         torch.testing.assert_close(cls, of_views(torch.cat(want), groups), rtol=1e-10, atol=1e-10)
     factors = torch.tensor(drawn(0, 4000, 3.0)).log()
     assert factors.abs().max() <= math.log(3)
