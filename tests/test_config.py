@@ -70,6 +70,10 @@ def test_defaults_are_those_of_dino_v1(option):
     [
         (lambda: ModelConfig(arch="vit_smal"), "model.arch='vit_smal'.*vit_small"),
         (lambda: ModelConfig(drop_path=1.0), r"model.drop_path=1.0 must be in \[0, 1\)"),
+        (lambda: ModelConfig(rope_scale=0.5), "model.rope_scale=0.5 must be 1 or more"),
+        (lambda: ModelConfig(registers=-1), "model.registers=-1 must be 0 or more"),
+        (lambda: ModelConfig(layer_scale=-1e-5), "model.layer_scale=-1e-05 must be 0 or more"),
+        (lambda: ModelConfig(pos_embed="ropes"), "model.pos_embed='ropes' must be one of learned, sincos, rope"),
         (lambda: ViewsConfig(num_local=31), "views.num_local=31.*at most 32 views"),
         (lambda: ViewsConfig(global_scale=(0.9, 0.4)), r"views.global_scale=\(0.9, 0.4\)"),
         (lambda: LossConfig(teacher_temp=0.7), "loss.teacher_temp=0.7.*sharper"),
@@ -148,6 +152,12 @@ def test_a_warm_up_of_the_temperature_that_goes_nowhere_may_be_long():
         ({"model": ModelConfig(arch="timm:resnet50", patch_size=8)}, ["model.patch_size=8 has no effect: timm:"]),
         ({"model": ModelConfig(arch="timm:resnet50", pos_embed="sincos", attention="sdpa")},
          ["model.attention=sdpa", "model.pos_embed=sincos"]),
+        ({"model": ModelConfig(arch="timm:resnet50", registers=4, layer_scale=1e-5)},
+         ["model.registers=4", "model.layer_scale=1e-05"]),
+        ({"model": ModelConfig(drop_path=0, drop_path_rule="uniform")}, ["model.drop_path_rule=uniform"]),
+        ({"model": ModelConfig(pos_embed="rope", interpolation="antialias")}, ["model.interpolation=antialias"]),
+        ({"model": ModelConfig(pos_embed="rope", rope_scale=1.0, registers=4)}, []),
+        ({"model": ModelConfig(rope_scale=1.0)}, ["model.rope_scale=1.0 has no effect: model.pos_embed is learned"]),
         ({"model": ModelConfig(pos_embed="rope", image_size=64)}, ["model.image_size=64 has no effect: rope"]),
         ({"data": DataConfig(root="/images", num_images=7)}, ["data.num_images=7 has no effect: a folder"]),
         ({"data": DataConfig(root="shapes", num_images=7)}, []),
@@ -344,7 +354,9 @@ def test_settings_are_few_and_each_is_explained():
     """A new setting is a decision: raise the number knowingly."""
     source = "".join(file.read_text() for file in Path(fastdino.config.__file__).parent.glob("*.py"))
     kinds = group_kinds()
-    assert {f.name for f in dataclasses.fields(kinds.pop("patch_head"))} == {f.name for f in dataclasses.fields(HeadConfig)}
+    assert {f.name for f in dataclasses.fields(kinds.pop("patch_head"))} == {
+        f.name for f in dataclasses.fields(HeadConfig)
+    }
     names = [f.name for kind in kinds.values() for f in dataclasses.fields(kind)]
     assert len(names) == 86
     for name in set(names):

@@ -161,7 +161,8 @@ class ViT(nn.Module):
         patches = self.patch_embed(x)
         if hidden is not None:
             assert self.mask_token is not None, "patches are hidden from a backbone without a mask token"
-            assert hidden.shape == patches.shape[:2], f"a mask of {tuple(hidden.shape)}, {tuple(patches.shape)} patches"
+            seen = tuple(patches.shape[:2])
+            assert hidden.shape == seen, f"a mask of {tuple(hidden.shape)}, {seen} patches"
             patches = torch.where(hidden.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
         if self.pos_embed is not None:
             positions = self._positions(self.pos_embed, grid)
