@@ -93,14 +93,12 @@ class ViT(nn.Module):
         """The module whose state dict has the published names: this one."""
         return self
 
-    def fitted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``state`` with position embeddings of another square grid resampled for this one."""
-        positions = state.get("pos_embed")
-        patches = 0 if positions is None else positions.shape[1] - 1
-        side = math.isqrt(patches)
-        if positions is None or patches == math.prod(self.grid) or side * side != patches:
-            return state
-        return {**state, "pos_embed": resample_positions(positions, (side, side), self.grid)}
+    def keep_grid_of(self, positions: Tensor) -> None:
+        """Makes room for ``positions`` (1, 1 + N, D) of another square grid, whose views get interpolated positions."""
+        assert self.pos_embed is not None
+        side = math.isqrt(positions.shape[1] - 1)
+        self.grid = (side, side)
+        self.pos_embed = nn.Parameter(torch.empty_like(positions), requires_grad=self.pos_embed.requires_grad)
 
     def forward(self, x: Tensor | dict[str, Tensor], masks: Masks | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Tokens after the final norm: CLS of every view, and the patches that are asked for.
@@ -118,8 +116,10 @@ class ViT(nn.Module):
         groups = [x.unsqueeze(0)] if isinstance(x, Tensor) else list(x.values())
         tokens, packing, turns = self._all_but_last_block(groups, None if masks is None else masks.hidden)
         reading = packing.reading(None if masks is None else masks.rows, self.num_prefix)
-        tokens = self.norm(self.blocks[-1](tokens, packing, turns, reading))[0]
-        cls, patches = tokens.split([packing.num_sequences, len(tokens) - packing.num_sequences])
+        tokens = self.norm(self.blocks[-1](tokens, packing, turns, reading)).squeeze(0)
+        cls, patches = tokens, tokens[:0]
+        if masks is not None:
+            cls, patches = tokens.split([packing.num_sequences, len(masks.rows)])
         cls = cls.view(-1, groups[0].shape[1], self.num_features)
         return cls[0] if isinstance(x, Tensor) else (cls, patches)
 

@@ -24,7 +24,7 @@ from fastdino.config import (
     RunConfig,
     ViewsConfig,
 )
-from fastdino.model import weights
+from fastdino.model.weights import exports
 from fastdino.training import checkpoint, export
 from fastdino.training.checkpoint import CheckpointError
 from fastdino.training.export import export_run, run_backbone
@@ -82,7 +82,7 @@ def test_a_file_that_cannot_be_written_is_one_message(run, tmp_path, monkeypatch
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(number, os.strerror(number))
 
-    home = {"save_file": weights, "replace": os, "mkdir": Path}[call]
+    home = {"save_file": exports, "replace": os, "mkdir": Path}[call]
     with monkeypatch.context() as patch:
         patch.setattr(home, call, refuse)
         with pytest.raises(ConfigError, match=f"{os.strerror(number)}.*--out"):
