@@ -6,6 +6,7 @@ commands:
   bench RECIPE [flags]   images/s of a recipe on this machine, and what limits it
   eval knn PATH          weighted k-NN accuracy of a run's teacher, or of a file of weights
   eval attention PATH    pictures of where each head of the last block looks
+  eval patches PATH      patch mIoU of a linear probe on rendered shapes, and the tokens of patches as colours
   export RUN             the teacher's backbone for timm, Hugging Face or DINO's own code
   demo                   learn to tell rendered shapes apart in minutes on a CPU
 
@@ -159,7 +160,7 @@ def _plain_switches(arguments: list[str]) -> list[str]:
 
 
 def _list_recipes() -> str:
-    lines = [f"  {name:18} {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in recipes.RECIPES.items()]
+    lines = [f"  {name:20} {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in recipes.RECIPES.items()]
     return "recipes:\n" + "\n".join(lines)
 
 

@@ -30,6 +30,7 @@ LENGTHS, KEPT, WIDTH_L = ((2 * B, 197), (8 * B, 37)), (89, 358), 1024
 TOKENS = sum(sequences * tokens for sequences, tokens in LENGTHS)
 KEPT_TOKENS = sum(kept * tokens for kept, (_, tokens) in zip(KEPT, LENGTHS, strict=True))
 PARAMETERS = 85_798_656 + K * D + 5_770_496  # backbone, prototypes, the head's MLP
+PARAMETERS_LARGE = 303_301_632 + K * D + 6_820_096  # of ViT-L/16
 
 # Kernels that load or store no more than a few numbers per row or column there: no 128-bit access to expect.
 NARROW = {
@@ -144,9 +145,10 @@ def _ema_list() -> None:
     ema_update_(teacher, student, 0.996)
 
 
-def _adamw_ema(segments: Segments | None = None) -> None:
-    """Clipped, guarded, and with the rounded teacher that the next step computes with."""
-    param, grad, exp_avg, exp_avg_sq, ema = (_empty(PARAMETERS) for _ in range(5))
+def _adamw_ema(size: int, segments: Segments | None = None, rates: bool = False) -> None:
+    """Clipped, guarded, and with the rounded teacher that the next step computes with; by ``rates`` of each segment."""
+    param, grad, exp_avg, exp_avg_sq, ema = (_empty(size) for _ in range(5))
+    scale = _empty() if segments is None else _empty(len(segments.lengths))
     adamw_ema_(
         param,
         grad,
@@ -155,17 +157,18 @@ def _adamw_ema(segments: Segments | None = None) -> None:
         ema,
         _empty(),
         AdamWHyper(lr=1e-3, weight_decay=0.04, momentum=0.996),
-        grad_scale=_empty() if segments is None else _empty(len(segments.lengths)),
+        grad_scale=scale,
+        lr_scale=scale.clone() if rates else None,
         segments=segments,
         found_inf=torch.zeros(()),  # whatever else an uninitialised flag holds, the kernel would return at once
-        ema_lp=_empty(PARAMETERS, dtype=torch.bfloat16),
+        ema_lp=_empty(size, dtype=torch.bfloat16),
     )
 
 
-def _segments() -> Segments:
-    """As many as ViT-B with its head has tensors; one in two is a bias."""
-    pairs = [n for _ in range(79) for n in (PARAMETERS // 79 - 768, 768)]
-    return make_segments([*pairs, PARAMETERS - sum(pairs)], "cpu")
+def _segments(size: int = PARAMETERS, pairs: int = 79) -> Segments:
+    """As many as a ViT with its head has tensors, by default ViT-B; one in two is a bias."""
+    lengths = [n for _ in range(pairs) for n in (size // pairs - WIDTH, WIDTH)]
+    return make_segments([*lengths, size - sum(lengths)], "cpu")
 
 
 _SECOND_READING = {"_ibot_loss_kernel": 2 * MASKED * K * 2 + 2 * MASKED * K * 4}  # and the center for both
@@ -235,9 +238,14 @@ CASES = {
         {"_ema_kernel": PARAMETERS * (4 + 4 + 4 + 2)},
     ),
     "ema_update_ list": Case(_ema_list, PARAMETERS, {"_ema_list_kernel": PARAMETERS * (4 + 2 + 4)}),
-    "adamw_ema_": Case(_adamw_ema, PARAMETERS, {"_adamw_ema_kernel": PARAMETERS * (9 * 4 + 2)}),
+    "adamw_ema_": Case(lambda: _adamw_ema(PARAMETERS), PARAMETERS, {"_adamw_ema_kernel": PARAMETERS * (9 * 4 + 2)}),
     "adamw_ema_ with segments": Case(
-        lambda: _adamw_ema(_segments()), PARAMETERS, {"_adamw_ema_kernel": PARAMETERS * (9 * 4 + 2)}
+        lambda: _adamw_ema(PARAMETERS, _segments()), PARAMETERS, {"_adamw_ema_kernel": PARAMETERS * (9 * 4 + 2)}
+    ),
+    "adamw_ema_ with lr_scale": Case(
+        lambda: _adamw_ema(PARAMETERS_LARGE, _segments(PARAMETERS_LARGE, 151), rates=True),
+        PARAMETERS_LARGE,
+        {"_adamw_ema_kernel": PARAMETERS_LARGE * (9 * 4 + 2)},
     ),
     "segment_squares": Case(
         lambda: segment_squares(_empty(PARAMETERS), _segments()),

@@ -24,7 +24,8 @@ class ModelConfig(Group):
     drop_path: float = 0.1
     """Probability of dropping a residual branch at the last block. Student only."""
     drop_path_rule: Literal["linear", "uniform"] = "linear"
-    """linear: drop_path rises from 0 over depth, as in DINO v1; uniform: the same in every block, as in DINOv2."""
+    """linear: drop_path rises from 0 over depth, as in DINO v1. uniform: the same in every block, and a branch runs on
+    the views that keep it alone, as many at every step, as in DINOv2; in the last block each view drops by chance."""
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
     """auto: xformers' memory-efficient attention over all packed views where it runs, torch's SDPA elsewhere."""
     pos_embed: Literal["learned", "sincos", "rope"] = "learned"

@@ -26,8 +26,8 @@ class Plan:
 
     Step s of an epoch takes positions ``[s * global_batch, (s + 1) * global_batch)`` of the epoch's order, its micro
     batch j the j-th ``world_size * local_batch`` of them, rank r the r-th ``local_batch`` of those. So a step trains on
-    the same images however a global batch is split. What does not fill a global batch is left out, as in DINO v1: a step
-    lies within one epoch.
+    the same images however a global batch is split. A step lies within one epoch: what does not fill a global batch is
+    left out, as in DINO v1.
 
     Raises ConfigError when the images do not fill one global batch.
     """

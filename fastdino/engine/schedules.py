@@ -47,14 +47,14 @@ class Schedules:
         self.peak_lr = optim.lr * scale
 
     def __call__(self, step: int) -> Now:
-        optim, epoch = self.config.optim, step // self.steps_per_epoch
+        optim = self.config.optim
         index = min(step, self.num_steps - 1)
         return Now(
             lr=self._lr(index),
             weight_decay=self._along(optim.weight_decay, optim.weight_decay_end, index, self.num_steps),
             momentum=self._along(optim.teacher_momentum, optim.teacher_momentum_end, index, self.num_steps),
             teacher_temp=self._teacher_temp(step),
-            freeze_last_layer=epoch < optim.freeze_last_layer,
+            freeze_last_layer=step < optim.freeze_last_layer * self.steps_per_epoch,
         )
 
     def _along(self, start: float, end: float, index: int, count: int) -> float:

@@ -4,8 +4,9 @@ from fastdino.eval.attention_maps import AttentionMaps, best_head_iou, draw_shee
 from fastdino.eval.evaluation import Evaluation, Subject
 from fastdino.eval.features import EvaluationError, Features, Reading, extract
 from fastdino.eval.knn import KNeighbors, Knn, OnlineKnn
+from fastdino.eval.patches import PatchProbe
 
-EVALUATIONS: dict[str, type[Evaluation]] = {"knn": Knn, "attention": AttentionMaps}
+EVALUATIONS: dict[str, type[Evaluation]] = {"knn": Knn, "attention": AttentionMaps, "patches": PatchProbe}
 """The kinds of ``fastdino eval KIND PATH``."""
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "KNeighbors",
     "Knn",
     "OnlineKnn",
+    "PatchProbe",
     "Reading",
     "Subject",
     "best_head_iou",

@@ -1,10 +1,9 @@
 """What the CLS token looks at: attention per head, pictures of it, and how well it covers the objects."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,19 +11,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from fastdino.config import ConfigError
 from fastdino.config.errors import require
 from fastdino.data.sources.decode import BadImage
 from fastdino.data.sources.source import Source, open_folder
 from fastdino.data.views import normalize
 from fastdino.eval.evaluation import Evaluation, Subject
-from fastdino.eval.features import EvaluationError, Reading, check_size, device_and_dtype, evaluating
-from fastdino.eval.pictures import new_figure
+from fastdino.eval.features import EvaluationError, Reading, check_size, device_and_dtype, evaluating, our_vit
+from fastdino.eval.pictures import SHEET_ROWS, new_figure, sheet_path
 from fastdino.eval.splits import bank_and_test
 from fastdino.files import whole_file
 from fastdino.model.vit import ViT
-
-SHEET_ROWS = 8  # images on a sheet
 
 
 def head_maps(backbone: ViT, images: Tensor) -> Tensor:
@@ -130,7 +126,7 @@ class AttentionMaps(Evaluation):
 
     def __call__(self, subject: Subject) -> dict[str, Any]:
         """{"attention_iou": 0 to 1} when the images have masks, the sheet's path and the protocol."""
-        reading, sheet = self.reading(subject.config), self._sheet(subject.folder)
+        reading, sheet = self.reading(subject.config), sheet_path(self.out, subject.folder, "attention.png")
         if self.data == "shapes":
             source: Source = bank_and_test(self.data, subject.config.data).test
         else:
@@ -149,7 +145,7 @@ class AttentionMaps(Evaluation):
         ``sheet`` is a PNG to write with the first SHEET_ROWS. Raises EvaluationError when the backbone has no CLS
         attention or an image cannot be read.
         """
-        vit = _with_attention(backbone)
+        vit = our_vit(backbone, "attention maps")
         check_size(vit, reading.size)
         try:
             images = [_resized(source.read(i)[0], reading.size) for i in range(min(self.num_images, len(source)))]
@@ -163,21 +159,6 @@ class AttentionMaps(Evaluation):
             shown = None if masks is None else masks[:SHEET_ROWS]
             draw_sheet(sheet, images[:SHEET_ROWS], maps[:SHEET_ROWS], self.mass, shown)
         return {} if masks is None else {"attention_iou": best_head_iou(maps, masks, self.mass)}
-
-    def _sheet(self, folder: Path) -> Path:
-        out = folder if self.out is None else self.out.expanduser()
-        if os.path.isdir(out):  # unlike Path.is_dir, false whatever the file system answers
-            return out / "attention.png"
-        if out.suffix.lower() != ".png":
-            raise ConfigError(f"--out={str(out)!r} must end in .png: the sheet is a PNG; or name a folder that exists")
-        return out
-
-
-def _with_attention(backbone: nn.Module) -> ViT:
-    if not hasattr(backbone, "attention_maps"):
-        kind = getattr(backbone, "arch", type(backbone).__name__)
-        raise EvaluationError(f"attention maps need one of our ViTs (model.arch=vit_...), not {kind}")
-    return cast(ViT, backbone)
 
 
 def _resized(image: Image.Image, size: int) -> Image.Image:

@@ -13,6 +13,7 @@ from fastdino.config import UserError
 from fastdino.data.loader import labelled_batches
 from fastdino.data.sources.source import Source
 from fastdino.data.views import normalize
+from fastdino.model.vit import ViT
 
 
 class EvaluationError(UserError, ValueError):
@@ -77,6 +78,14 @@ def check_size(backbone: nn.Module, size: int) -> None:
         raise
     except (RuntimeError, AssertionError, ValueError) as error:
         raise EvaluationError(f"the backbone cannot take images of {size} px: {error}") from error
+
+
+def our_vit(backbone: nn.Module, what: str) -> ViT:
+    """The backbone, where it is one of our ViTs. Raises EvaluationError for another, which has no ``what``."""
+    if not isinstance(backbone, ViT):
+        kind = getattr(backbone, "arch", type(backbone).__name__)
+        raise EvaluationError(f"{what} need one of our ViTs (model.arch=vit_...), not {kind}")
+    return backbone
 
 
 def device_and_dtype(backbone: nn.Module) -> tuple[torch.device, torch.dtype]:

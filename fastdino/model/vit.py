@@ -70,7 +70,11 @@ class ViT(nn.Module):
         rates = [model.drop_path] * depth
         if model.drop_path_rule == "linear":
             rates = [model.drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(shape, rate, model.attention, model.layer_scale, rope) for rate in rates)
+        subset = model.drop_path_rule == "uniform"
+        self.blocks = nn.ModuleList(
+            Block(shape, rate, model.attention, subset=subset, layer_scale=model.layer_scale, rope=rope)
+            for rate in rates
+        )
         self.norm = nn.LayerNorm(width, eps=ROPE_NORM_EPS if rope else NORM_EPS)
         for token in (self.cls_token, self.pos_embed, self.register_tokens):
             if token is not None:
@@ -112,8 +116,10 @@ class ViT(nn.Module):
         groups = [x.unsqueeze(0)] if isinstance(x, Tensor) else list(x.values())
         tokens, packing, turns = self._all_but_last_block(groups, None if masks is None else masks.hidden)
         reading = packing.reading(None if masks is None else masks.rows, self.num_prefix)
-        tokens = self.norm(self.blocks[-1](tokens, packing, turns, reading))[0]
-        cls, patches = tokens.split([packing.num_sequences, len(tokens) - packing.num_sequences])
+        tokens = self.norm(self.blocks[-1](tokens, packing, turns, reading)).squeeze(0)
+        cls, patches = tokens, tokens[:0]
+        if masks is not None:
+            cls, patches = tokens.split([packing.num_sequences, len(masks.rows)])
         cls = cls.view(-1, groups[0].shape[1], self.num_features)
         return cls[0] if isinstance(x, Tensor) else (cls, patches)
 

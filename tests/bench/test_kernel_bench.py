@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 SMALL = {
     "dino_loss": ["4,2,3,100", "3,1,2,64,bf16"],
     "ema_update_": ["5,400", "5,400,bf16", "1,320"],
-    "adamw_ema_": ["5,400"],
+    "adamw_ema_": ["5,400", "5,400,rates", "30,960,rates"],
     "segment_squares": ["5,400", "5,400,bf16"],
     "prototype_weight": ["50,32", "50,32,bf16"],
     "ibot_loss": ["8,100", "8,100,bf16"],

@@ -27,11 +27,15 @@ def views(*shapes: tuple[int, ...]) -> dict[str, Tensor]:
     return {str(i): torch.randn(shape, dtype=torch.float64) for i, shape in enumerate(shapes)}
 
 
-def literal(vit: ViT, x: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def literal(vit: ViT, x: Tensor, hidden: Tensor | None = None, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Tokens after the final norm (R, prefix + N, D), last attention (R, H, tokens, tokens).
 
-    ``x`` (R, 3, h, w); ``hidden`` (R, N) bool. Rotary coordinates are not stretched.
+    ``x`` (R, 3, h, w); ``hidden`` (R, N) bool; ``factors`` (2 * depth, R) of each image's residual branches, 1 unless
+    given. Rotary coordinates are not stretched.
     """
+    if factors is None:
+        factors = torch.ones(2 * len(vit.blocks), len(x), dtype=x.dtype)
+    factors = factors[:, :, None, None]
     w = dict(vit.named_parameters())
     grid = (x.shape[-2] // vit.patch_size, x.shape[-1] // vit.patch_size)
     rope, eps = "pos_embed" not in w, 1e-5 if "pos_embed" not in w else 1e-6
@@ -44,16 +48,16 @@ def literal(vit: ViT, x: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, 
         z = F.layer_norm(y, (width,), b["norm1.weight"], b["norm1.bias"], eps)
         weight, bias = b["attn.qkv.weight"].split(width), b["attn.qkv.bias"].split(width)
         q, k, v = (
-            (z @ a.T + (0 if rope and i == 1 else c)).unflatten(-1, (heads, -1)).transpose(1, 2)
-            for i, (a, c) in enumerate(zip(weight, bias, strict=True))
+            (z @ a.T + (0 if rope and j == 1 else c)).unflatten(-1, (heads, -1)).transpose(1, 2)
+            for j, (a, c) in enumerate(zip(weight, bias, strict=True))
         )
         if rope:
             q, k = _turned(q, grid, prefix), _turned(k, grid, prefix)
         weights = (q @ k.transpose(-1, -2) / math.sqrt(width // heads)).softmax(dim=-1)
         z = (weights @ v).transpose(1, 2).flatten(2)
-        y = y + b.get("ls1.gamma", 1) * (z @ b["attn.proj.weight"].T + b["attn.proj.bias"])
+        y = y + factors[2 * i] * b.get("ls1.gamma", 1) * (z @ b["attn.proj.weight"].T + b["attn.proj.bias"])
         z = F.layer_norm(y, (width,), b["norm2.weight"], b["norm2.bias"], eps)
-        y = y + b.get("ls2.gamma", 1) * _mlp(b, z)
+        y = y + factors[2 * i + 1] * b.get("ls2.gamma", 1) * _mlp(b, z)
     return F.layer_norm(y, (width,), w["norm.weight"], w["norm.bias"], eps), weights
 
 

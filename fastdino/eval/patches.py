@@ -1,0 +1,232 @@
+"""What the tokens of patches know: a linear probe tells what each patch shows, and a picture gives them colours.
+
+To find where an object is shows little: random features do it, and raw pixels nearly. To find of which class it is
+needs what training teaches.
+"""
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from fastdino.config import Config, ModelConfig
+from fastdino.config.errors import require
+from fastdino.data.sources.shapes import CLASSES, ShapesSource
+from fastdino.data.views import normalize
+from fastdino.eval.evaluation import Evaluation, Subject
+from fastdino.eval.features import Reading, check_size, device_and_dtype, evaluating, our_vit
+from fastdino.eval.pictures import SHEET_ROWS, new_figure, sheet_path
+from fastdino.eval.splits import BANK_SEED, TEST_SEED
+from fastdino.files import whole_file
+from fastdino.model import build_backbone
+from fastdino.model.vit import ViT
+
+NUM_CLASSES = 1 + len(CLASSES)  # 0 is the background, an object's class its label + 1
+RIDGE = 1e-3  # penalty of a weight, in variances of its feature
+
+Read = Callable[[Tensor], Tensor]  # uint8 (B, 3, s, s) on the CPU -> (B, rows, columns, D)
+
+
+class Patches(NamedTuple):
+    """Images whose patches are labelled."""
+
+    images: Tensor  # uint8 (n, 3, s, s)
+    classes: Tensor  # int64 (n, rows, columns)
+
+
+class Probe(NamedTuple):
+    """Linear scores of the classes."""
+
+    weight: Tensor  # (D, C) fp64
+    bias: Tensor  # (C,) fp64
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """(.., D) -> (..,), the class with the highest score."""
+        return (tokens.double() @ self.weight + self.bias).argmax(dim=-1)
+
+
+def render(num_images: int, size: int, patch: int, seed: int) -> Patches:
+    """Shapes of ``size`` pixels. A patch is of the object's class where that covers more than half of its pixels."""
+    source = ShapesSource(num_images, size, seed)
+    images = np.stack([np.asarray(source.read(index)[0]) for index in range(num_images)])
+    masks = torch.from_numpy(np.stack([source.mask(index) for index in range(num_images)]))
+    covered = F.avg_pool2d(masks.double().unsqueeze(1), patch).squeeze(1) > 0.5
+    labels = torch.tensor([source.label(index) for index in range(num_images)]).view(-1, 1, 1)
+    return Patches(torch.from_numpy(images).permute(0, 3, 1, 2), torch.where(covered, 1 + labels, 0))
+
+
+def fit_probe(batches: Iterator[tuple[Tensor, Tensor]], counts: Tensor) -> Probe:
+    """Ridge regression of one-hot classes in closed form, every class with the same weight; in fp64.
+
+    Args:
+        batches: (n, D) tokens with their int64 (n,) classes. Sums of them are kept, and no token.
+        counts: (C,) how many patches of each class there are in all.
+
+    The background would else be answered nearly everywhere: it fills most of the patches.
+    """
+    share = 1 / (counts.clamp(min=1) * (counts > 0).sum())  # of a patch, by its class; all together 1
+    mean = product = by_class = torch.zeros((), dtype=torch.float64)
+    for tokens, classes in batches:
+        x, share = tokens.double(), share.to(tokens.device)
+        weighted = x * share[classes].unsqueeze(1)
+        mean = mean + weighted.sum(0)  # (D,)
+        product = product + weighted.T @ x  # (D, D)
+        by_class = by_class + weighted.T @ F.one_hot(classes, len(counts)).double()  # (D, C)
+    prior = share * counts.to(share)  # (C,)
+    covariance = product - torch.outer(mean, mean)
+    penalty = RIDGE * covariance.diagonal().clamp(min=1e-12)
+    weight = torch.linalg.solve(covariance + penalty.diag(), by_class - torch.outer(mean, prior))
+    return Probe(weight, prior - mean @ weight)
+
+
+def mean_iou(confusion: Tensor) -> float:
+    """Mean intersection over union of the classes that occur, from (C, C) counts by true and by given class."""
+    both = confusion.diagonal().double()
+    union = confusion.sum(0) + confusion.sum(1) - both
+    return (both / union)[union > 0].mean().item()
+
+
+def colors(tokens: Tensor) -> Tensor:
+    """(n, rows, columns, D) -> the same with 3 for D, fp64 in [0, 1]: red, green and blue by principal components.
+
+    Each component from its 2nd to its 98th percentile, the sign of its largest weight positive.
+    """
+    x = tokens.double().flatten(0, 2)
+    x = x - x.mean(0)
+    _, directions = torch.linalg.eigh(x.T @ x)  # the last has the largest variance
+    directions = directions[:, -3:].flip(1)
+    largest = directions.gather(0, directions.abs().argmax(dim=0, keepdim=True))
+    found = x @ (directions * largest.sign())
+    low, high = found.quantile(0.02, dim=0), found.quantile(0.98, dim=0)
+    scaled = (found - low) / (high - low).clamp(min=1e-12)
+    return scaled.clamp(0, 1).view(*tokens.shape[:3], 3)
+
+
+def draw_patches(path: Path, shown: Patches, tokens: Tensor, told: Tensor) -> None:
+    """Writes a PNG with a row per image: the image, its tokens as :func:`colors`, what the probe tells, what is true.
+
+    Args:
+        path: where to.
+        shown: n images.
+        tokens: (n, rows, columns, D).
+        told: (n, rows, columns) classes by the probe.
+    """
+    titles = ("image", "tokens", "probe", "truth")
+    figure = new_figure(1.3 * len(titles), 1.3 * len(told) + 0.3, dpi=110)
+    axes = figure.subplots(len(told), len(titles), squeeze=False)
+    columns = shown.images.permute(0, 2, 3, 1), colors(tokens).cpu(), told, shown.classes
+    for row, pictures in zip(axes, zip(*columns, strict=True), strict=True):
+        for ax, picture in zip(row, pictures, strict=True):
+            objects = np.ma.masked_equal(picture.numpy(), 0) if picture.ndim == 2 else picture.numpy()
+            ax.imshow(objects, cmap="tab20", vmin=0, vmax=19, interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+    for ax, title in zip(axes[0], titles, strict=True):
+        ax.set_title(title, fontsize=9)
+    figure.canvas.print_png(path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchProbe(Evaluation):
+    """Patch mIoU in percent of a linear probe on rendered shapes, as JSON with its baselines; and a picture.
+
+    The probe tells from a patch's token which of 12 classes of object it shows, or that it shows background. The same
+    is done with the tokens of random initialisations of the backbone and with raw pixels: what exceeds these was
+    learned. The picture shows tokens in colours, by their principal components.
+    """
+
+    data: str = "shapes"
+    """Only shapes: of a folder of images it is not known what each patch shows."""
+    size: int | None = None
+    """Side in pixels, a multiple of the patch, at which shapes are rendered; default: near data.image_size."""
+    num_images: int = 1200
+    """Images that the probe learns from; half as many are judged."""
+    num_random: int = 3
+    """Random initialisations that are averaged; 0 leaves them out."""
+    out: Path | None = None
+    """PNG to write, or a folder for patches.png; default: beside the weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        reason = "of a folder of images it is not known what each patch shows"
+        require(self.data == "shapes", "--data", self.data, "shapes", reason)
+        least = 2 * len(CLASSES)
+        require(self.num_images >= least, "--num-images", self.num_images, f"at least {least}", "all classes occur")
+        require(self.num_random >= 0, "--num-random", self.num_random, "0 or more", "a count of initialisations")
+
+    def reading(self, config: Config) -> Reading:
+        """At the size at which shapes are rendered for training, in whole patches: none is cropped or resized."""
+        patch = config.model.patch_size
+        size = self.size or max(patch, config.data.image_size // patch * patch)
+        return replace(super().reading(config), size=size)
+
+    def __call__(self, subject: Subject) -> dict[str, Any]:
+        """{"patch_miou": percent}, the same of the baselines, the picture's path and the protocol."""
+        vit = our_vit(subject.backbone, "patch tokens")
+        reading, sheet = self.reading(subject.config), sheet_path(self.out, subject.folder, "patches.png")
+        check_size(vit, reading.size)
+        with whole_file(sheet) as path:
+            train = render(self.num_images, reading.size, vit.patch_size, BANK_SEED)
+            test = render(self.num_images // 2, reading.size, vit.patch_size, TEST_SEED)
+            found, told = self._judge(_tokens(vit, reading), train, test)
+            shown = Patches(*(x[:SHEET_ROWS] for x in test))
+            draw_patches(path, shown, _tokens(vit, reading)(shown.images), told[:SHEET_ROWS])
+            scores = {"patch_miou": found}
+            if self.num_random:
+                fresh = (_fresh(vit, subject.config.model, seed) for seed in range(self.num_random))
+                each = [self._judge(_tokens(other, reading), train, test)[0] for other in fresh]
+                scores["patch_miou_random_init"] = statistics.mean(each)
+            scores["patch_miou_raw_pixels"], _ = self._judge(_pixels(vit.patch_size, reading), train, test)
+        percent = {name: round(100 * score, 2) for name, score in scores.items()}
+        protocol = {"size": reading.size, "normalize": reading.normalize, "precision": reading.precision}
+        protocol |= {"classes": NUM_CLASSES, "train": len(train.images), "test": len(test.images)}
+        return {**percent, "sheet": str(sheet), "data": self.data, **protocol}
+
+    def _judge(self, read: Read, train: Patches, test: Patches) -> tuple[float, Tensor]:
+        """Mean IoU over all patches of ``test`` of a probe that learned from ``train``, and its (n, rows, columns)."""
+        counts = train.classes.flatten().bincount(minlength=NUM_CLASSES)
+        probe = fit_probe(self._batches(read, train), counts)
+        told = torch.cat([probe(tokens).cpu() for tokens, _ in self._batches(read, test)])
+        pairs = test.classes.flatten() * NUM_CLASSES + told
+        confusion = pairs.bincount(minlength=NUM_CLASSES**2).view(NUM_CLASSES, NUM_CLASSES)
+        return mean_iou(confusion), told.view_as(test.classes)
+
+    def _batches(self, read: Read, patches: Patches) -> Iterator[tuple[Tensor, Tensor]]:
+        """(n, D) tokens and their (n,) classes, on the tokens' device."""
+        for start in tqdm(
+            range(0, len(patches.images), self.batch), "patches", unit="batch", leave=False, disable=None
+        ):
+            images, classes = (x[start : start + self.batch] for x in patches)
+            tokens = read(images).flatten(0, 2)
+            yield tokens, classes.flatten().to(tokens.device)
+
+
+def _tokens(vit: ViT, reading: Reading) -> Read:
+    device, dtype = device_and_dtype(vit)
+
+    def read(images: Tensor) -> Tensor:
+        x = normalize(images.to(device), reading.normalize).to(dtype)
+        with evaluating(vit), torch.autocast(device.type, torch.bfloat16, enabled=reading.precision == "bf16"):
+            return vit.patch_tokens(x)
+
+    return read
+
+
+def _pixels(patch: int, reading: Reading) -> Read:
+    """Every pixel of a patch as the network is shown it."""
+    return lambda images: F.pixel_unshuffle(normalize(images, reading.normalize), patch).movedim(1, -1)
+
+
+def _fresh(vit: ViT, model: ModelConfig, seed: int) -> ViT:
+    """Another of the same architecture, grid and place that has not learned."""
+    rows, columns = vit.grid
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        fresh = build_backbone(replace(model, drop_path=0.0), (rows * vit.patch_size, columns * vit.patch_size))
+    return our_vit(fresh, "patch tokens").to(*device_and_dtype(vit))
