@@ -242,6 +242,27 @@ def test_eval_of_published_weights(run, tmp_path):
     assert not (tmp_path / "x.png").exists()
 
 
+def test_weights_of_others(run, tmp_path):
+    """A folder of Hugging Face is evaluated and trained from with no further flag; what does not fit is one message."""
+    hf, data = tmp_path / "hf", images(tmp_path / "data")
+    said = fastdino("export", run, "--format", "hf", "--out", hf)
+    assert said.stdout == f"wrote {hf}\n"
+    assert f"transformers.AutoModel.from_pretrained({str(hf)!r}) loads it" in said.stderr
+    flags = ("--num-workers", 0, "--neighbors", 20, "--data", data)
+    ours, theirs = (json.loads(fastdino("eval", "knn", path, *flags).stdout) for path in (run, hf))
+    assert {**theirs, "path": ""} == {**ours, "path": ""}
+    begun = ("train", "vit_small_16", *TINY, "--run.epochs", 1, "--run.knn-every", 0, "--model.weights", hf)
+    fastdino(*begun, "--run.dir", tmp_path / "run")
+    assert '"layer_scale": 1e-05' in (tmp_path / "run/config.json").read_text()
+    refused = fastdino(*begun, "--run.dir", tmp_path / "other", "--model.arch", "vit_tiny", code=2).stderr
+    assert "asks for arch vit_tiny: start it with --model.arch vit_nano" in refused
+    assert len(fastdino("export", run, "--format", "hf", "--out", data, code=2).stderr.splitlines()) == 1
+    (hf / "config.json").unlink()
+    for command in (("eval", "knn", hf, *flags), (*begun, "--run.dir", tmp_path / "other")):
+        assert "looked for config.json beside model.safetensors" in fastdino(*command, code=2).stderr
+    assert not (tmp_path / "other").exists()
+
+
 def images(folder):
     """Two classes of noise, one darker."""
     import numpy as np
