@@ -73,7 +73,7 @@ def _settled(config: Config) -> Config:
         return settled(config)
     model = config.model
     decided = {name: getattr(before.model, name) for name in ("layer_scale", "pos_embed", "interpolation")}
-    for name in ("registers", "image_size"):
+    for name in ("weights", "registers", "image_size"):
         asked = getattr(model, name)
         decided[name] = getattr(before.model, name) if asked is None else asked
     return replace(config, model=replace(model, **decided))

@@ -1,8 +1,8 @@
 """Whole steps against DINOv2's own modules: every part of the loss, every gradient's norm, the weights after three.
 
 The numbers of dinov2_step.json were computed with facebookresearch/dinov2 (b8931f7: DinoVisionTransformer, DINOHead,
-its three losses, its parameter groups, torch's AdamW, clipping by module) on the CPU in fp32, from the weights, views and
-masks that are made here. With no local views its loss is divided by 3 for 2 pairs of views; here it is their mean.
+its three losses, its parameter groups, torch's AdamW, clipping by module) on the CPU in fp32, from the weights, views
+and masks that are made here. With no local views its loss is divided by 3 for 2 pairs of views; here it is their mean.
 """
 
 import json

@@ -59,6 +59,7 @@ def images(folder: Path, names: list[str]) -> Path:
 
 
 NAMES = [f"{i:02d}.png" for i in range(16)]
+OWN_HEAD = HeadConfig(num_prototypes=48, hidden_dim=32, bottleneck_dim=16)
 
 
 def half(settings: Config) -> None:
@@ -74,6 +75,43 @@ def half(settings: Config) -> None:
         patch.setattr(trainer.Trainer, "train_step", train_step)
         with pytest.raises(Preempted):
             fastdino.train(dataclasses.replace(settings, run=dataclasses.replace(settings.run, epochs=3)))
+
+
+@pytest.mark.parametrize(("targets", "patch_targets"), [("center", None), ("sinkhorn", None), ("center", "sinkhorn")])
+@pytest.mark.parametrize(("engine", "own_head"), [("torch", True), ("deepspeed", False)])
+def test_a_run_with_patches_resumes_to_the_bit(tmp_path, engine, own_head, targets, patch_targets):
+    """Masks, drop path, one center or two, BatchNorm over views and patches: every tensor of the last checkpoint."""
+    runs = []
+    for name in ("straight", "stopped"):
+        settings = config(
+            tmp_path / name, engine__name=engine, run__epochs=3, head__batch_norm=True, loss__koleo_weight=0.1,
+            loss__patch_weight=1.0, loss__targets=targets, loss__patch_targets=patch_targets,
+        )  # fmt: skip
+        settings = dataclasses.replace(settings, patch_head=OWN_HEAD if own_head else None)
+        if name == "stopped":
+            half(settings)
+        fastdino.train(settings)
+        files = sorted((settings.run.dir / "checkpoints/step-00000006").glob("*.safetensors"))
+        runs.append({f"{file.name}/{key}": value for file in files for key, value in load_file(file).items()})
+    assert runs[0].keys() == runs[1].keys()
+    for name, tensor in runs[0].items():
+        assert torch.equal(tensor, runs[1][name]), name
+    centers = {name.split("/")[1] for name in runs[0] if name.endswith("center")}
+    kinds = targets, patch_targets or targets
+    assert centers == {name for name, kind in zip(("center", "patch_center"), kinds, strict=True) if kind == "center"}
+
+
+def test_a_run_with_another_patch_head_is_another_run(tmp_path):
+    patches = config(tmp_path, loss__patch_weight=1.0, run__epochs=1)
+    own = dataclasses.replace(patches, patch_head=OWN_HEAD)
+    fastdino.train(own)
+    with pytest.raises(ConfigError, match=r"patch_head.num_prototypes is 48 there, None here"):
+        fastdino.train(patches)
+    other = dataclasses.replace(patches, patch_head=dataclasses.replace(OWN_HEAD, num_prototypes=32))
+    with pytest.raises(ConfigError, match=r"another run \(patch_head.num_prototypes is 48 there, 32 here\)"):
+        fastdino.train(other)
+    elsewhere = dataclasses.replace(OWN_HEAD, weights=tmp_path / "gone.pth")
+    assert fastdino.train(dataclasses.replace(own, patch_head=elsewhere)).steps == 2, "weights are not read again"
 
 
 @pytest.mark.parametrize("written", ["moved", "slash", "relative"])
