@@ -119,7 +119,7 @@ def fresh_vit(vit: ViT, model: ModelConfig, seed: int) -> ViT:
     rows, columns = vit.grid
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        fresh = build_backbone(replace(model, drop_path=0.0), (rows * vit.patch_size, columns * vit.patch_size))
+        fresh = build_backbone(replace(model, attention="auto"), (rows * vit.patch_size, columns * vit.patch_size))
     return our_vit(fresh, "patch tokens").to(*device_and_dtype(vit))
 
 
