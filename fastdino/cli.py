@@ -7,7 +7,7 @@ commands:
   eval knn PATH          weighted k-NN accuracy of a run's teacher, or of a file of weights
   eval attention PATH    pictures of where each head of the last block looks
   eval patches PATH      patch mIoU of a linear probe on rendered shapes, and the tokens of patches as colours
-  export RUN             the teacher's backbone as safetensors that timm loads
+  export RUN             the teacher's backbone for timm, Hugging Face or DINO's own code
   demo                   learn to tell rendered shapes apart in minutes on a CPU
 
 The same train command runs on one device, and on many under torchrun, deepspeed, srun or mpirun:
@@ -160,7 +160,7 @@ def _plain_switches(arguments: list[str]) -> list[str]:
 
 
 def _list_recipes() -> str:
-    lines = [f"  {name:18} {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in recipes.RECIPES.items()]
+    lines = [f"  {name:20} {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in recipes.RECIPES.items()]
     return "recipes:\n" + "\n".join(lines)
 
 
@@ -196,19 +196,27 @@ def show_recipes(name: Annotated[str, tyro.conf.Positional] = "", /) -> None:
 
 
 def export(
-    run: Path_, /, out: Path | None = None, step: int | None = None, role: Literal["teacher", "student"] = "teacher"
+    run: Path_,
+    /,
+    out: Path | None = None,
+    step: int | None = None,
+    role: Literal["teacher", "student"] = "teacher",
+    format: Literal["timm", "hf", "repository"] = "timm",
 ) -> None:
-    """Writes the backbone of a run as safetensors; timm loads it with strict=True.
+    """Writes the backbone of a run for timm, Hugging Face or the repositories of DINO, and says what loads it.
 
     Args:
         run: the run folder.
-        out: file to write; default: RUN/backbone.safetensors.
+        out: file to write, or folder for hf; default: RUN/backbone.safetensors, RUN/backbone.pth for repository,
+            RUN/backbone for hf.
         step: checkpoint to take; default: the newest.
         role: whose weights; the teacher is what DINO evaluates.
+        format: timm's names; model.safetensors and config.json for transformers' AutoModel; or the names of DINO v1 and
+            v2 (v3 with rotary positions).
     """
     from fastdino.training.export import export_run
 
-    print(f"wrote {export_run(run, out=out, step=step, role=role)}")
+    print(f"wrote {export_run(run, out=out, step=step, role=role, format=format)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,9 +224,9 @@ class Weights:
     """What is evaluated."""
 
     path: Path_
-    """A run folder, weights that `fastdino export` wrote, or a published file of weights."""
+    """A run folder, weights that `fastdino export` wrote, or published ones: a file, or a folder of Hugging Face."""
     arch: str = ""
-    """Of a published file: model.arch. Our ViTs are told by their shapes; any backbone of timm is timm:NAME."""
+    """Of published weights: model.arch. Our ViTs are told by their shapes; any backbone of timm is timm:NAME."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU if there is one."""
 

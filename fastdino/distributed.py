@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,8 @@ _HOST_TIMEOUT = timedelta(days=1)
 PATIENCE = timedelta(minutes=30)  # for the other ranks of a run to start: images are pulled, libraries read over NFS
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Ranks:
@@ -107,16 +109,18 @@ class Ranks:
 
         return answer
 
-    def on_main(self, work: Callable[[], None]) -> None:
-        """``work`` on rank 0, while the others wait; a UserError that it raises ends them all."""
+    def on_main(self, work: Callable[[], T]) -> T:
+        """What ``work`` on rank 0 returns, on every rank; a UserError that it raises ends them all."""
         problem: UserError | None = None
+        done: T | None = None
         if self.is_main:
             try:
-                work()
+                done = work()
             except UserError as error:
                 problem = error
         if self.any(problem is not None):
             raise problem or UserError("rank 0 refused the run: its message says why")
+        return cast(T, self.gather(done)[0])
 
     def leave_with(self, destroy: Callable[[], None]) -> None:
         """Leaves the group through ``destroy`` in the end, which forgets more than torch's own does."""

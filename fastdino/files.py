@@ -1,6 +1,8 @@
 """Files that people are given: whole, or not at all."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,3 +29,33 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+@contextmanager
+def whole_folder(path: Path, names: set[str]) -> Iterator[Path]:
+    """A folder to fill with files ``names``: it is at ``path`` when the block ends, and gone when the block fails.
+
+    A folder there that holds nothing but such files is replaced. Raises ConfigError, before the block runs where that
+    can be known, when nothing can be written.
+    """
+    path = Path(os.path.realpath(path))
+    work: Path | None = None
+    try:
+        if strangers := {*os.listdir(path)} - names if os.path.lexists(path) else set():
+            raise ConfigError(f"cannot write {path}: it holds {min(strangers)}. Name a new folder with --out")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        (work / "new").mkdir()
+        yield work / "new"
+        if path.exists():
+            os.rename(path, work / "old")
+        try:
+            os.rename(work / "new", path)
+        except OSError:
+            os.rename(work / "old", path)
+            raise
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}. Name another folder with --out") from error
+    finally:
+        if work and (path.exists() or not (work / "old").exists()):
+            shutil.rmtree(work, ignore_errors=True)

@@ -1,5 +1,6 @@
 """The command as a user meets it: what it says to a wrong word, and the path from training to weights in timm."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fastdino import cli
+from fastdino.config import Config, HeadConfig, LossConfig, PatchHeadConfig
 from fastdino.training.trainer import Preempted
 from tests.children import environment
 
@@ -55,6 +57,12 @@ def run(tmp_path_factory) -> Path:
         (["train", "vit_small_16", "--head.batch-nrm", "true"], "--head.batch-norm"),
         (["train", "vit_small_16", "--head.batch-norm", "maybe"], "write --head.batch-norm true or "),
         (["train", "vit_small_16", "--head.no-batch-norm=true"], "one of --head.batch-norm and --head.no-batch-norm"),
+        (["train", "vit_small_16", "--patch-head", "shared"], "write --patch-head None"),
+        (["train", "vit_small_16", "--patch-head.num-prototypes", "9"], "loss.patch_weight=0 reads none"),
+        (["train", "vit_small_16", "--loss.patch-weight", "1", "--patch-head.num-layers", "0"], "patch_head.num_layers=0"),
+        (["train", "vit_small_16", "--loss.patch-weight", "1", "--model.arch", "timm:resnet18"], "=1 hides patches"),
+        (["train", "vit_small_16", *TINY, "--loss.koleo-weight", "0.1", "--run.local-batch", 1], "use at least 2"),
+        (["train", "vit_small_16", *TINY, "--loss.targets", "sinkhorn", "--run.local-batch", 2], "about 4 samples"),
         (["train", "vit_small_16", "--views.num-local", "many"], "--views.num-local"),
         (["train", "vit_small_16", "--views.num-local", "40"], "at most 32 views"),
         (["train", "vit_small_16", "--model.patch-size", "15"], "use 210 or 225"),
@@ -123,6 +131,26 @@ def test_a_boolean_is_a_switch_or_has_a_value(flags, batch_norm, freeze):
         assert config.data.root == ("true" if after else "")
 
 
+def test_a_patch_head_is_like_the_head_but_for_what_is_said():
+    """It comes with its first flag, wherever that stands; None takes a recipe's away."""
+    flags = ["--patch_head.num-prototypes", "9", "--loss.patch-weight", "1", "--patch-head.batch_norm=true"]
+    config = cli._config("train", ["vit_base_16", *flags])
+    assert config.patch_head == dataclasses.replace(PatchHeadConfig(), num_prototypes=9, batch_norm=True)
+    assert (config.head.num_prototypes, config.head.batch_norm) == (65536, False)
+    assert cli._config("train", ["vit_base_16", "--loss.patch-weight", "1"]).patch_head is None
+    for off in (["--patch-head", "None"], ["--patch_head=none"]):
+        assert cli._config("train", ["vit_base_16", *off, "--loss.patch-weight", "1"]).patch_head is None
+
+
+def test_a_recipes_patch_head_is_changed_or_left_out(monkeypatch):
+    own = dataclasses.replace(Config(), loss=LossConfig(patch_weight=1), patch_head=HeadConfig(num_prototypes=5))
+    monkeypatch.setattr(cli.recipes, "get", lambda name: own)
+    changed = cli._config("train", ["vit_small_16", "--patch-head.num-layers", "2"]).patch_head
+    assert changed == PatchHeadConfig(num_prototypes=5, num_layers=2)
+    assert cli._config("train", ["vit_small_16", "--patch-head", "None"]).patch_head is None
+    assert own.patch_head == PatchHeadConfig(num_prototypes=5), "the recipe itself stays"
+
+
 def test_what_a_launcher_adds_to_the_command_is_dropped():
     done = fastdino("--local-rank=0", "recipes", "demo", "--local_rank", 0)
     assert '"arch": "vit_nano"' in done.stdout
@@ -171,6 +199,7 @@ def test_help_teaches():
         for command in (["train", "vit_small_16"], ["eval", "knn"])
     )
     assert "found values over 0.07 unstable" in page
+    assert "--patch-head.num-prototypes" in page, "also where the recipe has none"
     assert "k-NN 69.3" in page, "the recipe's docstring is the page's head"
     assert "are bank and test" in knn
     assert "Side in pixels that the backbone sees" in knn, "flags that all evaluations share are explained too"

@@ -70,12 +70,43 @@ def test_defaults_are_those_of_dino_v1(option):
     [
         (lambda: ModelConfig(arch="vit_smal"), "model.arch='vit_smal'.*vit_small"),
         (lambda: ModelConfig(drop_path=1.0), r"model.drop_path=1.0 must be in \[0, 1\)"),
+        (lambda: ModelConfig(rope_scale=0.5), "model.rope_scale=0.5 must be 1 or more"),
+        (lambda: ModelConfig(registers=-1), "model.registers=-1 must be 0 or more"),
+        (lambda: ModelConfig(layer_scale=-1e-5), "model.layer_scale=-1e-05 must be 0 or more"),
+        (lambda: ModelConfig(pos_embed="ropes"), "model.pos_embed='ropes' must be one of learned, sincos, rope"),
         (lambda: ViewsConfig(num_local=31), "views.num_local=31.*at most 32 views"),
         (lambda: ViewsConfig(global_scale=(0.9, 0.4)), r"views.global_scale=\(0.9, 0.4\)"),
         (lambda: LossConfig(teacher_temp=0.7), "loss.teacher_temp=0.7.*sharper"),
         (lambda: LossConfig(center_momentum=1.0), "loss.center_momentum=1.0.*collapses"),
+        (lambda: LossConfig(patch_weight=-1), "loss.patch_weight=-1.0 must be 0 or more"),
+        (lambda: LossConfig(koleo_weight=-0.1), "loss.koleo_weight=-0.1 must be 0 or more"),
+        (lambda: PatchHeadConfig(num_prototypes=1), "patch_head.num_prototypes=1 must be at least 2"),
+        (
+            lambda: Config(loss=LossConfig(patch_weight=0.5), model=ModelConfig(arch="timm:resnet50")),
+            "loss.patch_weight=0.5 hides patches behind a mask token, and timm:resnet50 has none",
+        ),
+        (lambda: Config(patch_head=HeadConfig()), "patch_head is a head for patches, and loss.patch_weight=0 reads none"),
+        (
+            lambda: Config(loss=LossConfig(koleo_weight=0.1), run=RunConfig(local_batch=1)),
+            "run.local_batch=1 has no other: use at least 2, or loss.koleo_weight=0",
+        ),
         (lambda: OptimConfig(teacher_momentum=1.5), "optim.teacher_momentum=1.5"),
         (lambda: OptimConfig(lr=-1.0), "optim.lr=-1.0"),
+        (lambda: OptimConfig(layer_decay=0.0), r"optim.layer_decay=0.0 must be in \(0, 1\]"),
+        (lambda: OptimConfig(layer_decay=1.1), r"optim.layer_decay=1.1 must be in \(0, 1\]"),
+        (lambda: OptimConfig(patch_embed_lr=-0.2), "optim.patch_embed_lr=-0.2 must be 0 or more"),
+        (lambda: OptimConfig(beta2=1.0), r"optim.beta2=1.0 must be in \[0, 1\)"),
+        (lambda: OptimConfig(name="sgd", layer_decay=0.9), "optim.layer_decay=0.9 must be 1 with optim.name=sgd: only"),
+        (lambda: OptimConfig(name="lars", patch_embed_lr=0.2), "patch_embed_lr=0.2 must be 1 with optim.name=lars"),
+        (lambda: OptimConfig(name="sgd", freeze_how="lr"), "optim.freeze_how='lr' must be skip with optim.name=sgd"),
+        (
+            lambda: Config(model=ModelConfig(arch="timm:resnet50"), optim=OptimConfig(layer_decay=0.9)),
+            "optim.layer_decay=0.9 must be 1 with model.arch=timm:resnet50: which parameter",
+        ),
+        (
+            lambda: Config(model=ModelConfig(arch="timm:vit_small"), optim=OptimConfig(patch_embed_lr=0.2)),
+            "optim.patch_embed_lr=0.2 must be 1 with model.arch=timm:vit_small: which parameter",
+        ),
         (lambda: EngineConfig(accumulate=0), "engine.accumulate=0"),
         (lambda: DataConfig(max_bad=2.0), "data.max_bad=2.0"),
         (lambda: RunConfig(epochs=0), "run.epochs=0"),
@@ -121,15 +152,32 @@ def test_a_warm_up_of_the_temperature_that_goes_nowhere_may_be_long():
         ({"model": ModelConfig(arch="timm:resnet50", patch_size=8)}, ["model.patch_size=8 has no effect: timm:"]),
         ({"model": ModelConfig(arch="timm:resnet50", pos_embed="sincos", attention="sdpa")},
          ["model.attention=sdpa", "model.pos_embed=sincos"]),
-        ({"model": ModelConfig(weights=Path("x.safetensors"), pos_embed="sincos")}, ["model.pos_embed=sincos"]),
+        ({"model": ModelConfig(arch="timm:resnet50", registers=4, layer_scale=1e-5)},
+         ["model.registers=4", "model.layer_scale=1e-05"]),
+        ({"model": ModelConfig(drop_path=0, drop_path_rule="uniform")}, ["model.drop_path_rule=uniform"]),
+        ({"model": ModelConfig(pos_embed="rope", interpolation="antialias")}, ["model.interpolation=antialias"]),
+        ({"model": ModelConfig(pos_embed="rope", rope_scale=1.0, registers=4)}, []),
+        ({"model": ModelConfig(rope_scale=1.0)}, ["model.rope_scale=1.0 has no effect: model.pos_embed is learned"]),
+        ({"model": ModelConfig(pos_embed="rope", image_size=64)}, ["model.image_size=64 has no effect: rope"]),
         ({"data": DataConfig(root="/images", num_images=7)}, ["data.num_images=7 has no effect: a folder"]),
         ({"data": DataConfig(root="shapes", num_images=7)}, []),
         ({"data": DataConfig(root="shapes", bits=12)}, ["data.bits=12 has no effect: shapes"]),
         ({"views": ViewsConfig(num_local=0, local_size=64)}, ["views.local_size=64"]),
         ({"engine": EngineConfig(name="torch", zero_stage=2)}, ["engine.zero_stage=2"]),
         ({"optim": OptimConfig(clip=0, clip_mode="global")}, ["optim.clip_mode=global"]),
+        ({"optim": OptimConfig(name="sgd", beta2=0.9)}, ["optim.beta2=0.9 has no effect: optim.name is sgd"]),
+        ({"optim": OptimConfig(schedule="constant", min_lr=0, weight_decay_end=0.1, teacher_momentum_end=0.999)},
+         ["optim.min_lr=0.0", "optim.weight_decay_end=0.1", "optim.teacher_momentum_end=0.999"]),
+        ({"optim": OptimConfig(freeze_last_layer=0, freeze_how="lr")}, ["optim.freeze_how=lr"]),
+        ({"loss": LossConfig(temp_warmup_by="step")}, ["loss.temp_warmup_by=step has no effect: loss.warmup"]),
         ({"run": RunConfig(knn_every=0, knn_root="/images")}, ["run.knn_root=/images"]),
         ({"loss": LossConfig(warmup_teacher_temp=0.01)}, ["loss.warmup_teacher_temp=0.01"]),
+        ({"loss": LossConfig(patch_targets="sinkhorn")}, ["loss.patch_targets=sinkhorn has no effect: loss.patch_we"]),
+        ({"loss": LossConfig(targets="sinkhorn", center_momentum=0.5)}, ["loss.center_momentum=0.5 has no effect: all"]),
+        ({"loss": LossConfig(targets="sinkhorn", patch_targets="center", center_momentum=0.5, patch_weight=1)}, []),
+        ({"loss": LossConfig(targets="sinkhorn", center_momentum=0.5, patch_weight=1)}, ["loss.center_momentum=0.5"]),
+        ({"loss": LossConfig(patch_weight=1), "patch_head": HeadConfig(num_layers=1, hidden_dim=7)},
+         ["patch_head.hidden_dim=7 has no effect: patch_head.num_layers is 1"]),
         ({}, []),
     ],
 )  # fmt: skip
@@ -185,6 +233,10 @@ def test_values_as_notebooks_and_sweeps_give_them(made, equal):
         (lambda: EngineConfig(zero_stage=True), "engine.zero_stage=True must be one of"),
         (lambda: EngineConfig(device=None), "engine.device=None must be one of"),
         (lambda: HeadConfig(batch_norm="false"), "head.batch_norm='false' must be True or False"),
+        (lambda: PatchHeadConfig(batch_norm=1), "patch_head.batch_norm=1 must be True or False"),
+        (lambda: LossConfig(targets="mean"), "loss.targets='mean' must be one of center, sinkhorn"),
+        (lambda: LossConfig(patch_targets="mean"), "loss.patch_targets='mean' must be one of center, sinkhorn"),
+        (lambda: LossConfig(targets=None), "loss.targets=None must be one of center, sinkhorn"),
         (lambda: HeadConfig(batch_norm=1), "head.batch_norm=1 must be True or False"),
         (lambda: RunConfig(epochs=1.5), "run.epochs=1.5 must be a whole number"),
         (lambda: RunConfig(epochs=True), "run.epochs=True must be a whole number"),
@@ -205,6 +257,8 @@ def test_values_as_notebooks_and_sweeps_give_them(made, equal):
         (lambda: ViewsConfig(blur=0.5), "views.blur=0.5 must be 3 numbers"),
         (lambda: ViewsConfig(blur=(0, 0, None)), "views.blur=None must be a finite number"),
         (lambda: Config(model={"arch": "vit_small"}), "model={'arch': 'vit_small'} must be a ModelConfig"),
+        (lambda: Config(patch_head=OptimConfig()), "patch_head=OptimConfig.* must be a PatchHeadConfig"),
+        (lambda: Config(head=None), "head=None must be a HeadConfig"),
         (lambda: Config(run=OptimConfig()), "run=OptimConfig.* must be a RunConfig"),
     ],
 )
@@ -221,7 +275,7 @@ def test_any_config_reads_back_equal_to_itself(seed):
     numbers = [0, 1, 0.1, np.float32(0.3), np.float64(1) / 3, 1e-300, np.float16(0.7), torch.tensor(0.2)]
 
     config = Config(
-        model=ModelConfig(arch=draw.choice(["vit_small", "timm:\u00e9"]), weights=draw.choice([None, *folders])),
+        model=ModelConfig(arch=draw.choice(["vit_small", "vit_base"]), weights=draw.choice([None, *folders])),
         views=ViewsConfig(
             blur=draw.choice([list, tuple, np.array])([float(draw.choice(numbers)) for _ in range(3)]),
             global_scale=[np.float32(0.1), 1], jitter=draw.choice(numbers), flip=draw.choice(numbers),
@@ -231,6 +285,8 @@ def test_any_config_reads_back_equal_to_itself(seed):
         ),
         optim=OptimConfig(lr=draw.choice(numbers), min_lr=np.float32(draw.random()), clip=draw.randrange(9)),
         engine=EngineConfig(zero_stage=draw.choice(["auto", 0, np.int64(1), 2])),
+        loss=LossConfig(patch_weight=np.float32(0.5), patch_targets=draw.choice([None, "sinkhorn"])),
+        patch_head=draw.choice([None, HeadConfig(num_prototypes=np.int64(7)), PatchHeadConfig(weights=Path("~"))]),
         run=RunConfig(dir=draw.choice(folders), seed=draw.choice([0, 2**53 + 1, 2**64 - 1, np.uint64(2**63)])),
     )  # fmt: skip
     again = Config.from_json(config.to_json())
@@ -273,6 +329,18 @@ def test_json_of_another_version_is_refused():
             Config.from_json(text)
 
 
+def test_a_config_from_before_patch_heads_has_none():
+    content = json.loads(Config().to_json())
+    assert content.pop("patch_head") is None
+    assert Config.from_json(json.dumps(content)) == Config()
+    content["patch_head"] = {"num_layers": 0}
+    with pytest.raises(ConfigError, match=r"patch_head.num_layers=0 must be at least 1"):
+        Config.from_json(json.dumps(content))
+    content["patch_head"] = {"num_layer": 1}
+    with pytest.raises(ConfigError, match=r"unknown setting patch_head.num_layer: .* call it patch_head.num_layers"):
+        Config.from_json(json.dumps(content))
+
+
 def test_a_setting_of_later_takes_its_default():
     content = json.loads(Config().to_json())
     del content["loss"]["center_momentum"]
@@ -286,9 +354,11 @@ def test_settings_are_few_and_each_is_explained():
     """A new setting is a decision: raise the number knowingly."""
     source = "".join(file.read_text() for file in Path(fastdino.config.__file__).parent.glob("*.py"))
     kinds = group_kinds()
-    assert {f.name for f in dataclasses.fields(kinds.pop("patch_head"))} == {f.name for f in dataclasses.fields(HeadConfig)}
+    assert {f.name for f in dataclasses.fields(kinds.pop("patch_head"))} == {
+        f.name for f in dataclasses.fields(HeadConfig)
+    }
     names = [f.name for kind in kinds.values() for f in dataclasses.fields(kind)]
-    assert len(names) == 85
+    assert len(names) == 86
     for name in set(names):
         assert f"    {name}: " in source
         after = source.split(f"    {name}: ")[1].split("\n", 1)[1].lstrip()

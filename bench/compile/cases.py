@@ -15,6 +15,7 @@ from fastdino_kernels.losses.dino_loss import launch_config as dino_loss_config
 from fastdino_kernels.losses.ibot_loss import ibot_loss, ibot_loss_rows_
 from fastdino_kernels.losses.koleo_loss import koleo_loss
 from fastdino_kernels.losses.koleo_loss import launch_config as koleo_loss_config
+from fastdino_kernels.losses.linear_ibot_loss import chunk_rows
 from fastdino_kernels.losses.sinkhorn import sinkhorn
 from fastdino_kernels.optim.adamw_ema import AdamWHyper, adamw_ema_
 from fastdino_kernels.optim.ema_update import ema_update_
@@ -22,10 +23,14 @@ from fastdino_kernels.optim.segment_squares import BLOCK, Segments, make_segment
 
 # DINO v1's headline: 10 student and 2 teacher views of 64 images, 65536 prototypes of 256, ViT-B/16 with its head.
 S, T, B, K, D = 10, 2, 64, 65536, 256
-MASKED = 3764  # M, masked patches of 64 images at DINOv2's default rate
-VIEWS, N, WIDTH = 2, 201, 768  # global views, and ViT-B's tokens of each with 4 registers, and features
-KEPT = VIEWS * B * 7 // 10  # images of a branch at a drop rate of 0.3
+MASKED = 3736  # M, masked patches of 64 images at DINOv2's default rate, at 14 x 14 patches
+VIEWS, WIDTH = 2, 768  # global views, and ViT-B's features
+# ViT-L's branch at a drop rate of 0.3: 2 global and 8 local views of 64 images, of which these sequences are kept.
+LENGTHS, KEPT, WIDTH_L = ((2 * B, 197), (8 * B, 37)), (89, 358), 1024
+TOKENS = sum(sequences * tokens for sequences, tokens in LENGTHS)
+KEPT_TOKENS = sum(kept * tokens for kept, (_, tokens) in zip(KEPT, LENGTHS, strict=True))
 PARAMETERS = 85_798_656 + K * D + 5_770_496  # backbone, prototypes, the head's MLP
+PARAMETERS_LARGE = 303_301_632 + K * D + 6_820_096  # of ViT-L/16
 
 # Kernels that load or store no more than a few numbers per row or column there: no 128-bit access to expect.
 NARROW = {
@@ -76,6 +81,23 @@ def _ibot_loss_rows(num_grads: int) -> None:
     ibot_loss_rows_(grad[0] if grad else None, student, teacher, _empty(K), _empty(MASKED), 0.1, 0.04)
 
 
+def _linear_ibot_loss(num_rows: int, num_prototypes: int) -> Case:
+    """The launch of one of its chunks, the gradient in place of the logits; the products are no kernels of ours."""
+    rows = chunk_rows(num_rows)
+    logits = rows * num_prototypes
+
+    def call() -> None:
+        student, teacher = (_empty(rows, num_prototypes, dtype=torch.bfloat16) for _ in range(2))
+        ibot_loss_rows_(student, None, teacher, _empty(num_prototypes), _empty(rows), 0.1, 0.04)
+
+    return Case(
+        call,
+        logits,
+        {"_ibot_loss_kernel": 3 * logits * 2},
+        cached={"_ibot_loss_kernel": 2 * logits * 2 + 2 * logits * 4},  # the second reading, and the center for both
+    )
+
+
 def _prototype_weight() -> None:
     weight = prototype_weight(_empty(K, D).requires_grad_(), _empty(K, 1), torch.bfloat16)
     weight.backward(_empty(K, D, dtype=torch.bfloat16))
@@ -97,19 +119,20 @@ def _koleo_loss(num_rows: int) -> Case:
     )
 
 
+def _kept_rows() -> list[Tensor]:
+    return [_empty(kept, dtype=torch.int64) for kept in KEPT]
+
+
 def _gather_layer_norm() -> None:
-    x, rows, vector = (
-        _empty(VIEWS * B, N, WIDTH, dtype=torch.bfloat16),
-        _empty(KEPT, dtype=torch.int64),
-        _empty(WIDTH),
-    )
-    y = gather_layer_norm(x.requires_grad_(), rows, vector.requires_grad_(), vector.clone().requires_grad_())
+    x, weight, bias = _empty(TOKENS, WIDTH_L, dtype=torch.bfloat16), _empty(WIDTH_L), _empty(WIDTH_L)
+    leaves = weight.requires_grad_(), bias.requires_grad_()
+    y = gather_layer_norm(x.requires_grad_(), LENGTHS, _kept_rows(), *leaves)
     y.backward(torch.empty_like(y))
 
 
 def _scatter_add_scaled() -> None:
-    x, branch = (_empty(images, N, WIDTH, dtype=torch.bfloat16).requires_grad_() for images in (VIEWS * B, KEPT))
-    out = scatter_add_scaled(x, _empty(KEPT, dtype=torch.int64), branch, _empty(WIDTH).requires_grad_(), 1 / 0.7)
+    x, branch = (_empty(tokens, WIDTH_L, dtype=torch.bfloat16).requires_grad_() for tokens in (TOKENS, KEPT_TOKENS))
+    out = scatter_add_scaled(x, LENGTHS, _kept_rows(), branch, _empty(WIDTH_L).requires_grad_())
     out.backward(torch.empty_like(out))
 
 
@@ -122,9 +145,10 @@ def _ema_list() -> None:
     ema_update_(teacher, student, 0.996)
 
 
-def _adamw_ema(segments: Segments | None = None) -> None:
-    """Clipped, guarded, and with the rounded teacher that the next step computes with."""
-    param, grad, exp_avg, exp_avg_sq, ema = (_empty(PARAMETERS) for _ in range(5))
+def _adamw_ema(size: int, segments: Segments | None = None, rates: bool = False) -> None:
+    """Clipped, guarded, and with the rounded teacher that the next step computes with; by ``rates`` of each segment."""
+    param, grad, exp_avg, exp_avg_sq, ema = (_empty(size) for _ in range(5))
+    scale = _empty() if segments is None else _empty(len(segments.lengths))
     adamw_ema_(
         param,
         grad,
@@ -133,17 +157,18 @@ def _adamw_ema(segments: Segments | None = None) -> None:
         ema,
         _empty(),
         AdamWHyper(lr=1e-3, weight_decay=0.04, momentum=0.996),
-        grad_scale=_empty() if segments is None else _empty(len(segments.lengths)),
+        grad_scale=scale,
+        lr_scale=scale.clone() if rates else None,
         segments=segments,
         found_inf=torch.zeros(()),  # whatever else an uninitialised flag holds, the kernel would return at once
-        ema_lp=_empty(PARAMETERS, dtype=torch.bfloat16),
+        ema_lp=_empty(size, dtype=torch.bfloat16),
     )
 
 
-def _segments() -> Segments:
-    """As many as ViT-B with its head has tensors; one in two is a bias."""
-    pairs = [n for _ in range(79) for n in (PARAMETERS // 79 - 768, 768)]
-    return make_segments([*pairs, PARAMETERS - sum(pairs)], "cpu")
+def _segments(size: int = PARAMETERS, pairs: int = 79) -> Segments:
+    """As many as a ViT with its head has tensors, by default ViT-B; one in two is a bias."""
+    lengths = [n for _ in range(pairs) for n in (size // pairs - WIDTH, WIDTH)]
+    return make_segments([*lengths, size - sum(lengths)], "cpu")
 
 
 _SECOND_READING = {"_ibot_loss_kernel": 2 * MASKED * K * 2 + 2 * MASKED * K * 4}  # and the center for both
@@ -174,6 +199,8 @@ CASES = {
         cached={"_ibot_loss_kernel": MASKED * K * 4},  # the center
         narrow=frozenset({"store"}),
     ),
+    "linear_ibot_loss": _linear_ibot_loss(MASKED, K),
+    "linear_ibot_loss of 131072": _linear_ibot_loss(4888, 131072),  # DINOv2's ViT-g: 16 x 16 patches
     "sinkhorn": Case(
         lambda: sinkhorn(_empty(MASKED, K, dtype=torch.bfloat16), temp=0.04, iterations=2),
         MASKED * K,
@@ -189,18 +216,18 @@ CASES = {
     "koleo_loss of 1024": _koleo_loss(1024),
     "gather_layer_norm": Case(
         _gather_layer_norm,
-        VIEWS * B * N * WIDTH,
+        TOKENS * WIDTH_L,
         {
-            "_gather_layer_norm_kernel": 2 * KEPT * N * WIDTH * 2,
-            "_gradient_gather_kernel": (2 * KEPT + VIEWS * B) * N * WIDTH * 2,
+            "_gather_layer_norm_kernel": 2 * KEPT_TOKENS * WIDTH_L * 2,
+            "_gradient_gather_kernel": (2 * KEPT_TOKENS + TOKENS) * WIDTH_L * 2,
         },
     ),
     "scatter_add_scaled": Case(
         _scatter_add_scaled,
-        VIEWS * B * N * WIDTH,
+        TOKENS * WIDTH_L,
         {
-            "_scatter_add_kernel": (2 * VIEWS * B + KEPT) * N * WIDTH * 2,
-            "_gradient_scatter_kernel": 3 * KEPT * N * WIDTH * 2,
+            "_scatter_add_kernel": (2 * TOKENS + KEPT_TOKENS) * WIDTH_L * 2,
+            "_gradient_scatter_kernel": 3 * KEPT_TOKENS * WIDTH_L * 2,
         },
     ),
     "ema_update_ flat": Case(
@@ -211,9 +238,14 @@ CASES = {
         {"_ema_kernel": PARAMETERS * (4 + 4 + 4 + 2)},
     ),
     "ema_update_ list": Case(_ema_list, PARAMETERS, {"_ema_list_kernel": PARAMETERS * (4 + 2 + 4)}),
-    "adamw_ema_": Case(_adamw_ema, PARAMETERS, {"_adamw_ema_kernel": PARAMETERS * (9 * 4 + 2)}),
+    "adamw_ema_": Case(lambda: _adamw_ema(PARAMETERS), PARAMETERS, {"_adamw_ema_kernel": PARAMETERS * (9 * 4 + 2)}),
     "adamw_ema_ with segments": Case(
-        lambda: _adamw_ema(_segments()), PARAMETERS, {"_adamw_ema_kernel": PARAMETERS * (9 * 4 + 2)}
+        lambda: _adamw_ema(PARAMETERS, _segments()), PARAMETERS, {"_adamw_ema_kernel": PARAMETERS * (9 * 4 + 2)}
+    ),
+    "adamw_ema_ with lr_scale": Case(
+        lambda: _adamw_ema(PARAMETERS_LARGE, _segments(PARAMETERS_LARGE, 151), rates=True),
+        PARAMETERS_LARGE,
+        {"_adamw_ema_kernel": PARAMETERS_LARGE * (9 * 4 + 2)},
     ),
     "segment_squares": Case(
         lambda: segment_squares(_empty(PARAMETERS), _segments()),

@@ -1,4 +1,4 @@
-"""gather_layer_norm, forward and backward: what a residual branch reads of the images that stochastic depth keeps."""
+"""gather_layer_norm, forward and backward: what a residual branch reads of the views that stochastic depth keeps."""
 
 from functools import partial
 from typing import NamedTuple
@@ -9,44 +9,67 @@ from torch.nn import functional as F
 
 from bench.kernels.case import Bench, Shape
 from fastdino_kernels import gather_layer_norm
+from fastdino_kernels.layers._sample_drop import kept_tokens
 from fastdino_kernels.layers.gather_layer_norm import gather_layer_norm_reference
 
-# B, M, N, D: two global views of 64 images at a drop rate of 0.3, eight local ones; ViT-B, ViT-L
+# Sequences and tokens of each, group by group, and D: 2 global and 8 local views of 64 images; ViT-L, ViT-B, and the
+# global views of ViT-L with 4 registers.
 SHAPES = {
-    "cuda": ["128,89,201,768,bf16", "512,358,37,768,bf16", "128,89,201,1024,bf16"],
-    "cpu": ["16,11,201,384"],
+    "cuda": ["128,197,512,37,1024,bf16", "128,197,512,37,768,bf16", "128,201,1024,bf16"],
+    "cpu": ["16,197,64,37,384"],
 }
+DROP = 0.3
+Lengths = tuple[tuple[int, int], ...]
 EPS = 1e-6
 
 
 class Inputs(NamedTuple):
-    x: Tensor  # (B, N, D), a leaf
-    rows: Tensor  # (M,)
+    x: Tensor  # (tokens, D), a leaf
+    lengths: Lengths
+    rows: list[Tensor]  # (M,) per group
     weight: Tensor  # (D,) in x's dtype, a leaf
     bias: Tensor
-    grad: Tensor  # (M, N, D) that comes back
+    grad: Tensor  # (kept tokens, D) that comes back
 
 
 def _make(shape: Shape, seed: int) -> Inputs:
-    (B, M, N, D), random = shape.sizes, shape.random(seed)
-    x, weight, bias, grad = (random(size).to(shape.dtype) for size in [(B, N, D), D, D, (M, N, D)])
-    return Inputs(x.requires_grad_(), kept_rows(shape, seed), weight.requires_grad_(), bias.requires_grad_(), grad)
+    lengths, width, random = lengths_of(shape), shape.sizes[-1], shape.random(seed)
+    all_tokens, kept = num_tokens(shape)
+    sizes = [(all_tokens, width), (width,), (width,), (kept, width)]
+    x, weight, bias, grad = (random(size).to(shape.dtype) for size in sizes)
+    leaves = x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()
+    return Inputs(leaves[0], lengths, kept_rows(shape, seed), *leaves[1:], grad)
 
 
-def kept_rows(shape: Shape, seed: int) -> Tensor:
-    """M of B images, in any order."""
-    B, M = shape.sizes[:2]
-    return torch.randperm(B, generator=torch.Generator(shape.device).manual_seed(seed), device=shape.device)[:M]
+def lengths_of(shape: Shape) -> Lengths:
+    """(sequences, tokens of each) per group."""
+    *sizes, _ = shape.sizes
+    return tuple(zip(sizes[::2], sizes[1::2], strict=True))
+
+
+def kept_rows(shape: Shape, seed: int) -> list[Tensor]:
+    """Of each group int(n * (1 - DROP)) of its n sequences, at least one, in any order."""
+    generator = torch.Generator(shape.device).manual_seed(seed)
+    return [
+        torch.randperm(n, generator=generator, device=shape.device)[: max(1, int(n * (1 - DROP)))]
+        for n, _ in lengths_of(shape)
+    ]
+
+
+def num_tokens(shape: Shape) -> tuple[int, int]:
+    """Of all sequences, and of those that are kept."""
+    groups = [(n, max(1, int(n * (1 - DROP))), tokens) for n, tokens in lengths_of(shape)]
+    return sum(n * tokens for n, _, tokens in groups), sum(kept * tokens for _, kept, tokens in groups)
 
 
 def _bytes(shape: Shape) -> int:
     """Forward reads the kept rows and writes y; backward reads both again and writes the gradient of all rows."""
-    B, M, N, D = shape.sizes
-    return (4 * M + B) * N * D * shape.dtype.itemsize
+    all_tokens, kept = num_tokens(shape)
+    return (4 * kept + all_tokens) * shape.sizes[-1] * shape.dtype.itemsize
 
 
-def _eager(x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.layer_norm(x[rows], x.shape[2:], weight, bias, EPS)
+def _eager(x: Tensor, lengths: Lengths, rows: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x[kept_tokens(lengths, rows)], x.shape[1:], weight, bias, EPS)
 
 
 BENCH = Bench(

@@ -15,7 +15,7 @@ from fastdino.config.model import HeadConfig, ModelConfig, PatchHeadConfig
 from fastdino.config.optim import EngineConfig, OptimConfig
 from fastdino.config.run import RunConfig
 
-VIT_ONLY = "patch_size attention pos_embed drop_path_rule interpolation rope_scale registers layer_scale"
+VIT_ONLY = "patch_size attention pos_embed drop_path_rule interpolation image_size rope_scale registers layer_scale"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +105,8 @@ class Config:
         cases = [
             (not self.model.is_vit, "model", VIT_ONLY, f"{self.model.arch} has its own"),
             (self.model.drop_path == 0, "model", "drop_path_rule", "model.drop_path is 0"),
-            (self.model.pos_embed == "rope", "model", "interpolation", "rope has no position embeddings"),
+            (self.model.pos_embed == "rope", "model", "interpolation image_size", "rope has no position embeddings"),
             (self.model.pos_embed != "rope", "model", "rope_scale", f"model.pos_embed is {self.model.pos_embed}"),
-            (self.model.weights is not None, "model", "pos_embed", "model.weights are loaded"),
             (self.data.root != "shapes", "data", "num_images", "a folder has as many as it holds"),
             (self.data.root == "shapes", "data", "max_pixels bits", "shapes are rendered"),
             (self.views.num_local == 0, "views", "local_size local_scale", "views.num_local is 0"),

@@ -16,7 +16,7 @@ class LossConfig(Group):
     """After the warm-up. DINO's authors found values over 0.07 unstable."""
     warmup_teacher_temp: float = 0.04
     """Where the warm-up starts; lower it when the loss does not fall at first."""
-    warmup_teacher_temp_epochs: int = 0
+    warmup_teacher_temp_epochs: float = 0
     """Epochs over which the teacher's temperature rises linearly to teacher_temp; DINO's longer runs use 30."""
     temp_warmup_by: Literal["epoch", "step"] = "epoch"
     """The teacher's temperature rises once per epoch as in DINO v1, or at every step as in DINOv2."""

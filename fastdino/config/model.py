@@ -24,7 +24,8 @@ class ModelConfig(Group):
     drop_path: float = 0.1
     """Probability of dropping a residual branch at the last block. Student only."""
     drop_path_rule: Literal["linear", "uniform"] = "linear"
-    """linear: drop_path rises from 0 over depth, as in DINO v1; uniform: the same in every block, as in DINOv2."""
+    """linear: drop_path rises from 0 over depth, as in DINO v1. uniform: the same in every block, and a branch runs on
+    the views that keep it alone, as many at every step, as in DINOv2; in the last block each view drops by chance."""
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
     """auto: xformers' memory-efficient attention over all packed views where it runs, torch's SDPA elsewhere."""
     pos_embed: Literal["learned", "sincos", "rope"] = "learned"
@@ -33,6 +34,9 @@ class ModelConfig(Group):
     interpolation: Literal["offset", "antialias"] = "offset"
     """How position embeddings fit another grid of patches: bicubic, by the factor (new + 0.1) / old as in DINO v1 and
     DINOv2 without registers, or to the new size with antialiasing as in DINOv2 with registers."""
+    image_size: int | None = None
+    """Side in pixels of the images whose patches have a position embedding each. Default: as model.weights have, else
+    views.global_size."""
     rope_scale: float = 2.0
     """s: in training rope stretches a view's coordinates by a random factor in [1/s, s]; 1 does not. Student only."""
     registers: int | None = None
@@ -43,7 +47,8 @@ class ModelConfig(Group):
     init: Literal["trunc_normal", "xavier"] = "trunc_normal"
     """How linear layers start: trunc_normal(0.02) as in DINO v1, or Xavier-uniform (short runs of narrow models)."""
     weights: Path | None = None
-    """Backbone weights to start from (.safetensors, timm's or DINO v1's names); default: start from noise."""
+    """Backbone weights to start from: a file or a folder of DINO v1 to v3, timm or Hugging Face (docs/weights.md). They
+    decide registers, layer_scale, pos_embed, interpolation and image_size. Default: start from noise."""
 
     def check(self) -> None:
         vit = self.arch.removeprefix("vit_")
@@ -51,6 +56,8 @@ class ModelConfig(Group):
         ours = self.arch.startswith("vit_") and vit in VIT_SIZES
         self.require(ours or self.arch.startswith("timm:"), "arch", f"one of {known} or timm:NAME")
         self.require(self.patch_size > 0, "patch_size", "a positive number of pixels")
+        whole = self.image_size is None or (self.image_size > 0 and self.image_size % self.patch_size == 0)
+        self.require(whole, "image_size", f"a multiple of model.patch_size={self.patch_size}")
         self.require(0 <= self.drop_path < 1, "drop_path", "in [0, 1)", "at 1 no block would be left")
         self.require(
             self.rope_scale >= 1, "rope_scale", "1 or more", "coordinates are stretched by up to it, or 1 / it"
@@ -79,7 +86,7 @@ class HeadConfig(Group):
     batch_norm: bool = False
     """BatchNorm between the MLP's layers (DINO v1: use_bn_in_head). Over several GPUs each one waits for its device."""
     weights: Path | None = None
-    """A full training checkpoint of DINO v1 whose head to start from, as from its backbone by model.weights."""
+    """A full training checkpoint of DINO v1 or v2 whose head to start from, as from its backbone by model.weights."""
     freeze_prototype_norm: bool = True
     """Keep each prototype at length 1 (DINO v1: norm_last_layer). False usually scores higher for ViT-S; True is safer
     for ViT-B and larger."""

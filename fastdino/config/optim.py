@@ -39,7 +39,7 @@ class OptimConfig(Group):
     clip_mode: Literal["tensor", "module", "global"] = "tensor"
     """What is clipped by its norm: each parameter tensor as in DINO v1; backbone and heads, each as a whole, as in
     DINOv2; or all parameters together."""
-    freeze_last_layer: int = 1
+    freeze_last_layer: float = 1
     """Epochs during which the prototypes do not move. Try more when the loss does not fall."""
     freeze_how: Literal["skip", "lr"] = "skip"
     """skip: frozen prototypes have no moments yet, as in DINO v1. lr: their learning rate is 0 while their moments run,

@@ -48,7 +48,9 @@ class Health:
     def _targets_collapsed(self) -> dict[str, bool]:
         return {
             f"the loss sits at ln K = {self.uniform:.3f}: the student predicts the uniform distribution. "
-            "Lower loss.teacher_temp or optim.lr, or freeze the prototypes longer": self._sit("loss_dino", self.uniform),
+            "Lower loss.teacher_temp or optim.lr, or freeze the prototypes longer": self._sit(
+                "loss_dino", self.uniform
+            ),
             f"the teacher's entropy sits at ln K = {self.uniform:.3f}: its targets are uniform and teach nothing. "
             "Lower loss.teacher_temp": self._sit("teacher_entropy", self.uniform),
             "all views have the same target: the teacher has collapsed to one prototype. Lower optim.lr, and check "

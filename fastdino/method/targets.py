@@ -129,7 +129,7 @@ def build_targets(config: Config, ranks: Ranks) -> tuple[Target, Target | None]:
 
 def _check_samples(name: str, num_samples: int, ranks: Ranks) -> None:
     """A target is one sample's share of all prototypes' use, so among n samples it can tell at most ln n nats."""
-    said = f"loss.{name}=sinkhorn balances the {num_samples} samples of a micro batch over all ranks"
+    said = f"loss.{name}=sinkhorn balances about {num_samples} samples of a micro batch over all ranks"
     remedy = f"raise run.local_batch or take more ranks, or use loss.{name}=center"
     if num_samples < 8:
         raise ConfigError(f"{said}, too few to tell anything apart: {remedy}")

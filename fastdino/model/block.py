@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdino.model.attention import attention, implementation
-from fastdino.model.packing import Packing, Reading
+from fastdino.model.packing import Packing, Reading, Subset
 from fastdino.model.positions import Rotation
+from fastdino_kernels import gather_layer_norm, scatter_add_scaled
 
 
 class Shape(NamedTuple):
@@ -52,38 +53,57 @@ class PatchProjection(nn.Conv2d):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)), each branch dropped per sequence in training.
+    """x + attention(norm(x)), then x + MLP(norm(x)), each branch dropped for some sequences in training.
 
     Args:
         shape: widths.
         drop_path: probability of dropping a branch.
+        subset: a branch runs on the sequences that keep it alone, as many at every step; else it runs on all, and each
+            sequence keeps it or not. The rows of a ``reading`` are dropped the second way in either case.
         attention: "auto" | "xformers" | "sdpa".
         layer_scale: start of a factor per channel on each branch; 0: none.
         rope: it is given rotary positions. Then keys have no bias.
     """
 
     def __init__(
-        self, shape: Shape, drop_path: float, attention: str, layer_scale: float = 0.0, rope: bool = False
+        self,
+        shape: Shape,
+        drop_path: float,
+        attention: str,
+        *,
+        subset: bool = False,
+        layer_scale: float = 0.0,
+        rope: bool = False,
     ) -> None:
         super().__init__()
         eps = ROPE_NORM_EPS if rope else NORM_EPS
-        self.drop_path = drop_path
-        self.norm1 = nn.LayerNorm(shape.width, eps=eps)
+        self.drop_path, self.subset = drop_path, subset
+        self.norm1 = Norm(shape.width, eps=eps)
         self.attn = Attention(shape, attention, rope)
-        self.ls1 = LayerScale(shape.width, layer_scale) if layer_scale else nn.Identity()
-        self.norm2 = nn.LayerNorm(shape.width, eps=eps)
+        self.ls1 = LayerScale(shape.width, layer_scale)
+        self.norm2 = Norm(shape.width, eps=eps)
         self.mlp = SwiGlu(shape) if shape.swiglu else Mlp(shape)
-        self.ls2 = LayerScale(shape.width, layer_scale) if layer_scale else nn.Identity()
+        self.ls2 = LayerScale(shape.width, layer_scale)
 
     def forward(
         self, x: Tensor, packing: Packing, rotation: Rotation | None = None, reading: Reading | None = None
     ) -> Tensor:
         """(1, tokens, D) -> (1, tokens, D); with ``reading`` those rows of the same result, (1, read, D)."""
+        if self.subset and self.drop_path and self.training and reading is None:
+            return self._on_subsets(x, packing, rotation)
         branch = self.attn(self.norm1(x), packing, rotation, reading)
         if reading is not None:
             x = x.index_select(1, reading.rows)
         x = self._add(x, self.ls1(branch), packing, reading)
         return self._add(x, self.ls2(self.mlp(self.norm2(x))), packing, reading)
+
+    def _on_subsets(self, x: Tensor, packing: Packing, rotation: Rotation | None) -> Tensor:
+        """Each branch on a draw of its own; times n / M where M of n sequences are kept."""
+        kept = packing.draw(self.drop_path)
+        turns = None if rotation is None else rotation.take(kept.tokens())
+        x = self.ls1(self.attn(self.norm1(x, kept), kept.packing, turns), x, kept)
+        kept = packing.draw(self.drop_path)
+        return self.ls2(self.mlp(self.norm2(x, kept)), x, kept)
 
     def _add(self, x: Tensor, branch: Tensor, packing: Packing, reading: Reading | None = None) -> Tensor:
         """Residual sum with drop path: a sequence keeps its branch with probability 1 - p, then divided by 1 - p."""
@@ -190,16 +210,30 @@ class SwiGlu(nn.Module):
         return self.w3(F.silu(gate) * value)
 
 
+class Norm(nn.LayerNorm):
+    """LayerNorm, of every token or of the sequences that a branch runs on."""
+
+    def forward(self, x: Tensor, kept: Subset | None = None) -> Tensor:
+        """(1, tokens, D) -> (1, tokens, D), of the ``kept`` sequences alone if that is given."""
+        if kept is None:
+            return super().forward(x)
+        y = gather_layer_norm(x.squeeze(0), kept.whole.lengths, kept.rows, self.weight, self.bias, eps=self.eps)
+        return y.unsqueeze(0)
+
+
 class LayerScale(nn.Module):
-    """A learned factor per channel (CaiT, Touvron et al. 2021)."""
+    """A learned factor per channel of a branch (CaiT, Touvron et al. 2021); 1 where ``start`` is 0."""
 
     def __init__(self, width: int, start: float) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((width,), start))
+        self.gamma = nn.Parameter(torch.full((width,), start)) if start else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(.., D) -> (.., D)."""
-        return x * self.gamma
+    def forward(self, branch: Tensor, x: Tensor | None = None, kept: Subset | None = None) -> Tensor:
+        """(.., D) -> (.., D); with the ``kept`` sequences that the branch ran on, its sum with the residual ``x``."""
+        if x is not None and kept is not None:
+            rows = (kept.whole.lengths, kept.rows)
+            return scatter_add_scaled(x.squeeze(0), *rows, branch.squeeze(0), self.gamma).unsqueeze(0)
+        return branch if self.gamma is None else branch * self.gamma
 
 
 def init_linears(module: nn.Module, init: str) -> None:

@@ -12,11 +12,11 @@ from fastdino.data.batch import Masks
 from fastdino.model.head import Head
 from fastdino.model.timm_backbone import TimmBackbone
 from fastdino.model.vit import ViT
-from fastdino.model.weights import WeightsError, find_vit, load_backbone, load_head, read_metadata
+from fastdino.model.weights import WeightsError, form_of, load_backbone, load_head, read_metadata, settled
 
 Backbone = ViT | TimmBackbone
-"""A module with ``num_features`` (D), ``implementation`` (what runs it, for the log), ``published`` (the module whose
-state dict has the names under which such weights are published) and ``fitted(state)`` (such weights, made to fit it).
+"""A module with ``num_features`` (D), ``implementation`` (what runs it, for the log) and ``published`` (the module
+whose state dict has the names under which such weights are published).
 
 Called with (V_i, B, 3, h_i, w_i) normalised views by name, and masks of patches, it gives CLS tokens (sum of V_i, B, D)
 and patches (M, D); with (B, 3, h, w) images (B, D).
@@ -79,13 +79,15 @@ def build_network(config: Config, teacher: bool = False, load: bool = True) -> N
     """The network of ``config`` in fp32 on the CPU, started from torch's generator (seed it first) and from files.
 
     Args:
-        config: model, heads, view sizes and whether patches are predicted are read.
-        load: False leaves the weights that they name unread, for a network that takes those of a checkpoint.
+        config: model, heads, view sizes and whether patches are predicted are read; see also
+            :func:`fastdino.model.weights.settled`.
+        load: False leaves files of weights unread, for a network that takes those of a checkpoint.
         teacher: without drop path, stretched coordinates and gradients. BatchNorm layers of a teacher stay in training
             mode, as in DINO v1: their running statistics are the teacher's own, no average of the student's.
 
-    Raises ConfigError for a backbone that does not exist or cannot take the views' sizes.
+    Raises ConfigError for a backbone that does not exist or cannot take the views' sizes, and WeightsError.
     """
+    config = settled(config) if load else config
     model = dataclasses.replace(config.model, drop_path=0.0, rope_scale=1.0) if teacher else config.model
     views = config.views
     given = {"global": (views.global_size, 2 * config.run.local_batch)}
@@ -99,7 +101,7 @@ def build_network(config: Config, teacher: bool = False, load: bool = True) -> N
         load_backbone(backbone, model.weights)
     for head, setting in zip(heads, settings, strict=True):
         if load and setting.weights is not None:
-            load_head(head, setting.weights)
+            load_head(head, setting.weights, patches=setting is config.patch_head)
     return network.requires_grad_(False) if teacher else network
 
 
@@ -113,7 +115,8 @@ def build_backbone(
 
     Args:
         model: arch and its options; ``weights`` is not read here.
-        image_size: side in pixels, for our ViT also (height, width), for which position embeddings are made.
+        image_size: side in pixels, for our ViT also (height, width), for which position embeddings are made where
+            model.image_size does not say.
         views: by name, side and number of the views of a size that it has to take at a time, by default images of
             ``image_size``; checked for timm's backbones.
         mask_token: our ViT has one.
@@ -122,16 +125,17 @@ def build_backbone(
         assert isinstance(image_size, int), "a backbone of timm is made for squares"
         return TimmBackbone(model, image_size, views or {"global": (image_size, 2)})
     options = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
-    return ViT(model.arch.removeprefix("vit_"), image_size=image_size, mask_token=mask_token, **options)
+    options["image_size"] = model.image_size or image_size
+    return ViT(model.arch.removeprefix("vit_"), mask_token=mask_token, **options)
 
 
 def restore_backbone(path: Path, arch: str = "", image_size: int | None = None) -> tuple[Backbone, Config]:
     """The backbone that a file holds, and the config that it was trained with as far as it is known.
 
     Args:
-        path: written by :func:`export_backbone` with metadata["config"] = Config.to_json(), or a published file of
-            weights, see :func:`fastdino.model.weights.load_backbone`.
-        arch: model.arch of a published file; without it, one of our ViTs is told by its shapes.
+        path: written by :func:`export_backbone` with metadata["config"] = Config.to_json(), or published weights, see
+            :func:`fastdino.model.weights.load_backbone`.
+        arch: model.arch of published weights; without it, one of our ViTs is told by its names and shapes.
         image_size: side in pixels that a published backbone of timm is made for; 224 by default.
 
     It needs neither DeepSpeed nor the run it came from. Raises WeightsError and ConfigError.
@@ -139,16 +143,25 @@ def restore_backbone(path: Path, arch: str = "", image_size: int | None = None) 
     metadata = read_metadata(path)
     if "config" in metadata:
         config = Config.from_json(metadata["config"])
-        check_arch(path, config, arch)
+        model = config.model
+        if model.is_vit:  # its own interpolation; the rest the file says, which an export may have changed
+            model = dataclasses.replace(form_of(path).of(model), interpolation=model.interpolation)
     elif arch.startswith("timm:"):
-        config = _published(arch, 16, image_size or 224)
+        model = ModelConfig(arch=arch)
+        config = _published(model, image_size or 224)
     else:
-        config = _published(*find_vit(path))
-        check_arch(path, config, arch)
-    model = dataclasses.replace(config.model, drop_path=0.0, attention="auto")
+        form = form_of(path)
+        model = form.of(ModelConfig())
+        config = _published(model, min(form.image_size or SIDE, SIDE // form.patch_size * form.patch_size))
+    check_arch(path, config, arch)
+    model = dataclasses.replace(model, drop_path=0.0, attention="auto", weights=None)
     backbone = build_backbone(model, config.views.global_size)
     load_backbone(backbone, path)
     return backbone, config
+
+
+SIDE = 224
+"""Of the images in pixels by which the authors of DINO and DINOv2 evaluate their weights, whatever the files' grid."""
 
 
 def check_arch(path: Path, config: Config, arch: str) -> None:
@@ -157,6 +170,6 @@ def check_arch(path: Path, config: Config, arch: str) -> None:
         raise WeightsError(f"{path} holds a {config.model.arch}, not the {arch} that was asked for: leave out --arch")
 
 
-def _published(arch: str, patch_size: int, image_size: int) -> Config:
-    model = ModelConfig(arch=arch, patch_size=patch_size, drop_path=0.0)
+def _published(model: ModelConfig, image_size: int) -> Config:
+    model = dataclasses.replace(model, drop_path=0.0)
     return Config(model=model, views=ViewsConfig(global_size=image_size, num_local=0))

@@ -28,6 +28,22 @@ class Reading(NamedTuple):
     """(read,) the sequence of each; None where each sequence is read once."""
 
 
+class Subset(NamedTuple):
+    """The sequences that a branch runs on, in a packing of their own: group after group, in the order of the rows."""
+
+    whole: "Packing"
+    rows: list[Tensor]
+    """Per group (M,) int64, in no order."""
+    packing: "Packing"
+
+    def tokens(self) -> Tensor:
+        """Where in the whole batch their tokens lie."""
+        lengths = self.whole.lengths
+        tokens = torch.arange(len(self.whole.sequence), device=self.whole.sequence.device)
+        groups = zip(tokens.split([n * each for n, each in lengths]), lengths, self.rows, strict=True)
+        return torch.cat([group.view(shape).index_select(0, rows).flatten() for group, shape, rows in groups])
+
+
 @dataclass(frozen=True)
 class Packing:
     """Where the sequences of a packed batch lie. It depends on shapes alone and is kept between steps."""
@@ -64,6 +80,13 @@ class Packing:
             torch.cat([answers, rows]),  # the first group comes first in both
             torch.cat([cls, sequence]),
         )
+
+    def draw(self, drop: float) -> Subset:
+        """max(1, int(n * (1 - drop))) of the n sequences of each group, uniformly: as many at every call."""
+        lengths = tuple((max(1, int(sequences * (1 - drop))), tokens) for sequences, tokens in self.lengths)
+        drawn = [torch.randperm(sequences, device=self.first.device) for sequences, _ in self.lengths]
+        rows = [order[:kept] for order, (kept, _) in zip(drawn, lengths, strict=True)]
+        return Subset(self, rows, _packing(lengths, self.first.device))
 
     def per_token(self, x: Tensor, reading: Reading | None = None) -> Tensor:
         """(sequences, ..) -> (tokens, ..), each sequence's value for its tokens, or for those that are read."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Grid = tuple[int, int]  # rows and columns of patches
+ROPE_BASE = 100.0  # towards which the periods of rotary positions go
 
 
 def resample_positions(positions: Tensor, grid: Grid, new_grid: Grid, rule: str = "offset") -> Tensor:
@@ -97,8 +98,13 @@ def rope_angles(grid: Grid, width: int, device: torch.device, dtype: torch.dtype
     """
     assert width % 4 == 0, f"heads of {width} do not divide into two axes of pairs"
     with torch.inference_mode(False):
-        periods = 100.0 ** (torch.arange(width // 4, device=device, dtype=dtype) * 4 / width)
+        periods = rope_periods(width, device, dtype)
         axes = [(torch.arange(n, device=device, dtype=dtype) + 0.5) / n * 2 - 1 for n in grid]
         row, column = torch.meshgrid(*axes, indexing="ij")
         angles = [2 * math.pi * axis.reshape(-1, 1) / periods for axis in (row, column)]
         return torch.cat(angles, dim=1)
+
+
+def rope_periods(width: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(d / 4) periods of heads of ``width`` d: from 1 towards 100, geometrically."""
+    return ROPE_BASE ** (torch.arange(width // 4, device=device, dtype=dtype) * 4 / width)

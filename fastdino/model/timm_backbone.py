@@ -39,10 +39,6 @@ class TimmBackbone(nn.Module):
         """timm's own module."""
         return self.model
 
-    def fitted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``state`` as it is."""
-        return state
-
     def forward(self, x: Tensor | dict[str, Tensor], masks: Masks | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """(V_i, B, 3, h_i, w_i) views by name -> (sum of V_i, B, D) and no patches, (0, D); (B, 3, h, w) -> (B, D)."""
         assert masks is None, "a backbone of timm hides and gives no patches"

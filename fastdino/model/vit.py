@@ -70,7 +70,11 @@ class ViT(nn.Module):
         rates = [model.drop_path] * depth
         if model.drop_path_rule == "linear":
             rates = [model.drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(shape, rate, model.attention, model.layer_scale, rope) for rate in rates)
+        subset = model.drop_path_rule == "uniform"
+        self.blocks = nn.ModuleList(
+            Block(shape, rate, model.attention, subset=subset, layer_scale=model.layer_scale, rope=rope)
+            for rate in rates
+        )
         self.norm = nn.LayerNorm(width, eps=ROPE_NORM_EPS if rope else NORM_EPS)
         for token in (self.cls_token, self.pos_embed, self.register_tokens):
             if token is not None:
@@ -89,14 +93,12 @@ class ViT(nn.Module):
         """The module whose state dict has the published names: this one."""
         return self
 
-    def fitted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``state`` with position embeddings of another square grid resampled for this one."""
-        positions = state.get("pos_embed")
-        patches = 0 if positions is None else positions.shape[1] - 1
-        side = math.isqrt(patches)
-        if positions is None or patches == math.prod(self.grid) or side * side != patches:
-            return state
-        return {**state, "pos_embed": resample_positions(positions, (side, side), self.grid)}
+    def keep_grid_of(self, positions: Tensor) -> None:
+        """Makes room for ``positions`` (1, 1 + N, D) of another square grid, whose views get interpolated positions."""
+        assert self.pos_embed is not None
+        side = math.isqrt(positions.shape[1] - 1)
+        self.grid = (side, side)
+        self.pos_embed = nn.Parameter(torch.empty_like(positions), requires_grad=self.pos_embed.requires_grad)
 
     def forward(self, x: Tensor | dict[str, Tensor], masks: Masks | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Tokens after the final norm: CLS of every view, and the patches that are asked for.
@@ -114,8 +116,10 @@ class ViT(nn.Module):
         groups = [x.unsqueeze(0)] if isinstance(x, Tensor) else list(x.values())
         tokens, packing, turns = self._all_but_last_block(groups, None if masks is None else masks.hidden)
         reading = packing.reading(None if masks is None else masks.rows, self.num_prefix)
-        tokens = self.norm(self.blocks[-1](tokens, packing, turns, reading))[0]
-        cls, patches = tokens.split([packing.num_sequences, len(tokens) - packing.num_sequences])
+        tokens = self.norm(self.blocks[-1](tokens, packing, turns, reading)).squeeze(0)
+        cls, patches = tokens, tokens[:0]
+        if masks is not None:
+            cls, patches = tokens.split([packing.num_sequences, len(masks.rows)])
         cls = cls.view(-1, groups[0].shape[1], self.num_features)
         return cls[0] if isinstance(x, Tensor) else (cls, patches)
 
@@ -157,7 +161,8 @@ class ViT(nn.Module):
         patches = self.patch_embed(x)
         if hidden is not None:
             assert self.mask_token is not None, "patches are hidden from a backbone without a mask token"
-            assert hidden.shape == patches.shape[:2], f"a mask of {tuple(hidden.shape)}, {tuple(patches.shape)} patches"
+            seen = tuple(patches.shape[:2])
+            assert hidden.shape == seen, f"a mask of {tuple(hidden.shape)}, {seen} patches"
             patches = torch.where(hidden.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
         if self.pos_embed is not None:
             positions = self._positions(self.pos_embed, grid)

@@ -10,11 +10,16 @@ from fastdino.config import Config, ConfigError
 from fastdino.recipes.convnets import resnet50
 from fastdino.recipes.demo import demo
 from fastdino.recipes.dino import vit_base_16, vit_large_16, vit_small_8, vit_small_16, vit_small_16_300
+from fastdino.recipes.dinov2 import dinov2_vit_base_16, dinov2_vit_giant_14, dinov2_vit_large_16, dinov2_vit_small_16
+from fastdino.recipes.small import small
 
 RECIPES: dict[str, Callable[[], Config]] = {
     recipe.__name__: recipe
-    for recipe in (vit_small_16, vit_small_16_300, vit_small_8, vit_base_16, vit_large_16, resnet50, demo)
-}
+    for recipe in (
+        vit_small_16, vit_small_16_300, vit_small_8, vit_base_16, vit_large_16, resnet50,
+        dinov2_vit_small_16, dinov2_vit_base_16, dinov2_vit_large_16, dinov2_vit_giant_14, small, demo,
+    )
+}  # fmt: skip
 
 
 def get(name: str) -> Config:

@@ -1,6 +1,7 @@
 """What a run leaves behind: the backbone of its teacher, for evaluation and for other programs."""
 
 import dataclasses
+import logging
 import os
 from pathlib import Path
 from typing import Literal
@@ -8,9 +9,12 @@ from typing import Literal
 from fastdino.config import Config, ConfigError
 from fastdino.model import Backbone, build_network, export_backbone, restore_backbone
 from fastdino.model.network import check_arch
+from fastdino.model.weights import Format, is_weights_folder
 from fastdino.training import checkpoint
 from fastdino.training.checkpoint import CheckpointError, Manifest
 from fastdino.training.run_folder import read_config
+
+log = logging.getLogger(__name__)
 
 Role = Literal["teacher", "student"]
 
@@ -55,36 +59,58 @@ def _checkpoint(run: Path, step: int | None) -> tuple[Path, Manifest]:
     return path, checkpoint.read_manifest(path)
 
 
-def export_run(run: Path, out: Path | None = None, step: int | None = None, role: Role = "teacher") -> Path:
-    """Writes the backbone of a run as safetensors with timm's names; returns the file's path.
+def export_run(
+    run: Path, out: Path | None = None, step: int | None = None, role: Role = "teacher", format: Format = "timm"
+) -> Path:
+    """Writes the backbone of a run; returns the path of the file, or of the folder of "hf". The log says what loads it.
 
     Args:
         run: the run folder.
-        out: a file, whose folder is made, or a folder that exists; default: the run folder.
+        out: a file, whose folder is made, or a folder that exists; for "hf" the folder to make. Default: backbone.* in
+            the run folder.
         step: which checkpoint; the newest by default.
         role: whose weights.
+        format: see :func:`fastdino.model.export_backbone`.
 
     Raises what :func:`run_backbone` raises, and ConfigError for a file that cannot be written.
     """
-    out = (out or run).expanduser()
-    path = out / "backbone.safetensors" if out.is_dir() else out
-    if out != run.expanduser() and path.suffix != ".safetensors":
-        raise ConfigError(f"--out {out} must end in .safetensors, the one format that is written, or be a folder")
+    run = run.expanduser()
+    path = _place((out or run).expanduser(), format, out is None)
     backbone, config, step = run_backbone(run, step, role)
-    export_backbone(backbone, path, {"config": config.to_json(), "step": str(step), "role": role})
+    texts = {"config": config.to_json(), "step": str(step), "role": role}
+    log.info("%s loads it", export_backbone(backbone, path, texts, format))
     return path
 
 
-def any_backbone(path: Path, arch: str = "", image_size: int | None = None) -> tuple[Backbone, Config]:
-    """The teacher's backbone of a run folder, or that of a file of weights, in evaluation mode, and its run's config.
+SUFFIXES: dict[Format, tuple[str, ...]] = {
+    "timm": (".safetensors",), "repository": (".pth", ".safetensors"), "hf": ("",)
+}  # fmt: skip
+"""What names of exported files end in, the default first; a folder's in nothing."""
 
-    ``arch`` and ``image_size`` are for published files; see :func:`fastdino.model.restore_backbone`.
+
+def _place(out: Path, format: Format, by_default: bool) -> Path:
+    """The path to write to. Raises ConfigError for a name that does not say what is written."""
+    suffixes = SUFFIXES[format]
+    if by_default or (out.is_dir() and format != "hf"):
+        return out / ("backbone" + suffixes[0])
+    if format == "hf" and out.suffix in (".safetensors", ".pth", ".pt", ".bin"):
+        raise ConfigError(f"--out {out} names a file, and --format hf writes a folder: leave out {out.suffix}")
+    if format != "hf" and out.suffix not in suffixes:
+        raise ConfigError(f"--out {out} must end in {' or '.join(suffixes)} with --format {format}, or be a folder")
+    return out
+
+
+def any_backbone(path: Path, arch: str = "", image_size: int | None = None) -> tuple[Backbone, Config]:
+    """The teacher's backbone of a run folder, or that of weights, in evaluation mode, and its run's config.
+
+    ``path`` may also be a folder of Hugging Face. ``arch`` and ``image_size`` are for published weights; see
+    :func:`fastdino.model.restore_backbone`.
     """
-    if os.path.isdir(path):
+    if os.path.isdir(path) and not is_weights_folder(path):
         backbone, config, _ = run_backbone(path)
         check_arch(path, config, arch)
         return backbone, config
-    if not os.path.isfile(path):
+    if not os.path.exists(path):
         raise ConfigError(f"{path} is neither a run folder nor a file of weights")
     backbone, config = restore_backbone(path, arch, image_size)
     return backbone.eval(), config

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -23,11 +24,12 @@ from fastdino.method.dino import Dino
 from fastdino.method.health import Health
 from fastdino.method.targets import build_targets
 from fastdino.model import Network, build_network
+from fastdino.model.weights import settled
 from fastdino.training import checkpoint
 from fastdino.training.checkpoint import Manifest
 from fastdino.training.metrics import Metrics
 from fastdino.training.preemption import Interrupted, Preempted, PreemptionNotice
-from fastdino.training.run_folder import RunFolder
+from fastdino.training.run_folder import RunFolder, read_config
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +58,25 @@ def train(config: Config) -> Result:
     calls it. Raises ConfigError for settings that cannot work, CheckpointError for a checkpoint that cannot be used,
     BadData when too many images are unreadable, TrainingDiverged, and Preempted after SIGTERM or SIGUSR1.
     """
-    with distributed.init(config.engine.device) as ranks, RunFolder(config, ranks) as folder:
-        for line in config.ignored() if ranks.is_main else ():
-            log.warning(line)
-        return Trainer(config, ranks, folder).run()
+    with distributed.init(config.engine.device) as ranks:
+        config = ranks.on_main(lambda: _settled(config))
+        with RunFolder(config, ranks) as folder:
+            for line in config.ignored() if ranks.is_main else ():
+                log.warning(line)
+            return Trainer(config, ranks, folder).run()
+
+
+def _settled(config: Config) -> Config:
+    """``config`` with the form of model.weights: from the run that is resumed, whose file may be gone, or that file."""
+    before = read_config(config.run.dir) if os.path.exists(config.run.dir / "config.json") else None
+    if before is None or before.model.weights is None:
+        return settled(config)
+    model = config.model
+    decided = {name: getattr(before.model, name) for name in ("layer_scale", "pos_embed", "interpolation")}
+    for name in ("weights", "registers", "image_size"):
+        asked = getattr(model, name)
+        decided[name] = getattr(before.model, name) if asked is None else asked
+    return replace(config, model=replace(model, **decided))
 
 
 class Trainer:
@@ -330,7 +347,7 @@ class Trainer:
         return manifest.step
 
     def _check_length(self, path: Path) -> None:
-        """A run may be made longer, which bends its schedules; not shorter than it is."""
+        """A run may be made longer, which bends its cosines; not shorter than it is."""
         epochs = self.config.run.epochs
         if self.step > self.total_steps:
             raise ConfigError(
@@ -338,7 +355,7 @@ class Trainer:
                 "be at least as long as it already is"
             )
         before = self.folder.config_before if self.folder else None  # known to rank 0, which says it
-        if before and before.run.epochs != epochs:
+        if before and before.run.epochs != epochs and before.optim.schedule != "constant":
             was = Schedules(before, self.steps_per_epoch, self.global_batch)(self.step).lr
             log.warning(
                 "run.epochs was %d and is %d: every schedule is that of the new length from here on. At step %d the "

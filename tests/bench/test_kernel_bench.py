@@ -16,15 +16,15 @@ CPU = torch.device("cpu")
 SMALL = {
     "dino_loss": ["4,2,3,100", "3,1,2,64,bf16"],
     "ema_update_": ["5,400", "5,400,bf16", "1,320"],
-    "adamw_ema_": ["5,400"],
+    "adamw_ema_": ["5,400", "5,400,rates", "30,960,rates"],
     "segment_squares": ["5,400", "5,400,bf16"],
     "prototype_weight": ["50,32", "50,32,bf16"],
     "ibot_loss": ["8,100", "8,100,bf16"],
     "linear_ibot_loss": ["8,100,16", "8,100,16,bf16"],
     "sinkhorn": ["8,100", "8,100,bf16"],
     "koleo_loss": ["2,10,32", "1,9,40,bf16"],
-    "gather_layer_norm": ["4,2,5,32", "4,3,5,32,bf16"],
-    "scatter_add_scaled": ["4,2,5,32", "4,3,5,32,bf16"],
+    "gather_layer_norm": ["4,5,6,2,32", "4,5,32,bf16"],
+    "scatter_add_scaled": ["4,5,6,2,32", "4,5,32,bf16"],
 }
 
 

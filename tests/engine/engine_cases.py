@@ -36,6 +36,9 @@ BASE = Config(
     optim=OptimConfig(clip=0.3),  # low enough to clip some tensors and not others
     run=RunConfig(local_batch=GLOBAL_BATCH),
 )
+V2 = OptimConfig(
+    clip=0.3, clip_mode="module", layer_decay=0.7, patch_embed_lr=0.2, beta2=0.95, freeze_how="lr"
+)  # fmt: skip
 SYNCS = {"_local_scalar_dense", "is_nonzero", "item", "equal", "nonzero", "masked_select", "_unique2"}
 
 
@@ -260,12 +263,14 @@ def run_cases(ranks: distributed.Ranks, others: Path | None) -> dict[str, Any]:
         results[f"accumulate/{engine}"] = train(ranks, engine, accumulate=2)
         results[f"bf16 accumulate/{engine}"] = train(ranks, engine, accumulate=2, precision="bf16")
         results[f"global/{engine}"] = train(ranks, engine, optim=OptimConfig(clip=0.3, clip_mode="global"))
+        results[f"v2/{engine}"] = train(ranks, engine, optim=V2)
         results[f"lars/{engine}"] = train(ranks, engine, optim=OptimConfig(name="lars", clip=0.0), **trained_norm)
         results[f"sgd/{engine}"] = train(ranks, engine, optim=OptimConfig(name="sgd", lr=1.0), **trained_norm)
         results[f"skip gradient/{engine}"] = skip(ranks, engine, "gradient")
         results[f"skip flag/{engine}"] = skip(ranks, engine, "flag")
         for precision in ("fp32", "bf16"):
             results[f"syncs {precision}/{engine}"] = syncs(ranks, engine, precision=precision)
+        results[f"syncs v2/{engine}"] = syncs(ranks, engine, optim=V2)
     for engine, source in SOURCES.items():
         results[f"resume/{engine}"] = resume(ranks, engine, results[f"three/{source}"])
         results[f"bf16 resume/{engine}"] = resume(ranks, engine, results[f"three/{source}"], precision="bf16")

@@ -89,7 +89,7 @@ def test_one_process_shards_nothing_unless_told(results: Any) -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", ["global", "lars", "sgd", "accumulate"])
+@pytest.mark.parametrize("case", ["global", "v2", "lars", "sgd", "accumulate"])
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_other_optimizers_clips_and_micro_batches(results: Any, world_size: int, engine: str, case: str) -> None:
@@ -99,7 +99,14 @@ def test_other_optimizers_clips_and_micro_batches(results: Any, world_size: int,
 
 def test_the_cases_differ(results: Any) -> None:
     """Else the tests above would compare nothing: clipping bites, each optimizer is its own."""
-    for cases in [("fp32", "global"), ("fp32", "sgd"), ("global", "sgd"), ("sgd", "lars")]:
+    for cases in [
+        ("fp32", "global"),
+        ("fp32", "v2"),
+        ("global", "v2"),
+        ("fp32", "sgd"),
+        ("global", "sgd"),
+        ("sgd", "lars"),
+    ]:
         one, other = (results[1][f"{case}/torch"]["state"]["param"] for case in cases)
         assert difference(one, other) > 2e-4, cases
     assert difference(results[1]["fp32/torch"]["state"]["param"], results[1]["fp32/torch"]["state"]["ema"]) > 5e-4
@@ -168,12 +175,19 @@ def test_frozen_prototypes_do_not_move_nor_count(results: Any, world_size: int, 
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_no_host_sync_in_a_step(results: Any, world_size: int, engine: str, precision: str) -> None:
+def test_prototypes_at_rate_zero_count(results: Any, world_size: int, engine: str) -> None:
+    counters = results[world_size][f"v2/{engine}"]["counters"]
+    assert {int(value) for name, value in counters.items() if name.startswith("updates/")} == {5}
+
+
+@pytest.mark.parametrize("case", ["fp32", "bf16", "v2"])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_no_host_sync_in_a_step(results: Any, world_size: int, engine: str, case: str) -> None:
     assert results[world_size]["syncs control"], "the counter must see one where there is one"
-    assert results[world_size][f"syncs {precision}/{engine}"] == []
+    assert results[world_size][f"syncs {case}/{engine}"] == []
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

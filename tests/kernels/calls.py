@@ -39,6 +39,7 @@ from fastdino_kernels import (
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TEMPS: dict[str, float] = {"student_temp": 0.1, "teacher_temp": 0.04}
 HYPER = AdamWHyper(1e-3, 0.04, 0.9)
+Lengths = tuple[tuple[int, int], ...]
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
@@ -60,8 +61,12 @@ def ibot(student: Tensor, *args: Tensor, inplace_grad: bool = False) -> Tensor:
     return ibot_loss(student * 2, *args, **TEMPS, inplace_grad=inplace_grad)
 
 
-def residual(x: Tensor, *args: Tensor, inplace: bool = False) -> Tensor:
-    return scatter_add_scaled(x * 2, *args, 1.5, inplace=inplace)
+def gathered(x: Tensor, weight: Tensor, bias: Tensor, *rows: Tensor, lengths: Lengths) -> Tensor:
+    return gather_layer_norm(x, lengths, rows, weight, bias)
+
+
+def scattered(x: Tensor, branch: Tensor, layer_scale: Tensor, *rows: Tensor, lengths: Lengths) -> Tensor:
+    return scatter_add_scaled(x, lengths, rows, branch, layer_scale)
 
 
 def ema(teacher: Tensor, student: Tensor, momentum: Tensor) -> list[Tensor]:
@@ -111,8 +116,9 @@ def make_calls(
     one_view = leaf(3, 2, K), random(1, 2, K, dtype=dtype), random(K)
     patches = leaf(rows, K), random(rows, K, dtype=dtype), random(K), random(rows).exp()
     teacher = random(rows, width, dtype=dtype), random(K, width, dtype=dtype)
-    branch = leaf(4, tokens, width), torch.tensor([2, 0], device=device)  # images that are kept
-    total = *branch, leaf(2, tokens, width), leaf(width)
+    lengths = ((4, tokens), (3, 3))
+    rows_kept = torch.tensor([2, 0], device=device), torch.tensor([1], device=device)  # of either group
+    packed, branch = leaf(4 * tokens + 9, width), leaf(2 * tokens + 3, width)
     return {
         "dino_loss": (dino, logits),
         "dino_loss in place": (partial(dino, inplace_grad=True), logits),
@@ -126,9 +132,8 @@ def make_calls(
         ),
         "prototype_weight": (prototype_weight, (leaf(K, width), random(K, 1))),
         "koleo_loss": (koleo_loss, (leaf(2, rows, width),)),
-        "gather_layer_norm": (gather_layer_norm, (*branch, leaf(width), leaf(width))),
-        "scatter_add_scaled": (residual, total),
-        "scatter_add_scaled in place": (partial(residual, inplace=True), total),
+        "gather_layer_norm": (partial(gathered, lengths=lengths), (packed, leaf(width), leaf(width), *rows_kept)),
+        "scatter_add_scaled": (partial(scattered, lengths=lengths), (packed, branch, leaf(width), *rows_kept)),
         "ema_update_": (ema, (random(n), random(n, dtype=torch.bfloat16), random(1)[0].sigmoid())),
         "ema_update_ of lists": (ema_of_lists, (random(n), random(n, dtype=torch.bfloat16))),
         "adamw_ema_": (adamw, (random(n), random(n, dtype=dtype))),

@@ -114,20 +114,20 @@ def test_flat_tensors() -> None:
 
 
 @pytest.mark.usefixtures("last_programs")
-def test_tokens_of_images() -> None:
-    """The last of B images, all of them kept."""
-    B, N, D = 2**15 + 1, 64, 1024
+def test_tokens_of_sequences() -> None:
+    """The last of B sequences, all of them kept, after another group."""
+    B, N, D = 2**15 + 4, 64, 1024
     vector = torch.rand(D, device=DEVICE)
-    end = torch.randn(1, N, D, device=DEVICE).bfloat16()
+    end = torch.randn(N, D, device=DEVICE).bfloat16()
     results = []
-    for x in (end, ending((B, N, D), end)):
-        rows = torch.arange(len(x), device=DEVICE)
+    for x, lengths in ((end, [(1, N)]), (ending((B * N, D), end), [(1, 2 * N), (B - 2, N)])):
+        rows = [torch.arange(n, device=DEVICE) for n, _ in lengths]
         leaf = x.detach().requires_grad_()
-        for y in (gather_layer_norm(leaf, rows, vector, vector), scatter_add_scaled(x, rows, leaf, vector, 0.5)):
+        gathered = gather_layer_norm(leaf, lengths, rows, vector, vector)
+        for y in (gathered, scatter_add_scaled(x, lengths, rows, leaf, vector)):
             (grad,) = torch.autograd.grad(y, leaf, x)
-            results += [y[-1].detach(), grad[-1]]
-        results.append(scatter_add_scaled(x, rows, y.detach(), vector, 0.5, inplace=True)[-1])
-    torch.testing.assert_close(results[:5], results[5:], rtol=0, atol=0)
+            results += [y[-N:].detach(), grad[-N:]]
+    torch.testing.assert_close(results[:4], results[4:], rtol=0, atol=0)
 
 
 @pytest.mark.usefixtures("last_programs")

@@ -23,6 +23,7 @@ from tests.method.networks import B, D, Given, K, N, Tiny, batch, some_hidden
 
 NOW = Now(lr=0.0, weight_decay=0.0, momentum=0.0, teacher_temp=0.05, freeze_last_layer=False)
 LOSS = LossConfig(student_temp=0.1, patch_weight=0.7, koleo_weight=0.2)
+WEIGHTS = {"dino": 1.0, "ibot": 0.7, "koleo": 0.2}
 OWN = 9  # K' of a head of the patches' own
 
 
@@ -34,10 +35,6 @@ def dino(ranks: Any, student: nn.Module, teacher: nn.Module, kinds: str, loss: L
         for kind, size in zip(kinds.split(), sizes, strict=True)
     ]
     return Dino(student, teacher, loss, *targets)
-
-
-def double(outputs: Outputs) -> Outputs:
-    return Outputs(*(x.double() for x in outputs))
 
 
 class Plain:
@@ -108,7 +105,48 @@ def test_three_steps_equal_the_formulas(alone, kinds, own):
         torch.testing.assert_close(method.state()[name].double(), state[name], rtol=1e-5, atol=1e-7)
 
 
-WEIGHTS = {"dino": 1.0, "ibot": 0.7, "koleo": 0.2}
+@pytest.mark.parametrize("kinds", KINDS)
+@pytest.mark.parametrize("own", [False, True], ids=["shared head", "own head"])
+def test_a_step_of_the_real_networks_equals_the_formulas(alone, kinds, own):
+    """Every parameter's gradient, with masks of the loader, registers, LayerScale and local views."""
+    patch_head = HeadConfig(num_prototypes=20, hidden_dim=24, num_layers=2, bottleneck_dim=6)
+    head = HeadConfig(num_prototypes=32, hidden_dim=24, bottleneck_dim=8, freeze_prototype_norm=False)
+    config = Config(
+        model=ModelConfig(arch="vit_nano", patch_size=8, drop_path=0.0, registers=2, layer_scale=0.5, init="xavier"),
+        head=head,
+        patch_head=patch_head if own else None,
+        views=ViewsConfig(global_size=32, local_size=16, num_local=2),
+        loss=LOSS,
+        run=RunConfig(local_batch=4),
+    )
+    torch.manual_seed(0)
+    student, teacher = build_network(config), build_network(config, teacher=True)
+    sizes = head.num_prototypes, patch_head.num_prototypes if own else head.num_prototypes
+    with torch.no_grad():  # tokens and biases that start at 0 count too
+        for p in (*student.parameters(), *teacher.parameters()):
+            p += 0.02 * torch.randn_like(p)
+    hidden = sample_masks(0, 0, range(4), config.views, (4, 4))
+    masks = masks_of(hidden)
+    given = Batch({"global": torch.randn(2, 4, 3, 32, 32), "local": torch.randn(2, 4, 3, 16, 16)}, masks)
+    targets: list[Target] = [
+        Sinkhorn(alone) if kind == "sinkhorn" else Centering(size, momentum=0.9, accumulate=1, ranks=alone)
+        for kind, size in zip(kinds.split(), sizes, strict=True)
+    ]
+    loss, parts = Dino(student, teacher, LOSS, *targets).loss(given, NOW)
+    loss.backward()
+
+    exact, exact_teacher = copy.deepcopy(student).double(), copy.deepcopy(teacher).double()
+    exact.zero_grad()
+    views = {name: x.double() for name, x in given.views.items()}
+    seen = exact_teacher({"global": views["global"]}, masks._replace(hidden=None))
+    wanted = Plain(kinds, *sizes).parts(exact(views, masks), seen, hidden.flatten(0, 1))
+    sum(WEIGHTS[name] * part for name, part in wanted.items()).backward()
+    for name, part in parts.items():
+        assert part.item() == pytest.approx(wanted[name].item(), rel=1e-5), name
+    for (name, p), q in zip(student.named_parameters(), exact.parameters(), strict=True):
+        if p.requires_grad:
+            assert (p.grad - q.grad).norm() < 1e-3 * q.grad.norm(), name
+            assert p.grad.norm().item() == pytest.approx(q.grad.norm().item(), rel=1e-4), name
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,17 @@
-"""Centering: when the center moves, by what, and over which points."""
+"""Centering: when the center moves, by what, and over which points. Sinkhorn: what it balances. Which one is built."""
+
+import logging
 
 import pytest
 import torch
 
-from fastdino.method.targets import Centering
+from fastdino.config import Config, ConfigError, HeadConfig, LossConfig, PatchHeadConfig, RunConfig, ViewsConfig
+from fastdino.distributed import Ranks
+from fastdino.method.targets import Centering, Sinkhorn, build_targets
+from tests.method import plain
 
 R, P, K = 6, 5, 7
+CPU = torch.device("cpu")
 APPLIED, SKIPPED = torch.tensor(True), torch.tensor(False)
 
 
@@ -66,3 +72,105 @@ def test_a_skipped_step_leaves_it(alone):
     target.after_step(APPLIED)
     assert target.center.isfinite().all(), "what was not finite is forgotten"
     assert not torch.equal(target.center, before)
+
+
+@pytest.mark.parametrize("rows", [R, 40, 2])
+def test_sinkhorn_equals_the_official_form(alone, rows):
+    """With far fewer samples than prototypes too, and with more."""
+    points, prototypes = outputs(0, rows)
+    points, prototypes = torch.nn.functional.normalize(points, dim=-1), prototypes / 4
+    center = Sinkhorn(alone)(points, prototypes, 0.05)
+    logits = points.double() @ prototypes.double().T
+    assert center.shape == (K,)
+    assert center.dtype == torch.float32
+    found = torch.softmax((logits - center.double()) / 0.05, dim=-1)
+    torch.testing.assert_close(found, plain.balanced(logits, 0.05), rtol=1e-4, atol=1e-6)
+
+
+def test_sinkhorn_remembers_nothing(alone):
+    """Each micro batch is balanced on its own."""
+    target, (points, prototypes) = Sinkhorn(alone), outputs(0)
+    first = target(points[:3], prototypes, 0.5)
+    other = target(points[3:], prototypes, 0.5)
+    target.after_step(APPLIED)
+    assert not torch.allclose(first, other, atol=1e-3)
+    assert torch.equal(target(points[:3], prototypes, 0.5), first)
+    assert target.state() == {}
+
+
+def test_log_sum_exps_of_large_logits_add_up():
+    """In fp64 without a maximum: at logits of 28 and a temperature of 0.04, on either side."""
+    total = []
+
+    class Two(Ranks):
+        def sum_(self, x: torch.Tensor) -> None:
+            total.append(x.dtype)
+            x += torch.tensor([700.0, -700.0, 3.0, 0.0], dtype=torch.float64).exp() * torch.tensor([1, 1, 1, 0])
+
+    found = Two(0, 2, 0, CPU).logsumexp(torch.tensor([700.0, -700.0, 1.0, -2.0]))
+    assert total == [torch.float64]
+    expected = torch.tensor([700 + 0.693147, -700 + 0.693147, 3 + 0.126928, -2.0])
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def config(targets: str, patch_targets: str | None = None, local_batch: int = 64, **changes: object) -> Config:
+    loss = LossConfig(patch_weight=1.0, targets=targets, patch_targets=patch_targets)  # type: ignore[arg-type]
+    return Config(head=HeadConfig(num_prototypes=30), loss=loss, run=RunConfig(local_batch=local_batch), **changes)
+
+
+@pytest.mark.parametrize(
+    ("targets", "patch_targets", "kinds"),
+    [
+        ("center", None, [Centering, Centering]),
+        ("sinkhorn", None, [Sinkhorn, Sinkhorn]),
+        ("center", "sinkhorn", [Centering, Sinkhorn]),
+        ("sinkhorn", "center", [Sinkhorn, Centering]),
+    ],
+)
+def test_targets_of_views_and_patches(alone, targets, patch_targets, kinds):
+    made = build_targets(config(targets, patch_targets), alone)
+    assert [type(target) for target in made] == kinds
+    assert made[0] is not made[1]
+    if kinds == [Centering, Centering]:
+        assert made[0].center is not made[1].center, "two centers, even where the head is one"
+
+
+def test_a_center_is_as_wide_as_its_head(alone):
+    own = config("center", patch_head=PatchHeadConfig(num_prototypes=20))
+    assert [target.center.shape for target in build_targets(own, alone)] == [(30,), (20,)]
+    assert build_targets(Config(), alone)[1] is None
+
+
+@pytest.mark.parametrize(
+    ("targets", "patch_targets", "local_batch", "ranks", "says"),
+    [
+        ("sinkhorn", None, 3, 1, r"loss.targets=sinkhorn balances about 6 samples .* raise run.local_batch"),
+        ("sinkhorn", "center", 1, 2, r"about 4 samples .* or use loss.targets=center"),
+        ("center", "sinkhorn", 1, 1, r"loss.patch_targets=sinkhorn balances about 5 samples"),
+    ],
+)
+def test_too_few_samples_for_sinkhorn_are_refused(targets, patch_targets, local_batch, ranks, says):
+    views = ViewsConfig(global_size=64) if patch_targets == "sinkhorn" else ViewsConfig()
+    settings = config(targets, patch_targets, local_batch, views=views)
+    with pytest.raises(ConfigError, match=says):
+        build_targets(settings, Ranks(0, ranks, 0, CPU))
+
+
+@pytest.mark.parametrize(
+    ("targets", "patch_targets", "local_batch", "ranks", "warned"),
+    [
+        ("sinkhorn", None, 1, 4, ["targets=sinkhorn balances about 8 samples"]),
+        ("sinkhorn", None, 16, 1, ["targets=sinkhorn balances about 32 samples of a micro batch over all ranks, which"]),
+        ("sinkhorn", None, 16, 2, []),
+        ("center", "sinkhorn", 1, 1, ["patch_targets=sinkhorn balances about 59 samples"]),
+        ("center", "sinkhorn", 2, 1, []),
+        ("center", None, 1, 1, []),
+    ],
+)
+def test_few_samples_for_sinkhorn_are_warned_of(caplog, targets, patch_targets, local_batch, ranks, warned):
+    """By one rank; of views and of patches, each by their number."""
+    caplog.set_level(logging.WARNING)
+    for rank in range(ranks):
+        build_targets(config(targets, patch_targets, local_batch), Ranks(rank, ranks, rank, CPU))
+    assert len(caplog.messages) == len(warned)
+    assert all(text in message for text, message in zip(warned, caplog.messages, strict=True))

@@ -8,8 +8,10 @@ import pytest
 import timm
 import torch
 
-from fastdino.config import Config, ConfigError, HeadConfig, ModelConfig, RunConfig, ViewsConfig
-from fastdino.model import ViT, build_backbone, build_network, export_backbone
+from fastdino.config import Config, ConfigError, HeadConfig, LossConfig, ModelConfig, RunConfig, ViewsConfig
+from fastdino.data.batch import Masks
+from fastdino.data.masks import masks_of
+from fastdino.model import Network, ViT, build_backbone, build_network, export_backbone
 
 HEAD = HeadConfig(num_prototypes=16, hidden_dim=24, bottleneck_dim=8)
 
@@ -39,6 +41,64 @@ def test_outputs_are_view_major(arch: str) -> None:
                 torch.testing.assert_close(made.cls_points[i, image], network.head(cls)[0][0], rtol=1e-4, atol=1e-5)
         alone = network({"global": views()["global"]})
         torch.testing.assert_close(alone.cls, made.cls[:2], rtol=1e-4, atol=1e-5)
+
+
+def masked(patch_head: HeadConfig | None, **head: Any) -> tuple[Network, Masks]:
+    """A nano network that predicts patches, and masks of two images of 4 x 4 patches."""
+    settings = dataclasses.replace(
+        config(ModelConfig(arch="vit_nano", drop_path=0.0)),
+        head=dataclasses.replace(HEAD, **head), patch_head=patch_head, loss=LossConfig(patch_weight=1.0),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    hidden = torch.zeros(2, 2, 16, dtype=torch.bool)
+    hidden[0, 0, 3:6], hidden[1, 1, [0, 15]] = True, True
+    return build_network(settings), masks_of(hidden)
+
+
+OWN = HeadConfig(num_prototypes=12, hidden_dim=20, bottleneck_dim=6, num_layers=2)
+
+
+@pytest.mark.parametrize("patch_head", [None, OWN], ids=["shared", "own"])
+def test_patches_are_read_by_their_head(patch_head: HeadConfig | None) -> None:
+    """The rows of masks, in their order; with a shared head the prototypes are one tensor, made once."""
+    network, masks = masked(patch_head)
+    made = network(views(), masks)
+    cls, patches = network.backbone(views(), masks)
+    torch.testing.assert_close(made.cls, cls)
+    torch.testing.assert_close(made.patches, patches)
+    assert made.patches.shape == (5, 96)
+    assert not torch.equal(made.patches, network(views(), masks._replace(hidden=None)).patches), "nothing was hidden"
+    head = network.patch_head or network.head
+    torch.testing.assert_close(made.cls_points, network.head.points(cls))
+    torch.testing.assert_close(made.patch_points, head.points(patches))
+    assert torch.equal(made.patch_prototypes, head.prototypes())
+    assert (made.patch_prototypes is made.prototypes) == (patch_head is None)
+    names = {name.split(".")[0] for name in network.state_dict()}
+    assert names == ({"backbone", "head"} if patch_head is None else {"backbone", "head", "patch_head"})
+    assert "backbone.mask_token" in network.state_dict()
+
+
+@pytest.mark.parametrize("patch_head", [None, OWN], ids=["shared", "own"])
+def test_without_masks_there_are_no_patches(patch_head: HeadConfig | None) -> None:
+    """And no BatchNorm sees them: it would make statistics of nothing."""
+    network, _ = masked(patch_head and dataclasses.replace(OWN, batch_norm=True), batch_norm=True)
+    made = network(views())
+    assert made.patches.shape == (0, 96)
+    assert made.patch_points.shape == (0, 6 if patch_head else 8)
+    assert all(x.isfinite().all() for x in network.state_dict().values())
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_shared_head_is_one_call(shared: bool) -> None:
+    """So its BatchNorm averages over views and patches together, and two heads each over their own."""
+    network, masks = masked(None if shared else dataclasses.replace(OWN, batch_norm=True), batch_norm=True)
+    rows: dict[str, list[int]] = {"head": [], "patch_head": []}
+    for name, calls in rows.items():
+        head = getattr(network, name)
+        if head is not None:
+            head.mlp.register_forward_pre_hook(lambda _, args, calls=calls: calls.append(len(args[0])))
+    network(views(), masks)
+    assert rows == ({"head": [15], "patch_head": []} if shared else {"head": [10], "patch_head": [5]})
 
 
 def test_the_seed_decides_and_the_teacher_has_no_drop_path() -> None:
@@ -144,6 +204,12 @@ def test_one_value_per_channel_cannot_be_normalised(local_batch: int, num_local:
             build_network(settings)
 
 
+@pytest.mark.parametrize("patch_head", [None, OWN], ids=["shared", "own"])
+def test_a_parameter_is_read_by_its_own_module_alone_with_masks(patch_head: HeadConfig | None) -> None:
+    network, masks = masked(patch_head)
+    check_reads(network, masks)
+
+
 @pytest.mark.parametrize("arch", ["vit_nano", "timm:resnet18"])
 def test_a_parameter_is_read_by_its_own_module_alone(arch: str) -> None:
     """What lets an engine partition a network: weights exist only while the module that owns them runs.
@@ -151,13 +217,16 @@ def test_a_parameter_is_read_by_its_own_module_alone(arch: str) -> None:
     BatchNorm's and the heads' included. Each module's parameters are empty but for the time of its own forward.
     """
     torch.manual_seed(0)
-    network = build_network(config(ModelConfig(arch=arch, drop_path=0.0)))
+    check_reads(build_network(config(ModelConfig(arch=arch, drop_path=0.0))))
+
+
+def check_reads(network: Network, masks: Masks | None = None) -> None:
     with torch.no_grad():
-        expected = network(views())
+        expected = network(views(), masks)
         for module in network.modules():
             hide_outside_forward(module)
         assert all(p.numel() == 0 for p in network.parameters())
-        for made, wanted in zip(network(views()), expected, strict=True):
+        for made, wanted in zip(network(views(), masks), expected, strict=True):
             assert torch.equal(made, wanted)
 
 

@@ -24,8 +24,7 @@ from fastdino.model import (
     load_head,
     restore_backbone,
 )
-from fastdino.model.vit import resample_positions
-from fastdino.model.weights import find_vit
+from fastdino.model.weights import form_of
 
 HEAD: dict[str, Any] = {"num_prototypes": 16, "hidden_dim": 24, "bottleneck_dim": 8}
 
@@ -135,14 +134,17 @@ def test_dino_v1_backbone_file(tmp_path: Path) -> None:
     assert same(backbone, nano(1))
 
 
-def test_positions_of_another_grid_are_resampled(tmp_path: Path) -> None:
+def test_the_grid_of_the_file_is_kept(tmp_path: Path) -> None:
+    """Its positions are interpolated at each forward pass, and can be exported as they were."""
     source = nano(1)  # 4 x 4 patches
     export_backbone(source, tmp_path / "a.safetensors")
-    wide = nano(2, image_size=(48, 96))
+    wide = nano(2, image_size=(48, 96)).requires_grad_(False)
     load_backbone(wide, tmp_path / "a.safetensors")
-    assert torch.equal(wide.pos_embed, resample_positions(source.pos_embed, (4, 4), (3, 6)))
+    assert wide.grid == (4, 4)
+    assert same(wide, source)
+    assert not wide.pos_embed.requires_grad
     x = torch.randn(2, 3, 48, 96)
-    torch.testing.assert_close(wide(x), source(x))
+    torch.testing.assert_close(wide(x), source(x), rtol=0, atol=0)
 
 
 def test_everything_that_does_not_fit_is_named(tmp_path: Path) -> None:
@@ -222,7 +224,8 @@ def test_any_prefix(tmp_path: Path, prefix: str) -> None:
         backbone = nano(2)
         load_backbone(backbone, path)
         assert same(backbone, nano(1))
-        assert find_vit(path) == ("vit_nano", 16, 64)
+        form = form_of(path)
+        assert (form.arch, form.patch_size, form.image_size) == ("vit_nano", 16, 64)
 
 
 AVERAGED_BESIDE = [

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import fastdino
 from fastdino.config import (
@@ -57,6 +59,7 @@ def images(folder: Path, names: list[str]) -> Path:
 
 
 NAMES = [f"{i:02d}.png" for i in range(16)]
+OWN_HEAD = HeadConfig(num_prototypes=48, hidden_dim=32, bottleneck_dim=16)
 
 
 def half(settings: Config) -> None:
@@ -72,6 +75,43 @@ def half(settings: Config) -> None:
         patch.setattr(trainer.Trainer, "train_step", train_step)
         with pytest.raises(Preempted):
             fastdino.train(dataclasses.replace(settings, run=dataclasses.replace(settings.run, epochs=3)))
+
+
+@pytest.mark.parametrize(("targets", "patch_targets"), [("center", None), ("sinkhorn", None), ("center", "sinkhorn")])
+@pytest.mark.parametrize(("engine", "own_head"), [("torch", True), ("deepspeed", False)])
+def test_a_run_with_patches_resumes_to_the_bit(tmp_path, engine, own_head, targets, patch_targets):
+    """Masks, drop path, one center or two, BatchNorm over views and patches: every tensor of the last checkpoint."""
+    runs = []
+    for name in ("straight", "stopped"):
+        settings = config(
+            tmp_path / name, engine__name=engine, run__epochs=3, head__batch_norm=True, loss__koleo_weight=0.1,
+            loss__patch_weight=1.0, loss__targets=targets, loss__patch_targets=patch_targets,
+        )  # fmt: skip
+        settings = dataclasses.replace(settings, patch_head=OWN_HEAD if own_head else None)
+        if name == "stopped":
+            half(settings)
+        fastdino.train(settings)
+        files = sorted((settings.run.dir / "checkpoints/step-00000006").glob("*.safetensors"))
+        runs.append({f"{file.name}/{key}": value for file in files for key, value in load_file(file).items()})
+    assert runs[0].keys() == runs[1].keys()
+    for name, tensor in runs[0].items():
+        assert torch.equal(tensor, runs[1][name]), name
+    centers = {name.split("/")[1] for name in runs[0] if name.endswith("center")}
+    kinds = targets, patch_targets or targets
+    assert centers == {name for name, kind in zip(("center", "patch_center"), kinds, strict=True) if kind == "center"}
+
+
+def test_a_run_with_another_patch_head_is_another_run(tmp_path):
+    patches = config(tmp_path, loss__patch_weight=1.0, run__epochs=1)
+    own = dataclasses.replace(patches, patch_head=OWN_HEAD)
+    fastdino.train(own)
+    with pytest.raises(ConfigError, match=r"patch_head.num_prototypes is 48 there, None here"):
+        fastdino.train(patches)
+    other = dataclasses.replace(patches, patch_head=dataclasses.replace(OWN_HEAD, num_prototypes=32))
+    with pytest.raises(ConfigError, match=r"another run \(patch_head.num_prototypes is 48 there, 32 here\)"):
+        fastdino.train(other)
+    elsewhere = dataclasses.replace(OWN_HEAD, weights=tmp_path / "gone.pth")
+    assert fastdino.train(dataclasses.replace(own, patch_head=elsewhere)).steps == 2, "weights are not read again"
 
 
 @pytest.mark.parametrize("written", ["moved", "slash", "relative"])
@@ -127,6 +167,26 @@ def test_a_finished_run_is_made_longer_and_says_what_that_does(tmp_path, caplog)
     caplog.clear()
     fastdino.train(config(tmp_path, run__epochs=4))
     assert "jumps" not in caplog.text
+
+
+def test_a_run_at_constant_rates_is_made_longer_without_a_bend(tmp_path, caplog):
+    """It is the longer run from its start."""
+    constant = {"optim__schedule": "constant"}
+    fastdino.train(config(tmp_path / "short", **constant))
+    caplog.set_level(logging.WARNING)
+    assert fastdino.train(config(tmp_path / "short", run__epochs=3, **constant)).steps == 6
+    assert "jumps" not in caplog.text
+    fastdino.train(config(tmp_path / "long", run__epochs=3, **constant))
+    saved = [
+        {
+            file.name: load_file(file)
+            for file in (tmp_path / name / "run/checkpoints/step-00000006").glob("*.safetensors")
+        }
+        for name in ("short", "long")
+    ]
+    assert saved[0].keys() == saved[1].keys() != set()
+    for name, tensors in saved[0].items():
+        assert all(torch.equal(x, saved[1][name][key]) for key, x in tensors.items())
 
 
 def test_a_run_is_not_made_shorter_than_it_is(tmp_path):

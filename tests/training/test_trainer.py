@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -38,7 +39,10 @@ STEPS_PER_EPOCH = 5
 
 
 def tiny(folder: Path, **overrides: Any) -> Config:
-    """Ten steps of a nano ViT with drop path on 40 rendered images of 32 pixels; overrides as group__name=value."""
+    """Ten steps of a nano ViT with drop path on 40 rendered images of 32 pixels.
+
+    Overrides as group__name=value, or as group=value.
+    """
     config = Config(
         model=ModelConfig(arch="vit_nano", patch_size=8, drop_path=0.1, pos_embed="sincos", init="xavier"),
         head=HeadConfig(num_prototypes=64, hidden_dim=48, bottleneck_dim=32),
@@ -49,10 +53,16 @@ def tiny(folder: Path, **overrides: Any) -> Config:
         engine=EngineConfig(device="cpu"),
         run=RunConfig(dir=folder, epochs=2, local_batch=8, log_every=1, knn_every=0),
     )
+    groups: dict[str, Any] = {}
     for path, value in overrides.items():
-        group, name = path.split("__")
-        config = dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **{name: value})})
-    return config
+        group, _, name = path.partition("__")
+        old = groups.get(group, getattr(config, group))
+        groups[group] = dataclasses.replace(old, **{name: value}) if name else value
+    return dataclasses.replace(config, **groups)
+
+
+PATCHES = {"loss__patch_weight": 1.0, "loss__koleo_weight": 0.1}
+OWN_HEAD = {"patch_head": HeadConfig(num_prototypes=48, hidden_dim=32, bottleneck_dim=16)}
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -114,12 +124,32 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     assert list((result.dir / "tensorboard").glob("events*"))
     last = json.loads((result.dir / "metrics.jsonl").read_text().splitlines()[-2])
     assert {"epoch", "lr", "momentum", "grad_norm", "images_per_second", "data_wait", "teacher_entropy"} <= last.keys()
+    assert last["loss_dino"] == last["loss"]
+    assert not {"loss_ibot", "loss_koleo", "patch_cos"} & last.keys()
 
 
-@pytest.mark.parametrize(("engine", "workers"), [("deepspeed", 2), ("torch", 0)])
-def test_resume_after_kill_is_bit_exact(tmp_path, engine, workers):
+def test_a_run_with_patches_logs_each_part_and_learns(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    overrides = {**PATCHES, **OWN_HEAD, "loss__patch_targets": "sinkhorn", "data__num_images": 80, "run__epochs": 4}
+    result = fastdino.train(tiny(tmp_path / "run", **overrides))
+    lines = [json.loads(line) for line in (result.dir / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        parts = line["loss_dino"] + line["loss_ibot"] + 0.1 * line["loss_koleo"]
+        assert line["loss"] == pytest.approx(parts, rel=1e-5)
+        assert {"patch_cos", "contrast", "patch_entropy", "patch_usage_entropy"} <= line.keys()
+    assert "balances about 38 samples of a micro batch" in caplog.text
+    assert f"dino {lines[0]['loss_dino']:.3f}  ibot {lines[0]['loss_ibot']:.3f}  koleo" in caplog.text
+    saved = load_file(result.dir / "checkpoints/step-00000040/shared.safetensors")
+    assert {"center"} == {name for name in saved if "center" in name}
+
+
+@pytest.mark.parametrize("overrides", [
+    {"data__num_workers": 2},
+    {"engine__name": "torch"},
+    {**PATCHES, **OWN_HEAD, "data__num_workers": 1},  # two centers, and masks
+], ids=["deepspeed", "torch", "patches"])  # fmt: skip
+def test_resume_after_kill_is_bit_exact(tmp_path, overrides):
     """Train 10 = train 5, save, go on to 7, kill -9, resume: every tensor and every loss."""
-    overrides = {"engine__name": engine, "data__num_workers": workers}
     straight = launch(tiny(tmp_path / "straight", **overrides))
     assert straight.returncode == 0, straight.stderr
     killed = tiny(tmp_path / "killed", **overrides)
@@ -198,6 +228,8 @@ class _Waits(TorchDispatchMode):
     {"engine__zero_stage": 2, "engine__accumulate": 2, "run__local_batch": 4},
     {"engine__precision": "bf16"},
     {"optim__clip_mode": "global", "optim__name": "lars"},
+    {**PATCHES, **OWN_HEAD, "engine__precision": "bf16"},
+    {**PATCHES, "loss__targets": "sinkhorn", "engine__zero_stage": 2, "engine__accumulate": 2},
 ], ids=str)  # fmt: skip
 def test_a_step_never_waits_for_the_device(tmp_path, overrides):
     config = tiny(tmp_path / "run", **overrides)

@@ -107,6 +107,11 @@ class _LinearIbotLoss(torch.autograd.Function):
 MAX_ROWS = 2048
 
 
+def chunk_rows(num_rows: int) -> int:
+    """Rows of the chunks that ``num_rows`` are cut into, all of equal size."""
+    return -(-num_rows // max(1, -(-num_rows // MAX_ROWS)))
+
+
 @operator()
 def linear_ibot_loss_forward(
     student: Tensor,
@@ -129,7 +134,7 @@ def linear_ibot_loss_forward(
     loss = torch.zeros((), device=student.device)
     grad_student = student.new_empty((M if for_student else 0, D))
     grad_weight = student.new_zeros((K if for_weight else 0, D), dtype=torch.float32)
-    rows = -(-M // max(1, -(-M // MAX_ROWS)))  # chunks of equal size
+    rows = chunk_rows(M)
     logits, teacher_logits = (
         x.new_empty((rows, K)) for x in (student, teacher)
     )  # with out=, autocast leaves products alone

@@ -1,0 +1,146 @@
+"""What the recipe ``small`` learns from 10,000 pictures of Fashion-MNIST, beside pixels and its own random start.
+
+``python -m bench.gates.small --seeds 0 1 2`` writes the pictures as PNG files in class folders, trains the recipe once
+for each seed, and records bench/results/small-cpu.json. ``--trial "--loss.koleo-weight 0"`` trains with other settings
+instead and adds their figures to the file; the flags are those of ``fastdino train``. Runs that are there go on.
+
+The pictures are the first 10,000 of Fashion-MNIST's training set and the first 2,000 of its test set (Xiao et al.
+2017). Debian's package dataset-fashion-mnist puts its files where ``--source`` looks for them.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from torch import Tensor, nn
+
+from bench.record import RESULTS, ROOT, add, may_add, provenance, write
+from fastdino import recipes
+from fastdino.config import Config
+from fastdino.data.sources.source import Source
+from fastdino.eval import Features, Knn, Reading, extract
+from fastdino.eval.splits import bank_and_test
+from fastdino.model import build_network
+from fastdino.training.export import run_backbone
+from fastdino.training.trainer import train
+
+FILE = RESULTS / "small-cpu.json"
+SPLITS = {"train": ("train", 10_000), "test": ("t10k", 2_000)}  # folder: the name of its files, pictures taken
+KNN = Knn(neighbors=(5, 20))
+BATCH = 256  # images per forward pass of an evaluation
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gates.small", description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="runs, one after another")
+    parser.add_argument("--trial", default="", help="flags of fastdino train that differ from the recipe's")
+    parser.add_argument("--source", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--pictures", type=Path, default=ROOT / "runs" / "fashion-mnist", help="written if missing")
+    parser.add_argument("--dir", type=Path, default=ROOT / "runs", help="the run folders are in it")
+    parser.add_argument("--out", type=Path, default=FILE)
+    options = parser.parse_args()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    if not options.pictures.exists():
+        write_pictures(options.source, options.pictures)
+    where = provenance(torch.device("cpu"), "bench.gates.small")
+    flags = shlex.split(options.trial)
+    if flags and not may_add(options.out, where):
+        return 1
+    if not flags:
+        write(options.out, {"provenance": where, "cases": baselines(options.pictures)})
+    for seed in options.seeds:
+        folder = options.dir / "-".join(["small", *(flag.strip("-") for flag in flags), str(seed)])
+        cases = trial(flags, seed, options.pictures, folder)
+        add(options.out, {"provenance": where, "cases": cases}, name)
+        print(*(json.dumps(case) for case in cases), sep="\n")
+    return 0
+
+
+def name(case: dict[str, Any]) -> tuple[Any, ...]:
+    return case["features"], case["flags"], case["seed"]
+
+
+def write_pictures(source: Path, folder: Path) -> None:
+    """Class folders of PNG files below ``folder``/train and ``folder``/test, from the four files in ``source``."""
+    for split, (stem, count) in SPLITS.items():
+        pixels = _read(source / f"{stem}-images-idx3-ubyte.gz", header=16).reshape(-1, 28, 28)
+        labels = _read(source / f"{stem}-labels-idx1-ubyte.gz", header=8)
+        for index, (picture, label) in enumerate(zip(pixels[:count], labels[:count], strict=True)):
+            path = folder / split / str(label) / f"{index:05}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(path)
+
+
+def _read(file: Path, header: int) -> np.ndarray:
+    with gzip.open(file) as bytes_:
+        return np.frombuffer(bytes_.read(), np.uint8, offset=header)
+
+
+def baselines(pictures: Path) -> list[dict[str, Any]]:
+    """Figures of pixels as features, and of pixels less each picture's mean, divided by its deviation."""
+    raw = [_pixels(source) for source in bank_and_test(str(pictures), recipes.get("small").data)[:2]]
+    standardised = [
+        Features((x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True).clamp_min(1e-6), labels) for x, labels in raw
+    ]
+    return [
+        {"features": "pixels", "flags": "", "seed": None, **figures(*raw)},
+        {"features": "pixels, standardised", "flags": "", "seed": None, **figures(*standardised)},
+    ]
+
+
+def _pixels(source: Source) -> Features:
+    images, labels = zip(*(source.read(index) for index in range(len(source))), strict=True)
+    return Features(torch.from_numpy(np.stack([np.asarray(i) for i in images])).flatten(1) / 255, torch.tensor(labels))
+
+
+def trial(flags: Sequence[str], seed: int, pictures: Path, folder: Path) -> list[dict[str, Any]]:
+    """Trains the recipe with ``flags``; figures of the random backbone that it starts from and of the teacher's."""
+    own = ["--data.root", str(pictures / "train"), "--run.dir", str(folder), "--run.seed", str(seed)]
+    config = tyro.cli(Config, default=recipes.get("small"), args=[*flags, *own])
+    torch.manual_seed(seed)
+    fresh = build_network(config, teacher=True).backbone
+    started = time.perf_counter()
+    result = train(config)
+    seconds = time.perf_counter() - started
+    about = {"flags": shlex.join(flags), "seed": seed}
+    return [
+        {"features": "random start", **about, **_of(fresh, config, pictures)},
+        {"features": "teacher", **about, **_of(run_backbone(folder)[0], config, pictures),
+         "steps": result.steps, "seconds": seconds},
+    ]  # fmt: skip
+
+
+def _of(backbone: nn.Module, config: Config, pictures: Path) -> dict[str, float]:
+    reading = Reading(size=config.views.global_size, normalize=config.data.normalize)
+    sets = bank_and_test(str(pictures), config.data)[:2]
+    return figures(*(extract(backbone, source, reading, batch=BATCH, num_workers=0) for source in sets))
+
+
+def figures(bank: Features, test: Features) -> dict[str, float]:
+    """k-NN accuracy in percent for each k, and the RankMe of the bank."""
+    return {name: 100 * score for name, score in KNN.accuracy(bank, test).items()} | {"rankme": rankme(bank.vectors)}
+
+
+def rankme(features: Tensor) -> float:
+    """exp of the entropy of the singular values, divided by their sum, of (n, D) features: from 1 to D.
+
+    Source: Garrido et al. 2023, RankMe, equation 1.
+    """
+    values = torch.linalg.svdvals(features.double())
+    share = values / values.sum()
+    return float(torch.special.entr(share).sum().exp())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""Which ViT a set of weights is of, told by the names and shapes of its tensors."""
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+from fastdino.config import ModelConfig, UserError
+from fastdino.model.block import Shape
+from fastdino.model.vit import SIZES
+from fastdino.model.weights.dialects import Published, State
+
+
+class WeightsError(UserError, ValueError):
+    """A file of weights that cannot be read or does not fit."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What weights decide of the network that they fit; each name is that of a setting of the model."""
+
+    arch: str
+    patch_size: int
+    image_size: int | None
+    """Side in pixels of the images whose patches have a position embedding each; None with rotary positions."""
+    registers: int
+    layer_scale: float
+    pos_embed: Literal["learned", "rope"]
+    interpolation: Literal["offset", "antialias"]
+
+    @property
+    def shape(self) -> Shape:
+        return SIZES[self.arch.removeprefix("vit_")]
+
+    def of(self, model: ModelConfig) -> ModelConfig:
+        """``model`` in this form."""
+        return replace(model, **asdict(self))
+
+
+def recognise(published: Published) -> Form:
+    """The form of a backbone.
+
+    Position embeddings are interpolated as their family does it: those of DINOv2 with registers to the new size with
+    antialiasing, others by DINO v1's factor. Raises WeightsError, saying what was found, for none of our ViTs.
+    """
+    state = published.state
+    width, patch, hidden = (
+        _size(state, name, axis, ndim)
+        for name, axis, ndim in (
+            ("cls_token", 2, 3), ("patch_embed.proj.weight", 3, 4), ("blocks.0.mlp.fc1.weight", 0, 2)
+        )
+    )  # fmt: skip
+    swiglu = not hidden
+    hidden = hidden or _size(state, "blocks.0.mlp.w3.weight", 1, 2)
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    shape = (width, depth, hidden, swiglu)
+    arch = next((name for name, s in SIZES.items() if (s.width, s.depth, s.hidden, s.swiglu) == shape), None)
+    if arch is None or not patch:
+        mlp = f"{'a SwiGLU' if swiglu else 'an MLP'} of {hidden}"
+        found = f"{depth} blocks of width {width} with {mlp}" if width and hidden else some(sorted(state))
+        raise WeightsError(
+            f"names and shapes are those of none of our ViTs ({found}): name it if it is one of timm's, as in "
+            "--arch timm:resnet50"
+        )
+    patches, registers = _size(state, "pos_embed", 1, 3) - 1, _size(state, "register_tokens", 1, 3)
+    side = math.isqrt(max(patches, 0))
+    if not published.rotary and (side < 1 or side**2 != patches):
+        found = (
+            f"{patches + 1} position embeddings, not those of a square of patches" if patches > 0 else "no pos_embed"
+        )
+        raise WeightsError(f"it holds a vit_{arch} with {found}")
+    return Form(
+        arch=f"vit_{arch}",
+        patch_size=patch,
+        image_size=None if published.rotary else patch * side,
+        registers=registers,
+        layer_scale=1e-5 if "blocks.0.ls1.gamma" in state else 0.0,  # where training starts it
+        pos_embed="rope" if published.rotary else "learned",
+        interpolation="antialias" if registers and not published.rotary else "offset",
+    )
+
+
+def _size(state: State, name: str, axis: int, ndim: int) -> int:
+    """Of a tensor along an axis; 0 when there is no such tensor."""
+    tensor = state.get(name)
+    return tensor.shape[axis] if tensor is not None and tensor.ndim == ndim else 0
+
+
+def some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")

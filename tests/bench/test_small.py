@@ -1,0 +1,68 @@
+"""The gate of the recipe ``small``: its pictures, its figures, and a trial from flags to figures."""
+
+import gzip
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bench.gates import small
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """The four files of a Fashion-MNIST of few pictures and two classes, bright above and bright below."""
+    monkeypatch.setattr(small, "SPLITS", {"train": ("train", 40), "test": ("t10k", 10)})
+    draws = np.random.default_rng(0)
+    for stem, count in (("train", 50), ("t10k", 10)):
+        labels = np.arange(count, dtype=np.uint8) % 2
+        pixels = draws.integers(0, 100, (count, 2, 14, 28), dtype=np.uint8)
+        pixels[np.arange(count), labels] += 150
+        for kind, header, content in (("images-idx3", 16, pixels), ("labels-idx1", 8, labels)):
+            file = tmp_path / "source" / f"{stem}-{kind}-ubyte.gz"
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(gzip.compress(bytes(header) + content.tobytes()))
+    return tmp_path / "source"
+
+
+def test_pictures(source, tmp_path):
+    """The first of each file, in the folder of their label, pixel for pixel."""
+    small.write_pictures(source, tmp_path / "pictures")
+    names = sorted(path.relative_to(tmp_path / "pictures").as_posix() for path in tmp_path.glob("pictures/*/*/*"))
+    assert len(names) == 50
+    assert names[0] == "test/0/00000.png"
+    assert "train/1/00039.png" in names
+    with gzip.open(source / "train-images-idx3-ubyte.gz") as file:
+        pixels = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 28, 28)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "pictures/train/1/00039.png")), pixels[39])
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        (torch.eye(8).repeat(5, 1), 8.0),
+        (torch.ones(40, 8), 1.0),
+        (torch.eye(8) * torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0]), 4.0),
+        (torch.diag(torch.tensor([3.0, 1.0])), 4 / 3**0.75),  # shares 3/4 and 1/4
+    ],
+)
+def test_rankme(features, expected):
+    assert small.rankme(features) == pytest.approx(expected, rel=1e-9)
+    assert small.rankme(7 * features) == pytest.approx(expected, rel=1e-9)
+
+
+def test_seeds_and_a_trial_stand_in_one_file(source, tmp_path, monkeypatch):
+    """Two steps each: baselines, the seeds of the recipe, and beside them what other settings gave."""
+    folders = ["--source", source, "--pictures", tmp_path / "pictures", "--dir", tmp_path, "--out", tmp_path / "o.json"]
+    short = "--run.local-batch 20 --run.epochs 1 --engine.device cpu --data.num-workers 0 --head.num-prototypes 16"
+    for trial in (short, f"{short} --loss.koleo-weight 0"):
+        arguments = ["small", "--trial", trial, "--seeds", "3", *folders]
+        monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+        assert small.main() == 0
+    cases = small.json.loads((tmp_path / "o.json").read_text())["cases"]
+    assert [(case["features"], case["seed"]) for case in cases] == [("random start", 3), ("teacher", 3)] * 2
+    assert [case["steps"] for case in cases if case["features"] == "teacher"] == [2, 2]
+    pixels, _ = small.baselines(tmp_path / "pictures")
+    assert pixels["knn_5"] == pixels["knn_20"] == 100.0
