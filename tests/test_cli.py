@@ -74,6 +74,7 @@ def run(tmp_path_factory) -> Path:
         (["eval", "knn", "/no/such/run"], "neither a run folder nor a file"),
         (["eval", "nearest"], "kinds:"),
         (["eval", "attention", "/no/such/run", "--num-images", "0"], "--num-images=0 must be at least 1"),
+        (["eval", "patches", "/no/such/run", "--data", "/images"], "--data='/images' must be shapes"),
         (["eval", "knn", "/no/such/run", "--neighbors"], "--neighbors"),
         (["eval", "knn", "/no/such/run", "--neighbor", "5"], "--neighbors"),
         (["export", "/no/such/run"], "not a run folder"),
@@ -218,6 +219,10 @@ def test_eval_and_export(run, tmp_path):
     found = json.loads(fastdino("eval", "attention", run, "--out", sheet).stdout)
     assert 0 < found["attention_iou"] < 1
     assert sheet.read_bytes()[:4] == b"\x89PNG"
+    sheet = tmp_path / "patches.png"
+    found = json.loads(fastdino("eval", "patches", run, "--num-images", 24, "--out", sheet).stdout)
+    assert {"patch_miou", "patch_miou_random_init", "patch_miou_raw_pixels", "path"} <= found.keys()
+    assert sheet.read_bytes()[:4] == b"\x89PNG"
 
 
 def test_eval_of_published_weights(run, tmp_path):
@@ -237,9 +242,10 @@ def test_eval_of_published_weights(run, tmp_path):
     found = json.loads(fastdino("eval", "knn", published, *flags, "--arch", "timm:resnet18", "--size", 64).stdout)
     assert found["size"] == 64
     assert 0 <= found["knn_20"] <= 100
-    refused = fastdino("eval", "attention", published, "--arch", "timm:resnet18", "--out", tmp_path / "x.png", code=2)
-    assert "one of our ViTs (model.arch=vit_...), not timm:resnet18" in refused.stderr
-    assert not (tmp_path / "x.png").exists()
+    for kind in ("attention", "patches"):
+        refused = fastdino("eval", kind, published, "--arch", "timm:resnet18", "--out", tmp_path / "x.png", code=2)
+        assert "one of our ViTs (model.arch=vit_...), not timm:resnet18" in refused.stderr
+        assert not (tmp_path / "x.png").exists()
 
 
 def test_weights_of_others(run, tmp_path):

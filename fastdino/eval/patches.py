@@ -71,19 +71,23 @@ def fit_probe(batches: Iterator[tuple[Tensor, Tensor]], counts: Tensor) -> Probe
 
     The background would else be answered nearly everywhere: it fills most of the patches.
     """
-    share = 1 / (counts.clamp(min=1) * (counts > 0).sum())  # of a patch, by its class; all together 1
+    share = 1 / (counts.clamp(min=1).double() * (counts > 0).sum())  # of a patch, by its class; all together 1
+    origin: Tensor | None = None  # the first token: of a feature that never changes, every sum is exactly 0
     mean = product = by_class = torch.zeros((), dtype=torch.float64)
     for tokens, classes in batches:
         x, share = tokens.double(), share.to(tokens.device)
+        origin = x[0] if origin is None else origin
+        x = x - origin
         weighted = x * share[classes].unsqueeze(1)
         mean = mean + weighted.sum(0)  # (D,)
         product = product + weighted.T @ x  # (D, D)
         by_class = by_class + weighted.T @ F.one_hot(classes, len(counts)).double()  # (D, C)
+    assert origin is not None, "no patches to learn from"
     prior = share * counts.to(share)  # (C,)
     covariance = product - torch.outer(mean, mean)
     penalty = RIDGE * covariance.diagonal().clamp(min=1e-12)
     weight = torch.linalg.solve(covariance + penalty.diag(), by_class - torch.outer(mean, prior))
-    return Probe(weight, prior - mean @ weight)
+    return Probe(weight, prior - (origin + mean) @ weight)
 
 
 def mean_iou(confusion: Tensor) -> float:
@@ -91,6 +95,32 @@ def mean_iou(confusion: Tensor) -> float:
     both = confusion.diagonal().double()
     union = confusion.sum(0) + confusion.sum(1) - both
     return (both / union)[union > 0].mean().item()
+
+
+def tokens_of(vit: ViT, reading: Reading) -> Read:
+    """Its patches after the final norm, on its device."""
+    device, dtype = device_and_dtype(vit)
+
+    def read(images: Tensor) -> Tensor:
+        x = normalize(images.to(device), reading.normalize).to(dtype)
+        with evaluating(vit), torch.autocast(device.type, torch.bfloat16, enabled=reading.precision == "bf16"):
+            return vit.patch_tokens(x)
+
+    return read
+
+
+def raw_pixels(patch: int, reading: Reading) -> Read:
+    """Every pixel of a patch as the network is shown it."""
+    return lambda images: F.pixel_unshuffle(normalize(images, reading.normalize), patch).movedim(1, -1)
+
+
+def fresh_vit(vit: ViT, model: ModelConfig, seed: int) -> ViT:
+    """Another of the same architecture, grid and place that has not learned."""
+    rows, columns = vit.grid
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        fresh = build_backbone(replace(model, attention="auto"), (rows * vit.patch_size, columns * vit.patch_size))
+    return our_vit(fresh, "patch tokens").to(*device_and_dtype(vit))
 
 
 def colors(tokens: Tensor) -> Tensor:
@@ -157,7 +187,7 @@ class PatchProbe(Evaluation):
         reason = "of a folder of images it is not known what each patch shows"
         require(self.data == "shapes", "--data", self.data, "shapes", reason)
         least = 2 * len(CLASSES)
-        require(self.num_images >= least, "--num-images", self.num_images, f"at least {least}", "all classes occur")
+        require(self.num_images >= least, "--num-images", self.num_images, f"at least {least}", "every class is judged")
         require(self.num_random >= 0, "--num-random", self.num_random, "0 or more", "a count of initialisations")
 
     def reading(self, config: Config) -> Reading:
@@ -174,21 +204,21 @@ class PatchProbe(Evaluation):
         with whole_file(sheet) as path:
             train = render(self.num_images, reading.size, vit.patch_size, BANK_SEED)
             test = render(self.num_images // 2, reading.size, vit.patch_size, TEST_SEED)
-            found, told = self._judge(_tokens(vit, reading), train, test)
+            found, told = self.judge(tokens_of(vit, reading), train, test)
             shown = Patches(*(x[:SHEET_ROWS] for x in test))
-            draw_patches(path, shown, _tokens(vit, reading)(shown.images), told[:SHEET_ROWS])
+            draw_patches(path, shown, tokens_of(vit, reading)(shown.images), told[:SHEET_ROWS])
             scores = {"patch_miou": found}
             if self.num_random:
-                fresh = (_fresh(vit, subject.config.model, seed) for seed in range(self.num_random))
-                each = [self._judge(_tokens(other, reading), train, test)[0] for other in fresh]
+                fresh = (fresh_vit(vit, subject.config.model, seed) for seed in range(self.num_random))
+                each = [self.judge(tokens_of(other, reading), train, test)[0] for other in fresh]
                 scores["patch_miou_random_init"] = statistics.mean(each)
-            scores["patch_miou_raw_pixels"], _ = self._judge(_pixels(vit.patch_size, reading), train, test)
+            scores["patch_miou_raw_pixels"], _ = self.judge(raw_pixels(vit.patch_size, reading), train, test)
         percent = {name: round(100 * score, 2) for name, score in scores.items()}
         protocol = {"size": reading.size, "normalize": reading.normalize, "precision": reading.precision}
         protocol |= {"classes": NUM_CLASSES, "train": len(train.images), "test": len(test.images)}
         return {**percent, "sheet": str(sheet), "data": self.data, **protocol}
 
-    def _judge(self, read: Read, train: Patches, test: Patches) -> tuple[float, Tensor]:
+    def judge(self, read: Read, train: Patches, test: Patches) -> tuple[float, Tensor]:
         """Mean IoU over all patches of ``test`` of a probe that learned from ``train``, and its (n, rows, columns)."""
         counts = train.classes.flatten().bincount(minlength=NUM_CLASSES)
         probe = fit_probe(self._batches(read, train), counts)
@@ -205,28 +235,3 @@ class PatchProbe(Evaluation):
             images, classes = (x[start : start + self.batch] for x in patches)
             tokens = read(images).flatten(0, 2)
             yield tokens, classes.flatten().to(tokens.device)
-
-
-def _tokens(vit: ViT, reading: Reading) -> Read:
-    device, dtype = device_and_dtype(vit)
-
-    def read(images: Tensor) -> Tensor:
-        x = normalize(images.to(device), reading.normalize).to(dtype)
-        with evaluating(vit), torch.autocast(device.type, torch.bfloat16, enabled=reading.precision == "bf16"):
-            return vit.patch_tokens(x)
-
-    return read
-
-
-def _pixels(patch: int, reading: Reading) -> Read:
-    """Every pixel of a patch as the network is shown it."""
-    return lambda images: F.pixel_unshuffle(normalize(images, reading.normalize), patch).movedim(1, -1)
-
-
-def _fresh(vit: ViT, model: ModelConfig, seed: int) -> ViT:
-    """Another of the same architecture, grid and place that has not learned."""
-    rows, columns = vit.grid
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        fresh = build_backbone(replace(model, drop_path=0.0), (rows * vit.patch_size, columns * vit.patch_size))
-    return our_vit(fresh, "patch tokens").to(*device_and_dtype(vit))
