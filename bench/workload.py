@@ -14,10 +14,12 @@ from fastdino.config import (
     HeadConfig,
     ModelConfig,
     OptimConfig,
+    PatchHeadConfig,
     RunConfig,
     ViewsConfig,
 )
 from fastdino.data import Batch
+from fastdino.data.masks import masks_of, sample_masks
 from fastdino.data.views import groups
 from fastdino.distributed import Ranks
 from fastdino.model.vit import SIZES
@@ -71,17 +73,34 @@ def nano_config(
     )
 
 
+def nano_dinov2(config: Config, *, sinkhorn: bool) -> Config:
+    """The step of ``config`` with all that DINOv2 adds; ``sinkhorn``: also separate heads and Sinkhorn's targets."""
+    head = {"num_prototypes": 512, "hidden_dim": 128, "bottleneck_dim": 32}
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, drop_path=0.3, drop_path_rule="uniform", layer_scale=1e-5, registers=4),
+        patch_head=PatchHeadConfig(**head) if sinkhorn else None,  # type: ignore[arg-type]
+        loss=dataclasses.replace(
+            config.loss, patch_weight=1.0, koleo_weight=0.1, targets="sinkhorn" if sinkhorn else "center"
+        ),
+        optim=dataclasses.replace(config.optim, layer_decay=0.9, patch_embed_lr=0.2, clip_mode="module"),
+    )
+
+
 def random_batch(config: Config, device: torch.device, seed: int) -> Batch:
-    """Views of noise, as the loader would hand them over."""
+    """Views of noise, with masks where patches are predicted, as the loader would hand them over."""
     size = config.run.local_batch
     shapes = {name: (count, size, 3, side, side) for name, (count, side) in groups(config.views).items()}
     generator = torch.Generator(device).manual_seed(seed)
-    return Batch(
-        {
-            name: torch.randint(256, shape, generator=generator, device=device, dtype=torch.uint8)
-            for name, shape in shapes.items()
-        }
-    )
+    pixels = {
+        name: torch.randint(256, shape, generator=generator, device=device, dtype=torch.uint8)
+        for name, shape in shapes.items()
+    }
+    masks = None
+    if config.loss.patch_weight:
+        side = config.views.global_size // config.model.patch_size
+        masks = masks_of(sample_masks(seed, 0, range(size), config.views, (side, side)))
+    return Batch(pixels, masks).to(device)
 
 
 def build_trainer(config: Config, ranks: Ranks, folder: Path) -> Trainer:

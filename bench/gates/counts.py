@@ -22,7 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from bench.counters import OpCounts, kernels_counted, saved_bytes
 from bench.record import RESULTS, provenance, write
-from bench.workload import build_trainer, nano_config, random_batch
+from bench.workload import build_trainer, nano_config, nano_dinov2, random_batch
 from fastdino.config import Config
 from fastdino.distributed import Ranks
 
@@ -35,6 +35,8 @@ CASES = {
     "gpu, ZeRO 0": nano_config(precision="bf16", zero_stage=0),
     "gpu, ZeRO 1": nano_config(precision="bf16"),
     "gpu, ZeRO 2": nano_config(precision="bf16", zero_stage=2),
+    "gpu, DINOv2": nano_dinov2(nano_config(precision="bf16", local_batch=8), sinkhorn=False),
+    "gpu, DINOv2, separate heads, Sinkhorn": nano_dinov2(nano_config(precision="bf16", local_batch=8), sinkhorn=True),
 }
 HOW_TO = "If this is meant, record it with `python -m bench.gates.counts` and say why in the commit."
 

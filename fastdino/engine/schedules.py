@@ -43,6 +43,7 @@ class Schedules:
         self.steps_per_epoch = steps_per_epoch
         self.num_steps = config.run.epochs * steps_per_epoch
         self.warmup_steps = int(optim.warmup_epochs * steps_per_epoch)
+        self.frozen_steps = round(optim.freeze_last_layer * steps_per_epoch)
         scale = global_batch / 256 if optim.lr_rule == "linear_256" else math.sqrt(global_batch / 1024)
         self.peak_lr = optim.lr * scale
 
@@ -54,7 +55,7 @@ class Schedules:
             weight_decay=self._along(optim.weight_decay, optim.weight_decay_end, index, self.num_steps),
             momentum=self._along(optim.teacher_momentum, optim.teacher_momentum_end, index, self.num_steps),
             teacher_temp=self._teacher_temp(step),
-            freeze_last_layer=step < optim.freeze_last_layer * self.steps_per_epoch,
+            freeze_last_layer=step < self.frozen_steps,
         )
 
     def _along(self, start: float, end: float, index: int, count: int) -> float:
@@ -68,9 +69,8 @@ class Schedules:
 
     def _teacher_temp(self, step: int) -> float:
         loss = self.config.loss
-        index, count = step // self.steps_per_epoch, loss.warmup_teacher_temp_epochs
-        if loss.temp_warmup_by == "step":
-            index, count = step, count * self.steps_per_epoch
+        steps = 1 if loss.temp_warmup_by == "step" else self.steps_per_epoch  # between two values
+        index, count = step // steps, round(loss.warmup_teacher_temp_epochs * self.steps_per_epoch / steps)
         if index >= count:
             return loss.teacher_temp
         return loss.warmup_teacher_temp + index / max(count - 1, 1) * (loss.teacher_temp - loss.warmup_teacher_temp)

@@ -38,14 +38,10 @@ class Subset(NamedTuple):
 
     def tokens(self) -> Tensor:
         """Where in the whole batch their tokens lie."""
-        first = self.whole.first.split([sequences for sequences, _ in self.whole.lengths])
-        parts = zip(first, self.rows, self.packing.lengths, strict=True)
-        return torch.cat(
-            [
-                (start.index_select(0, rows).unsqueeze(1) + torch.arange(tokens, device=rows.device)).flatten()
-                for start, rows, (_, tokens) in parts
-            ]
-        )
+        lengths = self.whole.lengths
+        tokens = torch.arange(len(self.whole.sequence), device=self.whole.sequence.device)
+        groups = zip(tokens.split([n * each for n, each in lengths]), lengths, self.rows, strict=True)
+        return torch.cat([group.view(shape).index_select(0, rows).flatten() for group, shape, rows in groups])
 
 
 @dataclass(frozen=True)

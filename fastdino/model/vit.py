@@ -116,8 +116,10 @@ class ViT(nn.Module):
         groups = [x.unsqueeze(0)] if isinstance(x, Tensor) else list(x.values())
         tokens, packing, turns = self._all_but_last_block(groups, None if masks is None else masks.hidden)
         reading = packing.reading(None if masks is None else masks.rows, self.num_prefix)
-        tokens = self.norm(self.blocks[-1](tokens, packing, turns, reading))[0]
-        cls, patches = tokens.split([packing.num_sequences, len(tokens) - packing.num_sequences])
+        tokens = self.norm(self.blocks[-1](tokens, packing, turns, reading)).squeeze(0)
+        cls, patches = tokens, tokens[:0]
+        if masks is not None:
+            cls, patches = tokens.split([packing.num_sequences, len(masks.rows)])
         cls = cls.view(-1, groups[0].shape[1], self.num_features)
         return cls[0] if isinstance(x, Tensor) else (cls, patches)
 
@@ -159,7 +161,8 @@ class ViT(nn.Module):
         patches = self.patch_embed(x)
         if hidden is not None:
             assert self.mask_token is not None, "patches are hidden from a backbone without a mask token"
-            assert hidden.shape == patches.shape[:2], f"a mask of {tuple(hidden.shape)}, {tuple(patches.shape)} patches"
+            seen = tuple(patches.shape[:2])
+            assert hidden.shape == seen, f"a mask of {tuple(hidden.shape)}, {seen} patches"
             patches = torch.where(hidden.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
         if self.pos_embed is not None:
             positions = self._positions(self.pos_embed, grid)

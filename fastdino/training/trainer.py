@@ -73,7 +73,7 @@ def _settled(config: Config) -> Config:
         return settled(config)
     model = config.model
     decided = {name: getattr(before.model, name) for name in ("layer_scale", "pos_embed", "interpolation")}
-    for name in ("registers", "image_size"):
+    for name in ("weights", "registers", "image_size"):
         asked = getattr(model, name)
         decided[name] = getattr(before.model, name) if asked is None else asked
     return replace(config, model=replace(model, **decided))
@@ -347,7 +347,7 @@ class Trainer:
         return manifest.step
 
     def _check_length(self, path: Path) -> None:
-        """A run may be made longer, which bends its schedules; not shorter than it is."""
+        """A run may be made longer, which bends its cosines; not shorter than it is."""
         epochs = self.config.run.epochs
         if self.step > self.total_steps:
             raise ConfigError(
@@ -355,7 +355,7 @@ class Trainer:
                 "be at least as long as it already is"
             )
         before = self.folder.config_before if self.folder else None  # known to rank 0, which says it
-        if before and before.run.epochs != epochs:
+        if before and before.run.epochs != epochs and before.optim.schedule != "constant":
             was = Schedules(before, self.steps_per_epoch, self.global_batch)(self.step).lr
             log.warning(
                 "run.epochs was %d and is %d: every schedule is that of the new length from here on. At step %d the "

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,6 +67,26 @@ def test_freezing_and_the_temperature_may_end_within_an_epoch():
     schedules = Schedules(config, steps_per_epoch=10, global_batch=256)
     assert [schedules(step).freeze_last_layer for step in range(5)] == [True, True, True, False, False]
     assert [schedules(step).teacher_temp for step in (0, 2, 4, 5)] == pytest.approx([0.04, 0.055, 0.07, 0.07])
+
+
+@pytest.mark.parametrize("by", ["epoch", "step"])
+@pytest.mark.parametrize("epochs", [0.29, 2.25, 2.5, 2.8, 8.1])
+def test_a_temperature_that_warms_up_for_part_of_an_epoch_ends_where_it_should(epochs: float, by: Any) -> None:
+    loss = replace(V2.loss, warmup_teacher_temp_epochs=epochs, temp_warmup_by=by)
+    for steps_per_epoch in (7, 100, 463):
+        schedules = Schedules(replace(V2, loss=loss), steps_per_epoch, 1024)
+        temps = [schedules(step).teacher_temp for step in range(9 * steps_per_epoch)]
+        assert temps == sorted(temps)
+        assert temps[-1] == 0.07
+        reached = round(epochs * steps_per_epoch) if by == "step" else round(epochs) * steps_per_epoch
+        assert all(temp == 0.07 for temp in temps[reached:])
+        assert sum(temp < 0.07 - 1e-9 for temp in temps) == max(reached - (1 if by == "step" else steps_per_epoch), 0)
+
+
+def test_frozen_steps_are_the_nearest_whole_number() -> None:
+    """0.1 of 30 steps is 3, although their product in floating point is a little more."""
+    config = replace(V2, optim=replace(V2.optim, freeze_last_layer=0.1))
+    assert [Schedules(config, 30, 256)(step).freeze_last_layer for step in range(5)] == 3 * [True] + 2 * [False]
 
 
 @pytest.mark.parametrize("name", OFFICIAL["schedules"])

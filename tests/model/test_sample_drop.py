@@ -141,7 +141,7 @@ def test_no_device_value_is_read() -> None:
 
 
 def flops(vit: ViT, groups: dict[str, Tensor]) -> int:
-    """Of the products of a step, forward and backward."""
+    """Of the linear layers, forward and backward: attention on a CPU is not counted."""
     with FlopCounterMode(display=False) as counter:
         vit(groups)[0].sum().backward()
     return counter.get_total_flops()

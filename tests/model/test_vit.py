@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastdino.data import Masks
 from fastdino.model import ViT
 from fastdino.model import attention as attention_room
 from fastdino.model import packing as packing_room
 from fastdino.model.packing import pack
-from fastdino.model.positions import resample_positions
+from fastdino.model.positions import resample_positions, rope_angles
 from tests.model.textbook import literal, nano, views
 
 TIMM = {
@@ -84,34 +85,47 @@ def test_features_and_attention_maps_of_images() -> None:
     torch.testing.assert_close(vit(x), tokens[:, 0], rtol=1e-10, atol=1e-10)
 
 
-def bicubic(grid: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """Keys' cubic convolution, a = -0.75, half-pixel centers, edges repeated; scale (new + 0.1) / old: DINO v1's."""
-
-    def matrix(old: int, new: int) -> np.ndarray:
-        out = np.zeros((new, old))
-        for i in range(new):
-            center = (i + 0.5) * old / (new + 0.1) - 0.5
-            for j in range(math.floor(center) - 1, math.floor(center) + 3):
-                d = abs(center - j)
-                near = ((-0.75 + 2) * d - (-0.75 + 3)) * d * d + 1
-                far = ((-0.75 * d + 5 * 0.75) * d - 8 * 0.75) * d + 4 * 0.75
-                out[i, min(max(j, 0), old - 1)] += near if d <= 1 else far
-        return out
-
-    return np.einsum("io,jp,opd->ijd", matrix(grid.shape[0], rows), matrix(grid.shape[1], columns), grid)
+def keys(distance: float, a: float) -> float:
+    """Keys' cubic convolution kernel."""
+    d = abs(distance)
+    if d <= 1:
+        return ((a + 2) * d - (a + 3)) * d * d + 1
+    return ((a * d - 5 * a) * d + 8 * a) * d - 4 * a if d < 2 else 0.0
 
 
+def offset(old: int, new: int) -> np.ndarray:
+    """DINO v1's: a = -0.75, half-pixel centers, edges repeated; scale (new + 0.1) / old."""
+    out = np.zeros((new, old))
+    for i in range(new):
+        center = (i + 0.5) * old / (new + 0.1) - 0.5
+        for j in range(math.floor(center) - 1, math.floor(center) + 3):
+            out[i, min(max(j, 0), old - 1)] += keys(center - j, -0.75)
+    return out
+
+
+def antialias(old: int, new: int) -> np.ndarray:
+    """a = -0.5, the kernel as wide as an output where that is larger; what is outside counts for nothing."""
+    out, scale = np.zeros((new, old)), old / new
+    for i in range(new):
+        for j in range(old):
+            out[i, j] = keys((j + 0.5 - (i + 0.5) * scale) / max(scale, 1.0), -0.5)
+    return out / out.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("rule", [offset, antialias])
 @pytest.mark.parametrize(("old", "new"), [((14, 14), (6, 6)), ((6, 6), (3, 5)), ((4, 7), (9, 2)), ((3, 3), (30, 30))])
-def test_positions_are_resampled_as_in_v1(old: tuple[int, int], new: tuple[int, int]) -> None:
+def test_positions_are_resampled_by_their_familys_rule(old: tuple[int, int], new: tuple[int, int], rule: Any) -> None:
     torch.manual_seed(0)
     positions = torch.randn(1, 1 + math.prod(old), 5)
-    got = resample_positions(positions, old, new)
-    want = bicubic(positions[0, 1:].reshape(*old, 5).double().numpy(), *new)
+    got = resample_positions(positions, old, new, rule.__name__)
+    grid = positions[0, 1:].reshape(*old, 5).double().numpy()
+    want = np.einsum("io,jp,opd->ijd", rule(old[0], new[0]), rule(old[1], new[1]), grid)
     torch.testing.assert_close(got[0, 1:], torch.tensor(want).float().reshape(-1, 5), rtol=1e-4, atol=1e-5)
     assert torch.equal(got[:, 0], positions[:, 0])
-    half = resample_positions(positions.bfloat16(), old, new)
+    half = resample_positions(positions.bfloat16(), old, new, rule.__name__)
     assert half.dtype == torch.bfloat16
-    assert torch.equal(half[0, 1:], resample_positions(positions.bfloat16().float(), old, new)[0, 1:].bfloat16())
+    want = resample_positions(positions.bfloat16().float(), old, new, rule.__name__)
+    assert torch.equal(half[0, 1:], want[0, 1:].bfloat16())
 
 
 def test_own_grid_is_not_resampled() -> None:
@@ -125,12 +139,17 @@ def test_own_grid_is_not_resampled() -> None:
 
 def test_an_evaluation_before_training_leaves_training_alone() -> None:
     """What is kept between calls must not be made of inference tensors, which autograd refuses."""
-    vit, groups = nano(drop_path=0.5), views((1, 2, 3, 48, 48), (1, 2, 3, 32, 16))
-    with torch.inference_mode():
-        vit(groups)
-    vit(groups)[0].sum().backward()
-    assert vit.pos_embed.grad is not None
-    assert vit.pos_embed.grad.abs().sum() > 0
+    groups = views((1, 2, 3, 48, 48), (1, 2, 3, 32, 16))
+    masks = Masks(None, torch.arange(0, 2 * 36, 5), torch.empty(0))
+    for cached in (packing_room._packing, packing_room._asking, rope_angles):
+        cached.cache_clear()
+    for pos_embed in ("learned", "rope"):
+        vit = nano(drop_path=0.5, pos_embed=pos_embed)
+        with torch.inference_mode():
+            vit(groups, masks)
+        sum(x.sum() for x in vit(groups, masks)).backward()
+        assert vit.cls_token.grad is not None
+        assert vit.cls_token.grad.abs().sum() > 0
 
 
 def test_image_that_patches_do_not_tile() -> None:
@@ -161,19 +180,25 @@ def test_drop_path_drops_whole_branches_of_sequences() -> None:
 
 def test_drop_path_follows_the_seed_and_pruning_changes_no_draw() -> None:
     vit, groups = nano(drop_path=0.5).train(), views((2, 4, 3, 48, 48), (3, 4, 3, 24, 24))
+    masks = Masks(None, torch.arange(0, 8 * 36, 5), torch.empty(0))
 
-    def run(seed: int) -> Tensor:
+    def run(seed: int, masks: Masks | None = None) -> tuple[Tensor, Tensor]:
         torch.manual_seed(seed)
-        return vit(groups)[0]
+        return vit(groups, masks)
 
-    assert torch.equal(run(0), run(0))
-    assert not torch.equal(run(0), run(1))
+    assert torch.equal(run(0)[0], run(0)[0])
+    assert not torch.equal(run(0)[0], run(1)[0])
     torch.manual_seed(0)
     x, packing = pack([vit._tokens(g.flatten(0, 1)) for g in groups.values()])
     for block in vit.blocks:
         x = block(x, packing)  # the last block in full
-    want = vit.norm(x)[:, packing.first].view(5, 4, -1)
-    torch.testing.assert_close(run(0), want, rtol=1e-10, atol=1e-10)
+    x = vit.norm(x)[0]
+    want = x[packing.first].view(5, 4, -1)
+    torch.testing.assert_close(run(0)[0], want, rtol=1e-10, atol=1e-10)
+    cls, patches = run(0, masks)
+    torch.testing.assert_close(cls, want, rtol=1e-10, atol=1e-10)
+    every = x[: 8 * 37].view(8, 37, -1)[:, 1:].flatten(0, 1)
+    torch.testing.assert_close(patches, every[masks.rows], rtol=1e-10, atol=1e-10)
 
 
 class _CountSyncs(TorchDispatchMode):
@@ -188,10 +213,17 @@ class _CountSyncs(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_no_device_value_is_read() -> None:
-    vit, groups = nano(drop_path=0.2).train(), views((2, 2, 3, 48, 48), (2, 2, 3, 16, 32))
-    packing_room._packing.cache_clear()
+@pytest.mark.parametrize("pos_embed", ["learned", "rope"])
+def test_no_device_value_is_read(pos_embed: str) -> None:
+    options = {"mask_token": True, "registers": 2, "layer_scale": 0.1}
+    vit = nano(drop_path=0.2, pos_embed=pos_embed, **options).train()
+    groups = views((2, 2, 3, 48, 48), (2, 2, 3, 16, 32))
+    hidden = torch.arange(4 * 36).view(4, 36) % 7 == 0
+    masks = Masks(hidden, hidden.flatten().nonzero().flatten(), torch.empty(0))
+    for cached in (packing_room._packing, packing_room._asking, rope_angles):
+        cached.cache_clear()
     with _CountSyncs() as syncs:
+        sum(x.sum() for x in vit(groups, masks)).backward()
         vit(groups)[0].sum().backward()
     assert syncs.count == 0
 
@@ -239,12 +271,13 @@ def test_the_way_through_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
 
-    vit, groups = nano(), views((2, 2, 3, 48, 48), (3, 2, 3, 24, 16))
-    want = vit(groups)
+    vit, groups = nano(registers=2), views((2, 2, 3, 48, 48), (3, 2, 3, 24, 16))
+    masks = Masks(None, torch.arange(0, 4 * 36, 5), torch.empty(0))
+    want = vit(groups), vit(groups, masks)
     ops = types.SimpleNamespace(fmha=attention_room._xformers().fmha, memory_efficient_attention=with_mask)
     monkeypatch.setattr(attention_room, "_xformers", lambda: ops)
     monkeypatch.setattr(attention_room, "implementation", lambda *_: "xformers")
-    torch.testing.assert_close(vit(groups), want, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close((vit(groups), vit(groups, masks)), want, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.gpu

@@ -27,11 +27,13 @@ def views(*shapes: tuple[int, ...]) -> dict[str, Tensor]:
     return {str(i): torch.randn(shape, dtype=torch.float64) for i, shape in enumerate(shapes)}
 
 
-def literal(vit: ViT, x: Tensor, hidden: Tensor | None = None, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def literal(
+    vit: ViT, x: Tensor, hidden: Tensor | None = None, factors: Tensor | None = None, stretch: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Tokens after the final norm (R, prefix + N, D), last attention (R, H, tokens, tokens).
 
     ``x`` (R, 3, h, w); ``hidden`` (R, N) bool; ``factors`` (2 * depth, R) of each image's residual branches, 1 unless
-    given. Rotary coordinates are not stretched.
+    given; ``stretch`` multiplies rotary coordinates.
     """
     if factors is None:
         factors = torch.ones(2 * len(vit.blocks), len(x), dtype=x.dtype)
@@ -52,7 +54,7 @@ def literal(vit: ViT, x: Tensor, hidden: Tensor | None = None, factors: Tensor |
             for j, (a, c) in enumerate(zip(weight, bias, strict=True))
         )
         if rope:
-            q, k = _turned(q, grid, prefix), _turned(k, grid, prefix)
+            q, k = _turned(q, grid, prefix, stretch), _turned(k, grid, prefix, stretch)
         weights = (q @ k.transpose(-1, -2) / math.sqrt(width // heads)).softmax(dim=-1)
         z = (weights @ v).transpose(1, 2).flatten(2)
         y = y + factors[2 * i] * b.get("ls1.gamma", 1) * (z @ b["attn.proj.weight"].T + b["attn.proj.bias"])
@@ -84,7 +86,7 @@ def _tokens(vit: ViT, w: Weights, x: Tensor, hidden: Tensor | None, grid: tuple[
     return tokens
 
 
-def _turned(x: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
+def _turned(x: Tensor, grid: tuple[int, int], prefix: int, stretch: float) -> Tensor:
     """(R, H, tokens, d): channels j and j + d/2 are a complex number, turned by the angle of its patch and pair."""
     d = x.shape[-1]
     angles = torch.zeros(x.shape[2], d // 2, dtype=x.dtype)
@@ -93,8 +95,8 @@ def _turned(x: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
             for j in range(d // 4):
                 period = 100 ** (2 * j / (d / 2))
                 patch = prefix + row * grid[1] + column
-                angles[patch, j] = 2 * math.pi * (2 * (row + 0.5) / grid[0] - 1) / period
-                angles[patch, d // 4 + j] = 2 * math.pi * (2 * (column + 0.5) / grid[1] - 1) / period
+                angles[patch, j] = stretch * 2 * math.pi * (2 * (row + 0.5) / grid[0] - 1) / period
+                angles[patch, d // 4 + j] = stretch * 2 * math.pi * (2 * (column + 0.5) / grid[1] - 1) / period
     turned = torch.complex(x[..., : d // 2], x[..., d // 2 :]) * torch.polar(torch.ones_like(angles), angles)
     return torch.cat([turned.real, turned.imag], dim=-1)
 

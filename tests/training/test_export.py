@@ -27,7 +27,7 @@ from fastdino.config import (
 from fastdino.model.weights import exports
 from fastdino.training import checkpoint, export
 from fastdino.training.checkpoint import CheckpointError
-from fastdino.training.export import export_run, run_backbone
+from fastdino.training.export import any_backbone, export_run, run_backbone
 
 NAME = "backbone.safetensors"
 
@@ -124,3 +124,73 @@ def test_a_checkpoint_with_buffers_that_are_no_state(run, tmp_path):
     settings = config(folder, "vit_nano", 32)
     longer = dataclasses.replace(settings, run=dataclasses.replace(settings.run, epochs=2))
     assert fastdino.train(longer).steps == 2
+
+
+@pytest.mark.parametrize(
+    ("format", "out", "path"),
+    [
+        ("hf", None, "run/backbone"),
+        ("hf", "new/deep", "new/deep"),
+        ("repository", None, "run/backbone.pth"),
+        ("repository", "folder", "folder/backbone.pth"),
+        ("repository", "x.safetensors", "x.safetensors"),
+    ],
+)
+def test_other_formats(run, tmp_path, format, out, path, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "folder").mkdir()
+    shutil.copytree(run, tmp_path / "run")
+    for _ in range(2):  # an earlier export is replaced
+        written = export_run(tmp_path / "run", out and tmp_path / out, format=format)
+        assert written == tmp_path / path
+    loads = {"hf": "transformers.AutoModel.from_pretrained", "repository": "model.load_state_dict"}[format]
+    assert f"{loads}(" in caplog.text
+    if format == "hf":
+        assert sorted(path.name for path in written.iterdir()) == ["config.json", "model.safetensors"]
+    ours, theirs = run_backbone(run)[0], any_backbone(written)[0]
+    x = torch.randn(2, 3, 48, 32)
+    torch.testing.assert_close(theirs(x), ours(x), rtol=0, atol=1e-6)
+    assert not [p.name for p in (*tmp_path.iterdir(), *written.parent.iterdir()) if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("format", "out", "says"),
+    [
+        ("hf", "a.safetensors", "writes a folder"),
+        ("repository", "a.bin", r"must end in \.pth or \.safetensors with --format repository"),
+        ("timm", "a.pth", r"must end in \.safetensors with --format timm"),
+        ("hf", "strangers", r"it holds mine\.txt.*--out"),
+        ("hf", "file", "Not a directory.*--out"),
+    ],
+)
+def test_formats_have_their_places(run, tmp_path, format, out, says):
+    (tmp_path / "strangers").mkdir()
+    (tmp_path / "strangers/mine.txt").write_text("kept")
+    (tmp_path / "strangers/config.json").write_text("kept")
+    (tmp_path / "file").write_text("kept")
+    before = {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=says):
+        export_run(run, tmp_path / out, format=format)
+    assert {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("call", ["save_file", "rename"])
+def test_a_folder_that_cannot_be_written_is_one_message(run, tmp_path, monkeypatch, call):
+    """An earlier export stays as it was."""
+    out = tmp_path / "hf"
+    export_run(run, out, format="hf")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    original, calls = os.rename, []
+
+    def refuse(*given: Any, **_: Any) -> None:
+        calls.append(given)
+        if call == "rename" and len(calls) != 2:  # the new folder is what cannot come to its place
+            return original(*given)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exports if call == "save_file" else os, call, refuse)
+        with pytest.raises(ConfigError, match=r"No space left.*--out"):
+            export_run(run, out, format="hf")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]

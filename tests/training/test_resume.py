@@ -169,6 +169,26 @@ def test_a_finished_run_is_made_longer_and_says_what_that_does(tmp_path, caplog)
     assert "jumps" not in caplog.text
 
 
+def test_a_run_at_constant_rates_is_made_longer_without_a_bend(tmp_path, caplog):
+    """It is the longer run from its start."""
+    constant = {"optim__schedule": "constant"}
+    fastdino.train(config(tmp_path / "short", **constant))
+    caplog.set_level(logging.WARNING)
+    assert fastdino.train(config(tmp_path / "short", run__epochs=3, **constant)).steps == 6
+    assert "jumps" not in caplog.text
+    fastdino.train(config(tmp_path / "long", run__epochs=3, **constant))
+    saved = [
+        {
+            file.name: load_file(file)
+            for file in (tmp_path / name / "run/checkpoints/step-00000006").glob("*.safetensors")
+        }
+        for name in ("short", "long")
+    ]
+    assert saved[0].keys() == saved[1].keys() != set()
+    for name, tensors in saved[0].items():
+        assert all(torch.equal(x, saved[1][name][key]) for key, x in tensors.items())
+
+
 def test_a_run_is_not_made_shorter_than_it_is(tmp_path):
     fastdino.train(config(tmp_path))
     before = (tmp_path / "run/config.json").read_text()

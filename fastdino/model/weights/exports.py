@@ -80,7 +80,9 @@ def _export_timm(state: State, form: Form, path: Path, texts: dict[str, str]) ->
     if form.registers and form.image_size is not None:  # there positions are the patches' alone
         positions = state["pos_embed"]
         state |= {"cls_token": state["cls_token"] + positions[:, :1], "pos_embed": positions[:, 1:].contiguous()}
-    _write(path, to_published(state, "timm Eva" if form.image_size is None else "timm"), texts)
+    rotary = form.image_size is None
+    state = _with_layer_scale(state, form, "timm's Eva") if rotary else state
+    _write(path, to_published(state, "timm Eva" if rotary else "timm"), texts)
     name, options = timm_model(form)
     return f'timm.create_model("{name}", {", ".join([*options, f"checkpoint_path={str(path)!r}"])})'
 
@@ -104,8 +106,8 @@ def timm_model(form: Form) -> tuple[str, list[str]]:
     if form.registers != base.registers:
         options += [f"num_reg_tokens={form.registers}"] if rotary else [f"reg_tokens={form.registers}"]
         options += [] if rotary or base.registers else ["no_embed_class=True"]
-    if form.layer_scale != base.layer_scale:
-        options.append(f"init_values={form.layer_scale or None}")
+    if form.layer_scale != base.layer_scale and not rotary:
+        options.append(f"init_values={form.layer_scale}")
     return name, options + ["qkv_bias=True"] * (name == "vit_7b_patch16_dinov3")
 
 
@@ -126,15 +128,20 @@ def _timm_base(form: Form) -> tuple[str, Form]:
     return f"vit_{known}_patch{patch}_224", base
 
 
+def _with_layer_scale(state: State, form: Form, whose: str) -> State:
+    if form.layer_scale:
+        return {**state}
+    log.info("%s has a LayerScale: written as ones, which change nothing", whose)
+    names = [f"blocks.{i}.ls{j}.gamma" for i in range(form.shape.depth) for j in (1, 2)]
+    return state | {name: torch.ones(form.shape.width) for name in names}
+
+
 # -------------------------------------------------------------------------------------------------- Hugging Face
 
 
 def _export_hf(state: State, form: Form, path: Path, texts: dict[str, str]) -> str:
-    config, state, width = hf_config(form), {**state}, form.shape.width
-    if not form.layer_scale:
-        log.info("Hugging Face's classes have a LayerScale: written as ones, which changes nothing")
-        scales = [f"blocks.{i}.ls{j}.gamma" for i in range(form.shape.depth) for j in (1, 2)]
-        state |= {name: torch.ones(width) for name in scales}
+    config, width = hf_config(form), form.shape.width
+    state = _with_layer_scale(state, form, "Hugging Face's ViT")
     state.setdefault("mask_token", torch.zeros(1, width))
     if form.image_size is None:
         state.setdefault("register_tokens", torch.zeros(1, 0, width))

@@ -233,12 +233,11 @@ def _check_config(path: Path, vit: ViT) -> None:
 
 def _check_periods(path: Path, vit: ViT, published: Published) -> None:
     """Raises WeightsError for rotary positions of another base; files have the periods rounded to bf16."""
-    for name, periods in published.ignored.items():
-        ours = rope_periods(vit.head_width)
-        if name.endswith("periods") and not (
-            periods.shape == ours.shape and torch.allclose(periods.float(), ours, 1e-2)
-        ):
-            raise WeightsError(f"{path} has rotary positions of other periods than ours: {some(periods.tolist())}")
+    ours = rope_periods(vit.head_width)
+    for theirs in (x.float() for name, x in published.ignored.items() if name.endswith("periods")):
+        if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=1e-2):
+            found = some([f"{x:.4g}" for x in theirs.flatten().tolist()])
+            raise WeightsError(f"{path} has rotary positions of other periods than ours: {found}")
 
 
 def _remark(path: Path, published: Published) -> None:

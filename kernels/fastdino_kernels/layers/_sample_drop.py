@@ -59,11 +59,8 @@ def num_tokens(lengths: Lengths) -> int:
 
 def kept_tokens(lengths: Lengths, rows: Sequence[Tensor]) -> Tensor:
     """Where in a packed tensor the tokens of the kept sequences lie, in the order in which they are packed."""
-    first, indices = 0, []
-    for (sequences, tokens), kept in zip(lengths, rows, strict=True):
-        indices.append((first + kept[:, None] * tokens + torch.arange(tokens, device=kept.device)).flatten())
-        first += sequences * tokens
-    return torch.cat(indices)
+    groups = split(torch.arange(num_tokens(lengths), device=rows[0].device), lengths)
+    return torch.cat([group.index_select(0, kept).flatten() for group, kept in zip(groups, rows, strict=True)])
 
 
 def split(x: Tensor, lengths: Lengths) -> list[Tensor]:
