@@ -59,7 +59,7 @@ def run(tmp_path_factory) -> Path:
         (["train", "vit_small_16", "--head.no-batch-norm=true"], "one of --head.batch-norm and --head.no-batch-norm"),
         (["train", "vit_small_16", "--patch-head", "shared"], "write --patch-head None"),
         (["train", "vit_small_16", "--patch-head.num-prototypes", "9"], "loss.patch_weight=0 reads none"),
-        (["train", "vit_small_16", "--loss.patch-weight", "1", "--patch-head.num-layers", "0"], "patch_head.num_layers=0"),
+        (["train", "vit_small_16", "--loss.patch-weight", 1, "--patch-head.num-layers", 0], "patch_head.num_layers=0"),
         (["train", "vit_small_16", "--loss.patch-weight", "1", "--model.arch", "timm:resnet18"], "=1 hides patches"),
         (["train", "vit_small_16", *TINY, "--loss.koleo-weight", "0.1", "--run.local-batch", 1], "use at least 2"),
         (["train", "vit_small_16", *TINY, "--loss.targets", "sinkhorn", "--run.local-batch", 2], "about 4 samples"),
