@@ -51,6 +51,7 @@ setup(
             "pytest-xdist",
             "ruff",
             "torchvision>=0.26",  # DINO v1's own augmentation, which the views are compared with
+            "transformers>=5,<6",  # Hugging Face's classes, whose weights are read and written
         ],
     },
     entry_points={"console_scripts": ["fastdino = fastdino.cli:main"]},

@@ -59,7 +59,7 @@ def run(tmp_path_factory) -> Path:
         (["train", "vit_small_16", "--head.no-batch-norm=true"], "one of --head.batch-norm and --head.no-batch-norm"),
         (["train", "vit_small_16", "--patch-head", "shared"], "write --patch-head None"),
         (["train", "vit_small_16", "--patch-head.num-prototypes", "9"], "loss.patch_weight=0 reads none"),
-        (["train", "vit_small_16", "--loss.patch-weight", "1", "--patch-head.num-layers", "0"], "patch_head.num_layers=0"),
+        (["train", "vit_small_16", "--loss.patch-weight", 1, "--patch-head.num-layers", 0], "patch_head.num_layers=0"),
         (["train", "vit_small_16", "--loss.patch-weight", "1", "--model.arch", "timm:resnet18"], "=1 hides patches"),
         (["train", "vit_small_16", *TINY, "--loss.koleo-weight", "0.1", "--run.local-batch", 1], "use at least 2"),
         (["train", "vit_small_16", *TINY, "--loss.targets", "sinkhorn", "--run.local-batch", 2], "about 4 samples"),
@@ -246,6 +246,27 @@ def test_eval_of_published_weights(run, tmp_path):
         refused = fastdino("eval", kind, published, "--arch", "timm:resnet18", "--out", tmp_path / "x.png", code=2)
         assert "one of our ViTs (model.arch=vit_...), not timm:resnet18" in refused.stderr
         assert not (tmp_path / "x.png").exists()
+
+
+def test_weights_of_others(run, tmp_path):
+    """A folder of Hugging Face is evaluated and trained from with no further flag; what does not fit is one message."""
+    hf, data = tmp_path / "hf", images(tmp_path / "data")
+    said = fastdino("export", run, "--format", "hf", "--out", hf)
+    assert said.stdout == f"wrote {hf}\n"
+    assert f"transformers.AutoModel.from_pretrained({str(hf)!r}) loads it" in said.stderr
+    flags = ("--num-workers", 0, "--neighbors", 20, "--data", data)
+    ours, theirs = (json.loads(fastdino("eval", "knn", path, *flags).stdout) for path in (run, hf))
+    assert {**theirs, "path": ""} == {**ours, "path": ""}
+    begun = ("train", "vit_small_16", *TINY, "--run.epochs", 1, "--run.knn-every", 0, "--model.weights", hf)
+    fastdino(*begun, "--run.dir", tmp_path / "run")
+    assert '"layer_scale": 1e-05' in (tmp_path / "run/config.json").read_text()
+    refused = fastdino(*begun, "--run.dir", tmp_path / "other", "--model.arch", "vit_tiny", code=2).stderr
+    assert "asks for arch vit_tiny: start it with --model.arch vit_nano" in refused
+    assert len(fastdino("export", run, "--format", "hf", "--out", data, code=2).stderr.splitlines()) == 1
+    (hf / "config.json").unlink()
+    for command in (("eval", "knn", hf, *flags), (*begun, "--run.dir", tmp_path / "other")):
+        assert "looked for config.json beside model.safetensors" in fastdino(*command, code=2).stderr
+    assert not (tmp_path / "other").exists()
 
 
 def images(folder):

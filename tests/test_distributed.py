@@ -29,6 +29,7 @@ for run in range(2):  # one after the other in a process
         ranks.sum_(total)
         assert total == ranks.world_size
         assert ranks.gather(str(ranks.rank)) == [str(rank) for rank in range(ranks.world_size)]
+        assert ranks.on_main(lambda: ranks.rank) == 0
         last = ranks.any(ranks.rank == ranks.world_size - 1)
         seen = (ranks.rank, ranks.world_size, ranks.local_rank, ranks.device, float(mean), last, ranks.any(False))
 sys.stdout.write(" ".join(map(str, seen)) + "\\n")  # in one piece, because two ranks share a pipe

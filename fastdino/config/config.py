@@ -5,11 +5,10 @@ import difflib
 import json
 import os
 from dataclasses import dataclass, field
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from fastdino.config.data import DataConfig, ViewsConfig
 from fastdino.config.errors import ConfigError, require
-from fastdino.config.group import Group
 from fastdino.config.method import LossConfig
 from fastdino.config.model import HeadConfig, ModelConfig, PatchHeadConfig
 from fastdino.config.optim import EngineConfig, OptimConfig
@@ -164,6 +163,6 @@ class Config:
         return cls(**{name: kind(**groups[name]) for name, kind in kinds.items()})
 
 
-def group_kinds() -> dict[str, type[Group]]:
+def group_kinds() -> dict[str, type[Any]]:
     """The kind of each group by its name. Only ``patch_head`` may be None instead."""
     return {**get_type_hints(Config), "patch_head": PatchHeadConfig}

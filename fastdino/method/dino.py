@@ -57,23 +57,25 @@ class Dino:
             now: the schedules' values at this step.
         """
         views, masks, config = batch.views, batch.masks, self.config
+        assert (masks is None) == (self.patch_target is None), "masks are in a batch exactly when patches are predicted"
         temps = {"student_temp": config.student_temp, "teacher_temp": now.teacher_temp}
         with torch.no_grad():
             seen: Outputs = self.teacher({"global": views["global"]}, masks and masks._replace(hidden=None))
             logits = F.linear(seen.cls_points, seen.prototypes)
             center = self.target(seen.cls_points.flatten(0, 1), seen.prototypes, now.teacher_temp)
-            patch_center = self.patch_target and self.patch_target(
-                seen.patch_points, seen.patch_prototypes, now.teacher_temp
-            )
+            patch_center = None
+            if self.patch_target is not None:
+                patch_center = self.patch_target(seen.patch_points, seen.patch_prototypes, now.teacher_temp)
         self._newest = _Newest(masks, seen, logits, center, patch_center, now.teacher_temp)
         made: Outputs = self.student(views, masks)
         # nobody else reads the student's logits
         loss = dino_loss(F.linear(made.cls_points, made.prototypes), logits, center, **temps, inplace_grad=True)
         parts = {"dino": loss}
         if masks is not None and patch_center is not None:
-            student = made.patch_points, made.patch_prototypes
-            teacher = seen.patch_points, seen.patch_prototypes
-            parts["ibot"] = linear_ibot_loss(*student, *teacher, patch_center, masks.weight, **temps)
+            parts["ibot"] = linear_ibot_loss(
+                made.patch_points, made.patch_prototypes, seen.patch_points, seen.patch_prototypes, patch_center,
+                masks.weight, **temps,
+            )  # fmt: skip
             loss = loss + config.patch_weight * parts["ibot"]
         if config.koleo_weight:
             parts["koleo"] = 2 * koleo_loss(made.cls[:2])

@@ -84,9 +84,9 @@ def test_a_temperature_that_warms_up_for_part_of_an_epoch_ends_where_it_should(e
 
 
 def test_frozen_steps_are_the_nearest_whole_number() -> None:
-    """0.1 of 30 steps is 3, although their product in floating point is a little more."""
-    config = replace(V2, optim=replace(V2.optim, freeze_last_layer=0.1))
-    assert [Schedules(config, 30, 256)(step).freeze_last_layer for step in range(5)] == 3 * [True] + 2 * [False]
+    """0.07 of 100 steps are 7, although their product in floating point is a little more."""
+    config = replace(V2, optim=replace(V2.optim, freeze_last_layer=0.07))
+    assert [Schedules(config, 100, 256)(step).freeze_last_layer for step in range(9)] == 7 * [True] + 2 * [False]
 
 
 @pytest.mark.parametrize("name", OFFICIAL["schedules"])

@@ -66,7 +66,7 @@ def koleo(made: Outputs) -> Tensor:
         unit = [x / x.norm() for x in view]
         for i, x in enumerate(unit):
             others = [y for j, y in enumerate(unit) if j != i]
-            nearest = max(others, key=lambda y: float((x @ y).detach()))  # noqa: B023
+            nearest = max(others, key=lambda y: float((x @ y).detach()))
             total = total - torch.log((x - nearest).norm() + 1e-8) / len(unit)
     return total
 

@@ -58,7 +58,9 @@ def train(ranks: Ranks, loss: LossConfig, stage: int, local_batch: int, own_head
         lines.append(packed)
     trainer.engine.wait_teacher()
     state = {name: x.clone() for name, x in trainer.method.state().items()}
-    assert all(torch.equal(x, y) for other in ranks.gather(state) for x, y in zip(other.values(), state.values(), strict=True))
+    assert all(
+        torch.equal(x, y) for other in ranks.gather(state) for x, y in zip(other.values(), state.values(), strict=True)
+    )
     return {"losses": torch.stack(lines), **state}
 
 

@@ -185,6 +185,14 @@ def test_the_teacher_sees_what_is_hidden_from_the_student_and_reads_it(alone):
     assert torch.equal(seen["global"].rows, given.masks.rows)
 
 
+@pytest.mark.parametrize("hidden", [None, some_hidden()], ids=["no masks", "masks"])
+def test_masks_that_nobody_asked_for_and_masks_that_are_missing_are_our_mistake(alone, hidden):
+    kinds = "center" if hidden is not None else "center center"
+    method = Dino(Tiny(0), Tiny(1), LOSS, *(Centering(K, 0.9, 1, alone) for _ in kinds.split()))
+    with pytest.raises(AssertionError, match="exactly when patches are predicted"):
+        method.loss(batch(0, hidden=hidden), NOW)
+
+
 def given_teacher(patches: Tensor, patch_logits: Tensor, cls: Tensor | None = None) -> Given:
     cls = torch.eye(D)[:3].expand(2, 3, D) if cls is None else cls
     return Given(cls, torch.zeros(*cls.shape[:2], K), patches, patch_logits)

@@ -160,7 +160,13 @@ def test_too_few_samples_for_sinkhorn_are_refused(targets, patch_targets, local_
     ("targets", "patch_targets", "local_batch", "ranks", "warned"),
     [
         ("sinkhorn", None, 1, 4, ["targets=sinkhorn balances about 8 samples"]),
-        ("sinkhorn", None, 16, 1, ["targets=sinkhorn balances about 32 samples of a micro batch over all ranks, which"]),
+        (
+            "sinkhorn",
+            None,
+            16,
+            1,
+            ["targets=sinkhorn balances about 32 samples of a micro batch over all ranks, which"],
+        ),
         ("sinkhorn", None, 16, 2, []),
         ("center", "sinkhorn", 1, 1, ["patch_targets=sinkhorn balances about 59 samples"]),
         ("center", "sinkhorn", 2, 1, []),

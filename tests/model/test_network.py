@@ -210,14 +210,19 @@ def test_a_parameter_is_read_by_its_own_module_alone_with_masks(patch_head: Head
     check_reads(network, masks)
 
 
-@pytest.mark.parametrize("arch", ["vit_nano", "timm:resnet18"])
-def test_a_parameter_is_read_by_its_own_module_alone(arch: str) -> None:
+ROPE = {"pos_embed": "rope", "rope_scale": 1.0, "registers": 2, "layer_scale": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("arch", "options"), [("vit_nano", {}), ("vit_nano", ROPE), ("timm:resnet18", {})], ids=["vit", "rope", "resnet"]
+)
+def test_a_parameter_is_read_by_its_own_module_alone(arch: str, options: dict[str, Any]) -> None:
     """What lets an engine partition a network: weights exist only while the module that owns them runs.
 
     BatchNorm's and the heads' included. Each module's parameters are empty but for the time of its own forward.
     """
     torch.manual_seed(0)
-    check_reads(build_network(config(ModelConfig(arch=arch, drop_path=0.0))))
+    check_reads(build_network(config(ModelConfig(arch=arch, drop_path=0.0, **options))))
 
 
 def check_reads(network: Network, masks: Masks | None = None) -> None:

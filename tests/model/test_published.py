@@ -16,6 +16,7 @@ from fastdino.model import (
     Head,
     ViT,
     WeightsError,
+    build_backbone,
     build_network,
     export_backbone,
     load_backbone,
@@ -307,3 +308,37 @@ def test_our_own_export_keeps_its_interpolation(format: Any, tmp_path: Path) -> 
     assert form_of(path).interpolation == "antialias"
     x = torch.randn(2, 3, 32, 48)
     torch.testing.assert_close(again.eval()(x), vit.eval()(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("format", "name", "says"),
+    [
+        ("timm", "v1", ["no mask token: left out", "other sizes than 64 px"]),
+        ("timm", "v2-reg4", ["no mask token: left out"]),
+        ("timm", "rope", ["no mask token: left out", "written as ones"]),
+        ("hf", "v1", ["written as ones", "other sizes than 64 px"]),
+        ("hf", "v2", ["other sizes than 64 px"]),
+        ("hf", "v2-reg4", []),
+        ("hf", "v3", []),
+        ("repository", "v1", []),
+        ("repository", "v2-reg4", []),
+        ("repository", "v3", []),
+    ],
+)
+def test_what_a_format_cannot_express_is_said(
+    format: Any, name: str, says: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    vit = nano(1, **{**FORMS, "rope": {"pos_embed": "rope"}}[name], mask_token=True)
+    export_backbone(vit, tmp_path / "a", format=format)
+    assert len(caplog.messages) == len(says)
+    assert all(part in line for part, line in zip(says, caplog.messages, strict=True))
+
+
+def test_a_backbone_of_timm_has_timms_names_alone(tmp_path: Path) -> None:
+    model = ModelConfig(arch="timm:resnet18", drop_path=0.0)
+    backbone = build_backbone(model, 64)
+    for format in ("hf", "repository"):
+        with pytest.raises(ConfigError, match=f"no names but timm's: leave out --format {format}"):
+            export_backbone(backbone, tmp_path / "a", format=format)  # type: ignore[arg-type]
+    assert not any(tmp_path.iterdir())

@@ -284,10 +284,12 @@ def test_the_way_through_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="xformers' attention needs a GPU")
 def test_xformers_and_sdpa_agree_on_the_whole_network() -> None:
     groups = {name: x.float().cuda() for name, x in views((2, 4, 3, 48, 48), (6, 4, 3, 24, 24)).items()}
+    masks = Masks(None, torch.arange(0, 8 * 36, 5, device="cuda"), torch.empty(0))
     outputs = []
     for choice in ("xformers", "sdpa"):
-        vit = nano(attention=choice).float().cuda()
-        out, _ = vit(groups)
-        outputs.append([out, *torch.autograd.grad(out.square().sum(), list(vit.parameters()))])
+        vit = nano(attention=choice, pos_embed="rope", rope_scale=1.0, registers=2).float().cuda()
+        out = [vit(groups)[0], *vit(groups, masks)]
+        loss = sum(x.square().sum() for x in out)
+        outputs.append([*out, *torch.autograd.grad(loss, list(vit.parameters()))])
     for a, b in zip(*outputs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)

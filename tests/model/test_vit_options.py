@@ -186,6 +186,11 @@ def test_a_key_has_no_bias_with_rope() -> None:
     assert not torch.allclose(vit(x), want)
 
 
+def test_heads_that_two_axes_of_pairs_do_not_fill() -> None:
+    with pytest.raises(AssertionError, match="heads of 10 do not divide into two axes of pairs"):
+        nano(Shape(20, 1, 2, 8), pos_embed="rope")(torch.zeros(1, 3, 48, 48, dtype=torch.float64))
+
+
 def test_rope_in_bf16_turns_in_fp32() -> None:
     """Angles in bf16 would be off by up to 0.01 of a turn."""
     groups = {name: x.float() for name, x in views((2, 3, 3, 48, 48), (2, 3, 3, 24, 24)).items()}

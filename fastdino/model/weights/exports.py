@@ -54,34 +54,38 @@ def export_backbone(
     form = replace(recognise(Published(state, "DINO", rotary, {})), interpolation=backbone.interpolation)
     state = without_key_biases(state) if rotary else state
     loads = {"timm": _export_timm, "hf": _export_hf, "repository": _export_repository}[format](state, form, path, texts)
-    _remark(form, format)
+    for remark in _remarks(form, format, "mask_token" in state):
+        log.info(remark)
     return loads
 
 
-def _remark(form: Form, format: Format) -> None:
-    """Logs where the format's own classes interpolate positions by another rule than the backbone did."""
+def _remarks(form: Form, format: Format, has_mask_token: bool) -> list[str]:
+    """What the format has no place for, and what its own classes do otherwise."""
+    remarks = []
+    if format == "timm" and has_mask_token:
+        remarks.append("timm's ViT has no mask token: left out. The formats hf and repository keep it")
+    if not form.layer_scale and (format == "hf" or (format == "timm" and form.image_size is None)):
+        remarks.append("its class has a LayerScale and this network has none: written as ones, which change nothing")
     family = "antialias" if form.registers else "offset"
-    rule = {"timm": "antialias", "hf": "antialias" if form.registers else "", "repository": family}[format]
+    rule = {"timm": "antialias", "hf": family if form.registers else "", "repository": family}[format]
     if form.image_size is not None and rule != form.interpolation:
-        log.info(
-            "at other sizes than %d px its features differ: there position embeddings are interpolated otherwise than "
-            "by model.interpolation=%s",
-            form.image_size, form.interpolation,
-        )  # fmt: skip
+        remarks.append(
+            f"at other sizes than {form.image_size} px features differ: its class interpolates position embeddings "
+            f"otherwise than by model.interpolation={form.interpolation}"
+        )
+    return remarks
 
 
 # ---------------------------------------------------------------------------------------------------------- timm
 
 
 def _export_timm(state: State, form: Form, path: Path, texts: dict[str, str]) -> str:
-    if "mask_token" in state:
-        log.info("timm's ViT has no mask token: left out. The formats hf and repository keep it")
-        state = {name: tensor for name, tensor in state.items() if name != "mask_token"}
+    state = {name: tensor for name, tensor in state.items() if name != "mask_token"}
     if form.registers and form.image_size is not None:  # there positions are the patches' alone
         positions = state["pos_embed"]
         state |= {"cls_token": state["cls_token"] + positions[:, :1], "pos_embed": positions[:, 1:].contiguous()}
     rotary = form.image_size is None
-    state = _with_layer_scale(state, form, "timm's Eva") if rotary else state
+    state = _with_layer_scale(state, form) if rotary else state
     _write(path, to_published(state, "timm Eva" if rotary else "timm"), texts)
     name, options = timm_model(form)
     return f'timm.create_model("{name}", {", ".join([*options, f"checkpoint_path={str(path)!r}"])})'
@@ -128,12 +132,10 @@ def _timm_base(form: Form) -> tuple[str, Form]:
     return f"vit_{known}_patch{patch}_224", base
 
 
-def _with_layer_scale(state: State, form: Form, whose: str) -> State:
-    if form.layer_scale:
-        return {**state}
-    log.info("%s has a LayerScale: written as ones, which change nothing", whose)
+def _with_layer_scale(state: State, form: Form) -> State:
+    """``state`` with factors of 1 where the network has none."""
     names = [f"blocks.{i}.ls{j}.gamma" for i in range(form.shape.depth) for j in (1, 2)]
-    return state | {name: torch.ones(form.shape.width) for name in names}
+    return {name: torch.ones(form.shape.width) for name in names} | state
 
 
 # -------------------------------------------------------------------------------------------------- Hugging Face
@@ -141,7 +143,7 @@ def _with_layer_scale(state: State, form: Form, whose: str) -> State:
 
 def _export_hf(state: State, form: Form, path: Path, texts: dict[str, str]) -> str:
     config, width = hf_config(form), form.shape.width
-    state = _with_layer_scale(state, form, "Hugging Face's ViT")
+    state = _with_layer_scale(state, form)
     state.setdefault("mask_token", torch.zeros(1, width))
     if form.image_size is None:
         state.setdefault("register_tokens", torch.zeros(1, 0, width))
