@@ -55,11 +55,13 @@ class Probe(NamedTuple):
 def render(num_images: int, size: int, patch: int, seed: int) -> Patches:
     """Shapes of ``size`` pixels. A patch is of the object's class where that covers more than half of its pixels."""
     source = ShapesSource(num_images, size, seed)
-    images = np.stack([np.asarray(source.read(index)[0]) for index in range(num_images)])
-    masks = torch.from_numpy(np.stack([source.mask(index) for index in range(num_images)]))
-    covered = F.avg_pool2d(masks.double().unsqueeze(1), patch).squeeze(1) > 0.5
+    images, masks = [], []
+    for index in tqdm(range(num_images), desc="rendering", unit="image", leave=False, disable=None):
+        images.append(np.asarray(source.read(index)[0]))
+        masks.append(source.mask(index))
+    covered = F.avg_pool2d(torch.from_numpy(np.stack(masks)).double().unsqueeze(1), patch).squeeze(1) > 0.5
     labels = torch.tensor([source.label(index) for index in range(num_images)]).view(-1, 1, 1)
-    return Patches(torch.from_numpy(images).permute(0, 3, 1, 2), torch.where(covered, 1 + labels, 0))
+    return Patches(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.where(covered, 1 + labels, 0))
 
 
 def fit_probe(batches: Iterator[tuple[Tensor, Tensor]], counts: Tensor) -> Probe:
@@ -229,9 +231,8 @@ class PatchProbe(Evaluation):
 
     def _batches(self, read: Read, patches: Patches) -> Iterator[tuple[Tensor, Tensor]]:
         """(n, D) tokens and their (n,) classes, on the tokens' device."""
-        for start in tqdm(
-            range(0, len(patches.images), self.batch), "patches", unit="batch", leave=False, disable=None
-        ):
+        starts = range(0, len(patches.images), self.batch)
+        for start in tqdm(starts, desc="patches", unit="batch", leave=False, disable=None):
             images, classes = (x[start : start + self.batch] for x in patches)
             tokens = read(images).flatten(0, 2)
             yield tokens, classes.flatten().to(tokens.device)
