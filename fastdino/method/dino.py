@@ -1,7 +1,9 @@
 """DINO: the student predicts the output of its own moving-average teacher from other views of the same image.
 
-Read this first. B images per rank, S student views, T = 2 teacher views (the global ones), K prototypes, D features.
-Source: Caron et al. 2021, Emerging Properties in Self-Supervised Vision Transformers, equation 1 and algorithm 1.
+Read this first. B images per rank, S student views, T = 2 teacher views (the global ones), K prototypes, D features,
+M patches that are hidden from the student and predicted too, if any are.
+Source: Caron et al. 2021, Emerging Properties in Self-Supervised Vision Transformers, equation 1 and algorithm 1; for
+patches Zhou et al. 2022 (iBOT), for both and KoLeo together Oquab et al. 2024 (DINOv2).
 """
 
 import math

@@ -30,6 +30,7 @@ from fastdino.config import (
     ViewsConfig,
 )
 from fastdino.data import Batch
+from fastdino.method.dino import Dino
 from fastdino.training import checkpoint
 from fastdino.training.run_folder import read_config
 from fastdino.training.trainer import Trainer, TrainingDiverged
@@ -141,6 +142,14 @@ def test_a_run_with_patches_logs_each_part_and_learns(tmp_path, caplog):
     assert f"dino {lines[0]['loss_dino']:.3f}  ibot {lines[0]['loss_ibot']:.3f}  koleo" in caplog.text
     saved = load_file(result.dir / "checkpoints/step-00000040/shared.safetensors")
     assert {"center"} == {name for name in saved if "center" in name}
+
+
+def test_patches_that_become_the_cls_token_raise_an_alarm_within_the_first_epoch(tmp_path, monkeypatch, caplog):
+    original = Dino.statistics
+    monkeypatch.setattr(Dino, "statistics", lambda self: original(self) | {"patch_cos": torch.tensor(0.99)})
+    fastdino.train(tiny(tmp_path / "run", **PATCHES, data__num_images=8 * 12, run__epochs=1))
+    assert caplog.text.count("the patches have become the CLS token") == 1
+    assert "step 10: the patches have become the CLS token" in caplog.text
 
 
 @pytest.mark.parametrize("overrides", [
