@@ -145,6 +145,9 @@ def test_other_formats(run, tmp_path, format, out, path, caplog):
         assert written == tmp_path / path
     loads = {"hf": "transformers.AutoModel.from_pretrained", "repository": "model.load_state_dict"}[format]
     assert f"{loads}(" in caplog.text
+    (tmp_path / "file").touch()
+    for file in written.iterdir() if format == "hf" else [written]:
+        assert file.stat().st_mode == (tmp_path / "file").stat().st_mode, "others may read it as any other file"
     if format == "hf":
         assert sorted(path.name for path in written.iterdir()) == ["config.json", "model.safetensors"]
     ours, theirs = run_backbone(run)[0], any_backbone(written)[0]

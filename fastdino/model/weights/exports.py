@@ -219,6 +219,9 @@ def _save(path: Path, state: State, texts: dict[str, str], as_pickle: bool = Fal
         if as_pickle:
             torch.save({name: tensor.clone() for name, tensor in state.items()}, path)
         else:
+            path.touch()
+            mode = path.stat().st_mode
             save_file(state, path, metadata=texts)
+            path.chmod(mode)  # safetensors makes a file that its owner alone may read
     except (SafetensorError, RuntimeError) as error:  # their words for what the disk refused
         raise OSError(str(error)) from error
