@@ -117,6 +117,22 @@ def demo_table(results: Path) -> str:
     return f"`{where['command']}` on {where['device']}, 2 cores; {_state(where)}.\n\n{table}"
 
 
+def small_table(results: Path) -> str:
+    """What the recipe ``small`` learned, and what other settings did, beside pixels and the random start."""
+    file = results / "small-cpu.json"
+    if not file.exists():
+        return "Not measured yet.\n"
+    document = json.loads(file.read_text())
+    where, rows = document["provenance"], []
+    for case in document["cases"]:
+        settings = f"`{case['flags']}`" if case["flags"] else "" if case["seed"] is None else "the recipe's"
+        scores = [f"{case[key]:.1f}" for key in ("knn_5", "knn_20", "rankme")]
+        length = [f"{case[key]:.0f}" if key in case else "" for key in ("steps", "seconds")]
+        rows.append([case["features"], settings, "" if case["seed"] is None else str(case["seed"]), *scores, *length])
+    header = ["features", "settings", "seed", "k-NN, k = 5, %", "k = 20", "RankMe", "steps", "seconds"]
+    return f"`{where['command']}` on {where['device']}; {_state(where)}.\n\n{_table(header, rows)}"
+
+
 def ceilings_table(results: Path) -> str:
     """One table for each device: what it can do at best."""
     return _by_device(results, "ceilings", _ceiling_rows)
@@ -159,6 +175,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "counts": counts_table,
     "compile": compile_table,
     "demo": demo_table,
+    "small": small_table,
     "ceilings": ceilings_table,
     "attention": attention_table,
     "data": data_table,

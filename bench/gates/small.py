@@ -122,7 +122,7 @@ def trial(flags: Sequence[str], seed: int, pictures: Path, folder: Path) -> list
 
 
 def _of(backbone: nn.Module, config: Config, pictures: Path) -> dict[str, float]:
-    reading = Reading(size=config.views.global_size, normalize=config.data.normalize)
+    reading = Reading(size=config.views.global_size, crop=config.data.eval_crop, normalize=config.data.normalize)
     sets = bank_and_test(str(pictures), config.data)[:2]
     return figures(*(extract(backbone, source, reading, batch=BATCH, num_workers=0) for source in sets))
 
