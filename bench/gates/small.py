@@ -11,7 +11,6 @@ The pictures are the first 10,000 of Fashion-MNIST's training set and the first 
 import argparse
 import gzip
 import json
-import os
 import shlex
 import sys
 import time
@@ -50,7 +49,6 @@ def main() -> int:
     parser.add_argument("--dir", type=Path, default=ROOT / "runs", help="the run folders are in it")
     parser.add_argument("--out", type=Path, default=FILE)
     options = parser.parse_args()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     if not options.pictures.exists():
         write_pictures(options.source, options.pictures)
     where = provenance(torch.device("cpu"), "bench.gates.small")
