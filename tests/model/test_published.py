@@ -99,8 +99,9 @@ def test_dinov2_training_checkpoint(layout: str, tmp_path: Path) -> None:
         load_head(head(7), path, patches=True)
 
 
-def test_the_official_head(tmp_path: Path) -> None:
-    """Free lengths of prototypes: the logits are DINOv2's."""
+def test_the_official_head(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Free lengths of prototypes: the logits are DINOv2's. Frozen they stay so, which is said."""
+    caplog.set_level(logging.INFO)
     official = json.loads((Path(__file__).parents[1] / "fixtures/dinov2_head.json").read_text())
 
     def gen(seed: int, *shape: int) -> torch.Tensor:
@@ -113,6 +114,11 @@ def test_the_official_head(tmp_path: Path) -> None:
     save_file(state, tmp_path / "a.safetensors")
     ours = Head(48, HeadConfig(num_prototypes=130, hidden_dim=64, bottleneck_dim=32, freeze_prototype_norm=False))
     load_head(ours, tmp_path / "a.safetensors")
+    assert not caplog.text
+    frozen = Head(48, HeadConfig(num_prototypes=130, hidden_dim=64, bottleneck_dim=32))
+    load_head(frozen, tmp_path / "a.safetensors")
+    assert torch.equal(frozen.last_layer.g, ours.last_layer.g)
+    assert "prototypes of other lengths than 1, and freeze_prototype_norm keeps them" in caplog.text
     points, prototypes = ours(gen(950, 4, 48))
     logits = (points @ prototypes.T).detach().flatten()
     torch.testing.assert_close(logits[:6].tolist(), official["out"]["first"], rtol=0, atol=1e-7)

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdino.config import Config, ConfigError, ModelConfig
 from fastdino.model.block import Attention, SwiGlu
+from fastdino.model.head import Head
 from fastdino.model.positions import ROPE_BASE, rope_periods
 from fastdino.model.vit import ViT
 from fastdino.model.weights.dialects import ROTARY, Published, State, below, best_prefix, from_published
@@ -94,11 +95,11 @@ def load_backbone(backbone: "Backbone", path: Path) -> None:
     module.load_state_dict(state)
 
 
-def load_head(head: nn.Module, path: Path, patches: bool = False) -> None:
+def load_head(head: Head, path: Path, patches: bool = False) -> None:
     """Copies a projection head in ``path`` into ``head``: DINO v1's or v2's, from a full training checkpoint.
 
     Args:
-        head: ours. The lengths of its prototypes become the file's.
+        head: ours. The lengths of its prototypes become the file's; the log says so where they are frozen and not 1.
         path: a file, as for :func:`load_backbone`.
         patches: take DINOv2's second head, which is the patches'.
 
@@ -113,6 +114,9 @@ def load_head(head: nn.Module, path: Path, patches: bool = False) -> None:
         raise WeightsError(f"{path} holds no {kind}: a full training checkpoint does, a released backbone not")
     _check(type(head).__name__, own, found, path, "Are num_prototypes, hidden_dim and the other widths the same?")
     head.load_state_dict(found)
+    frozen = not head.last_layer.g.requires_grad
+    if frozen and not torch.allclose(head.last_layer.g, torch.ones(1)):
+        _say(f"{path} has prototypes of other lengths than 1, and freeze_prototype_norm keeps them: set it to False")
 
 
 def form_of(path: Path) -> Form:
