@@ -143,10 +143,11 @@ def settled(config: Config) -> Config:
     differ = [name for name, value in asked.items() if value is not None and value != getattr(form, name)]
     if differ:
         theirs = ", ".join(f"{name} {getattr(form, name)}" for name in asked)
-        flags = " ".join(f"--model.{name.replace('_', '-')} {getattr(form, name)}" for name in differ)
         ours = ", ".join(f"{name} {asked[name]}" for name in differ)
+        flags = {f"model.{name}": getattr(form, name) for name in differ} | _whole_views(config, form.patch_size)
+        typed = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags.items())
         raise ConfigError(
-            f"model.weights={str(model.weights)!r} has {theirs}, and the run asks for {ours}: start it with {flags}, "
+            f"model.weights={str(model.weights)!r} has {theirs}, and the run asks for {ours}: start it with {typed}, "
             "or from other weights"
         )
     for name, value in vars(form).items():
@@ -154,6 +155,13 @@ def settled(config: Config) -> Config:
         if was not in (value, getattr(ModelConfig(), name)):
             log.warning("model.%s=%s has no effect: model.weights have %s", name, was, value)
     return replace(config, model=form.of(model))
+
+
+def _whole_views(config: Config, patch_size: int) -> dict[str, int]:
+    """Sizes of views that are not whole patches, rounded up to such."""
+    names = ["global_size", "local_size"] if config.views.num_local else ["global_size"]
+    sizes = {f"views.{name}": getattr(config.views, name) for name in names}
+    return {name: -(-size // patch_size) * patch_size for name, size in sizes.items() if size % patch_size}
 
 
 def read_metadata(path: Path) -> dict[str, str]:
