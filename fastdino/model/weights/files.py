@@ -200,9 +200,11 @@ def _read_folder(path: Path) -> State:
     """Of Hugging Face: one file, or several that an index names."""
     whole = (path / HF_WEIGHTS).is_file()
     if not (path / HF_CONFIG).is_file() or not (whole or (path / HF_INDEX).is_file()):
+        found = sorted(file.name for file in path.iterdir())
+        run = f". It is a run: write its backbone to a file by fastdino export {path}" if "checkpoints" in found else ""
         raise WeightsError(
             f"{path} is no folder of weights: looked for {HF_CONFIG} beside {HF_WEIGHTS} or {HF_INDEX}, found "
-            f"{some(sorted(file.name for file in path.iterdir())) or 'nothing'}"
+            f"{some(found) or 'nothing'}{run}"
         )
     if whole:
         return read(path / HF_WEIGHTS)
