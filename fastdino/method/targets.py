@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdino.config import Config, ConfigError
+from fastdino.config import Config, ConfigError, HeadConfig
 from fastdino.distributed import Ranks
 from fastdino_kernels import sinkhorn
 
@@ -110,27 +110,28 @@ def build_targets(config: Config, ranks: Ranks) -> tuple[Target, Target | None]:
 
     Raises ConfigError for Sinkhorn over so few samples that it has nothing to balance.
     """
-    loss, views, patch_head = config.loss, config.views, config.patch_head or config.head
+    loss, views = config.loss, config.views
+
+    def build(setting: str, head: HeadConfig, num_samples: int) -> Target:
+        if getattr(loss, setting) == "center":
+            return Centering(head.num_prototypes, loss.center_momentum, config.engine.accumulate, ranks)
+        _check_samples(setting, num_samples, ranks)
+        return Sinkhorn(ranks)
+
     num_views = 2 * config.run.local_batch * ranks.world_size
-    hidden = views.mask_share * sum(views.mask_ratio) / 2 * (views.global_size // config.model.patch_size) ** 2
-    wanted = [("targets", loss.targets, config.head.num_prototypes, num_views)]
-    if loss.patch_weight:
-        name = "patch_targets" if loss.patch_targets else "targets"
-        wanted += [(name, loss.patch_targets or loss.targets, patch_head.num_prototypes, round(num_views * hidden))]
-    made: list[Target] = []
-    for name, kind, num_prototypes, num_samples in wanted:
-        if kind == "sinkhorn":
-            _check_samples(name, num_samples, ranks)
-            made.append(Sinkhorn(ranks))
-        else:
-            made.append(Centering(num_prototypes, loss.center_momentum, config.engine.accumulate, ranks))
-    return made[0], made[1] if loss.patch_weight else None
+    target = build("targets", config.head, num_views)
+    if not loss.patch_weight:
+        return target, None
+    num_patches = num_views * (views.global_size // config.model.patch_size) ** 2
+    num_hidden = round(num_patches * views.mask_share * sum(views.mask_ratio) / 2)
+    setting = "patch_targets" if loss.patch_targets else "targets"
+    return target, build(setting, config.patch_head or config.head, num_hidden)
 
 
-def _check_samples(name: str, num_samples: int, ranks: Ranks) -> None:
+def _check_samples(setting: str, num_samples: int, ranks: Ranks) -> None:
     """A target is one sample's share of all prototypes' use, so among n samples it can tell at most ln n nats."""
-    said = f"loss.{name}=sinkhorn balances about {num_samples} samples of a micro batch over all ranks"
-    remedy = f"raise run.local_batch or take more ranks, or use loss.{name}=center"
+    said = f"loss.{setting}=sinkhorn balances about {num_samples} samples of a micro batch over all ranks"
+    remedy = f"raise run.local_batch or take more ranks, or use loss.{setting}=center"
     if num_samples < 8:
         raise ConfigError(f"{said}, too few to tell anything apart: {remedy}")
     if num_samples < 64 and ranks.is_main:
