@@ -24,9 +24,9 @@ from fastdino.training.checkpoint import CheckpointError, Manifest
 
 log = logging.getLogger(__name__)
 
-# What may change between a run and its resumption: none of it changes what is computed, but for rounding; masks, Sinkhorn
-# and KoLeo, however, look at a micro batch. Images are known by their names and count, and the weights that a run started
-# from are not read again. A longer run has other schedules, which RunFolder.restore says.
+# What may change between a run and its resumption: none of it changes what is computed, but for rounding; masks,
+# Sinkhorn and KoLeo, however, look at a micro batch. Images are known by their names and count, and the weights that a
+# run started from are not read again. A longer run has other schedules, which RunFolder.restore says.
 MAY_CHANGE = {
     "engine.name", "engine.zero_stage", "engine.accumulate", "engine.device", "model.attention", "model.weights",
     "head.weights", "patch_head.weights", "data.root", "data.num_workers", "data.max_bad", "run.dir", "run.epochs",
