@@ -117,6 +117,36 @@ def demo_table(results: Path) -> str:
     return f"`{where['command']}` on {where['device']}, 2 cores; {_state(where)}.\n\n{table}"
 
 
+def small_table(results: Path) -> str:
+    """What the recipe ``small`` learned, and what other settings did, beside pixels and the random start."""
+    file = results / "small-cpu.json"
+    if not file.exists():
+        return "Not measured yet.\n"
+    document = json.loads(file.read_text())
+    where, rows = document["provenance"], []
+    for case in document["cases"]:
+        settings = f"`{case['flags']}`" if case["flags"] else "" if case["seed"] is None else "the recipe's"
+        scores = [f"{case[key]:.1f}" for key in ("knn_5", "knn_20", "rankme")]
+        length = [f"{case[key]:.0f}" if key in case else "" for key in ("steps", "seconds")]
+        rows.append([case["features"], settings, "" if case["seed"] is None else str(case["seed"]), *scores, *length])
+    header = ["features", "settings", "seed", "k-NN, k = 5, %", "k = 20", "RankMe", "steps", "seconds"]
+    return f"`{where['command']}` on {where['device']}; {_state(where)}.\n\n{_table(header, rows)}"
+
+
+def small_trials_table(results: Path) -> str:
+    """The search for the recipe ``small``: settings, how far they were trained, and what they had learned by then."""
+    document = json.loads((results / "small-trials-cpu.json").read_text())
+    where, rows = document["provenance"], []
+    for case in document["cases"]:
+        whole = ("batch", "steps", "of_steps", "images", "cpu_seconds")
+        scores = ("knn_5", "knn_20", "whole_knn_5", "whole_knn_20", "rankme")
+        kinds = dict.fromkeys(whole, ",d") | dict.fromkeys(scores, ".1f")
+        rows.append([case["settings"], *(_or_dash(case[key], kind) for key, kind in kinds.items())])
+    header = ["settings", "batch", "steps", "of a run of", "images seen", "CPU seconds", "k-NN, k = 5, %", "k = 20"]
+    table = _table([*header, "whole picture, k = 5", "k = 20", "RankMe"], rows)
+    return f"{where['command']}; {where['device']}, {where['threads']} thread; {_state(where)}.\n\n{table}"
+
+
 def ceilings_table(results: Path) -> str:
     """One table for each device: what it can do at best."""
     return _by_device(results, "ceilings", _ceiling_rows)
@@ -159,6 +189,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "counts": counts_table,
     "compile": compile_table,
     "demo": demo_table,
+    "small": small_table,
+    "small_trials": small_trials_table,
     "ceilings": ceilings_table,
     "attention": attention_table,
     "data": data_table,
@@ -252,6 +284,10 @@ def _times(figures: dict[str, Any]) -> str:
 
 def _megabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:.3g}" if num_bytes < 1e9 else f"{num_bytes / 1e6:,.0f}"
+
+
+def _or_dash(value: float | None, kind: str) -> str:
+    return "-" if value is None else format(value, kind)
 
 
 def _table(header: list[str], rows: Rows) -> str:

@@ -112,6 +112,8 @@ def test_defaults_are_those_of_dino_v1(option):
         ),
         (lambda: EngineConfig(accumulate=0), "engine.accumulate=0"),
         (lambda: DataConfig(max_bad=2.0), "data.max_bad=2.0"),
+        (lambda: DataConfig(eval_crop=0.0), "data.eval_crop=0.0"),
+        (lambda: DataConfig(eval_crop=1.1), "data.eval_crop=1.1"),
         (lambda: RunConfig(epochs=0), "run.epochs=0"),
         (lambda: Config(model=ModelConfig(patch_size=15)), "global_size=224 .* model.patch_size=15: use 210 or 225"),
         (lambda: Config(views=ViewsConfig(local_size=90)), "local_size=90 .* use 80 or 96"),
@@ -361,7 +363,7 @@ def test_settings_are_few_and_each_is_explained():
         f.name for f in dataclasses.fields(HeadConfig)
     }
     names = [f.name for kind in kinds.values() for f in dataclasses.fields(kind)]
-    assert len(names) == 86
+    assert len(names) == 87
     for name in set(names):
         assert f"    {name}: " in source
         after = source.split(f"    {name}: ")[1].split("\n", 1)[1].lstrip()

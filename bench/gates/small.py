@@ -11,7 +11,6 @@ The pictures are the first 10,000 of Fashion-MNIST's training set and the first 
 import argparse
 import gzip
 import json
-import os
 import shlex
 import sys
 import time
@@ -50,7 +49,6 @@ def main() -> int:
     parser.add_argument("--dir", type=Path, default=ROOT / "runs", help="the run folders are in it")
     parser.add_argument("--out", type=Path, default=FILE)
     options = parser.parse_args()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     if not options.pictures.exists():
         write_pictures(options.source, options.pictures)
     where = provenance(torch.device("cpu"), "bench.gates.small")
@@ -122,7 +120,7 @@ def trial(flags: Sequence[str], seed: int, pictures: Path, folder: Path) -> list
 
 
 def _of(backbone: nn.Module, config: Config, pictures: Path) -> dict[str, float]:
-    reading = Reading(size=config.views.global_size, normalize=config.data.normalize)
+    reading = Reading(size=config.views.global_size, crop=config.data.eval_crop, normalize=config.data.normalize)
     sets = bank_and_test(str(pictures), config.data)[:2]
     return figures(*(extract(backbone, source, reading, batch=BATCH, num_workers=0) for source in sets))
 

@@ -90,6 +90,8 @@ class DataConfig(Group):
     """Side in pixels at which shapes are rendered."""
     normalize: Literal["imagenet", "image"] = "imagenet"
     """Subtract ImageNet's mean and divide by its deviation, or those of each channel of each view (short runs)."""
+    eval_crop: float = 0.875
+    """Share of an image's shorter side that evaluations see, in the middle. DINO v1: 224 / 256; 1 sees it all."""
     num_workers: int = 10
     """Processes per rank that decode and augment; 0 works in the training process."""
     max_bad: float = 0.01
@@ -103,6 +105,7 @@ class DataConfig(Group):
         self.require(self.num_images >= 1, "num_images", "at least 1")
         self.require(self.image_size >= 8, "image_size", "at least 8 pixels", "objects must show")
         self.require(self.num_workers >= 0, "num_workers", "0 or more")
+        self.require(0 < self.eval_crop <= 1, "eval_crop", "a share in (0, 1]")
         self.require(0 <= self.max_bad <= 1, "max_bad", "a share in [0, 1]")
         self.require(self.max_pixels >= 1, "max_pixels", "at least 1")
         self.require(8 <= self.bits <= 16, "bits", "in [8, 16]", "8 of them are kept")

@@ -183,8 +183,8 @@ def train_batches(
 class _Labelled(Dataset[tuple[Tensor, Tensor, list[str]]]):
     """Indices become centered views, labels and the names of images that could not be read."""
 
-    def __init__(self, source: Source, size: int) -> None:
-        self.source, self.size = source, size
+    def __init__(self, source: Source, size: int, crop: float) -> None:
+        self.source, self.size, self.crop = source, size, crop
 
     def __len__(self) -> int:
         return len(self.source)
@@ -201,17 +201,20 @@ class _Labelled(Dataset[tuple[Tensor, Tensor, list[str]]]):
             except BadImage as error:
                 bad.append(str(error))
                 continue
-            pixels[len(labels)] = views.center_view(image, self.size)
+            pixels[len(labels)] = views.center_view(image, self.size, self.crop)
             labels.append(label)
         return pixels[: len(labels)], torch.tensor(labels, dtype=torch.int64), bad
 
 
-def labelled_batches(source: Source, size: int, batch_size: int, num_workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+def labelled_batches(
+    source: Source, size: int, batch_size: int, num_workers: int, crop: float = 0.875
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Every image of ``source`` once, in order: uint8 (B, 3, size, size) views on the CPU and int64 (B,) labels.
 
-    DINO v1's evaluation transform. Images that cannot be read are left out, with a warning that names them.
+    DINO v1's evaluation transform, which shows ``crop`` of the shorter side. Images that cannot be read are left out,
+    with a warning that names them.
     """
-    batches = MadeAhead(_Labelled(source, size), affordable(num_workers), batch_size=batch_size)
+    batches = MadeAhead(_Labelled(source, size, crop), affordable(num_workers), batch_size=batch_size)
     for pixels, labels, bad in batches:
         for message in bad:
             log.warning("left out of the evaluation: %s", message)

@@ -46,7 +46,8 @@ class Evaluation(ABC):
     def reading(self, config: Config) -> Reading:
         """How the images are read: as the weights were trained, but for what the flags say."""
         size = config.views.global_size if self.size is None else self.size
-        return Reading(size=size, normalize=self.normalize or config.data.normalize, precision=self.precision)
+        normalize = self.normalize or config.data.normalize
+        return Reading(size=size, crop=config.data.eval_crop, normalize=normalize, precision=self.precision)
 
     @abstractmethod
     def __call__(self, subject: Subject) -> dict[str, Any]:

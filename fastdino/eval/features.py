@@ -26,6 +26,8 @@ class Reading:
 
     size: int = 224
     """Side in pixels that the backbone sees."""
+    crop: float = 0.875
+    """Share of the shorter side that it sees, in the middle."""
     normalize: Literal["imagenet", "image"] = "imagenet"
     """As in training: data.normalize."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -56,7 +58,7 @@ def extract(
     """
     check_size(backbone, reading.size)
     device, dtype = device_and_dtype(backbone)
-    batches = labelled_batches(source, reading.size, batch, num_workers)
+    batches = labelled_batches(source, reading.size, batch, num_workers, reading.crop)
     vectors, labels = [], []
     with evaluating(backbone), torch.autocast(device.type, torch.bfloat16, enabled=reading.precision == "bf16"):
         for images, batch_labels in tqdm(batches, desc="features", unit="batch", leave=False, disable=None):

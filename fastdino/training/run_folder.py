@@ -25,13 +25,13 @@ from fastdino.training.checkpoint import CheckpointError, Manifest
 log = logging.getLogger(__name__)
 
 # What may change between a run and its resumption: none of it changes what is computed, but for rounding; masks,
-# Sinkhorn and KoLeo, however, look at a micro batch. Images are known by their names and count, and the weights that a
+# Sinkhorn and KoLeo look at a micro batch, however. Images are known by their names and count, and the weights that a
 # run started from are not read again. A longer run has other schedules, which RunFolder.restore says.
 MAY_CHANGE = {
     "engine.name", "engine.zero_stage", "engine.accumulate", "engine.device", "model.attention", "model.weights",
-    "head.weights", "patch_head.weights", "data.root", "data.num_workers", "data.max_bad", "run.dir", "run.epochs",
-    "run.local_batch", "run.save_every", "run.save_every_steps", "run.keep", "run.keep_every", "run.log_every",
-    "run.knn_every", "run.knn_root", "run.max_nonfinite",
+    "head.weights", "patch_head.weights", "data.root", "data.num_workers", "data.max_bad", "data.eval_crop", "run.dir",
+    "run.epochs", "run.local_batch", "run.save_every", "run.save_every_steps", "run.keep", "run.keep_every",
+    "run.log_every", "run.knn_every", "run.knn_root", "run.max_nonfinite",
 }  # fmt: skip
 MAX_FAILED_SAVES = 3  # in a row, after which a run whose disk refuses checkpoints ends
 

@@ -41,6 +41,13 @@ def test_features_are_the_backbones_in_order() -> None:
     nn.Linear(96, 2)(features).sum().backward()  # a probe can train on them
 
 
+def test_features_are_of_as_much_as_the_reading_shows() -> None:
+    source, backbone = ShapesSource(6, 40), vit().eval()
+    images = torch.stack([center_view(source.read(i)[0], 32, crop=1.0) for i in range(6)])
+    want = backbone(normalize(images, "imagenet")).detach()
+    torch.testing.assert_close(seen(backbone, source, Reading(size=32, crop=1.0))[0], want, rtol=1e-4, atol=1e-5)
+
+
 def test_evaluation_mode_and_back() -> None:
     """Drop path and BatchNorm are off during the pass, and each module returns to the mode it had."""
     source = ShapesSource(8, 32)

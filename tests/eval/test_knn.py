@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,12 +159,19 @@ def test_the_evaluation(sets: list[object], tmp_path: Path) -> None:
     """Percent, and everything that the figure depends on beside it."""
     found = Knn(data="colours", neighbors=(5, 10), num_workers=0)(Subject(Means(), CONFIG, tmp_path))
     assert found == {
-        "knn_5": 100.0, "knn_10": 100.0, "data": "colours", "bank": 30, "test": 20, "size": 32, "normalize": "imagenet",
-        "precision": "fp32", "temperature": 0.07, "split": "made here",
+        "knn_5": 100.0, "knn_10": 100.0, "data": "colours", "bank": 30, "test": 20, "size": 32, "crop": 0.875,
+        "normalize": "imagenet", "precision": "fp32", "temperature": 0.07, "split": "made here",
     }  # fmt: skip
     assert sets == [("colours", CONFIG.data)]
     other = Knn(size=8, normalize="image", precision="bf16", num_workers=0)(Subject(Means(), CONFIG, tmp_path))
     assert (other["size"], other["normalize"], other["precision"]) == (8, "image", "bf16")
+
+
+def test_a_run_is_evaluated_on_as_much_of_an_image_as_it_says(sets: list[object]) -> None:
+    """By the command, and while it trains."""
+    whole = replace(CONFIG, data=replace(CONFIG.data, eval_crop=1.0))
+    assert Knn().reading(whole).crop == 1.0
+    assert OnlineKnn("colours", whole.data, size=32, batch=4).reading.crop == 1.0
 
 
 def test_the_default_ks_fit_the_bank() -> None:

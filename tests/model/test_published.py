@@ -99,8 +99,9 @@ def test_dinov2_training_checkpoint(layout: str, tmp_path: Path) -> None:
         load_head(head(7), path, patches=True)
 
 
-def test_the_official_head(tmp_path: Path) -> None:
-    """Free lengths of prototypes: the logits are DINOv2's."""
+def test_the_official_head(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Free lengths of prototypes: the logits are DINOv2's. Frozen they stay so, which is said."""
+    caplog.set_level(logging.INFO)
     official = json.loads((Path(__file__).parents[1] / "fixtures/dinov2_head.json").read_text())
 
     def gen(seed: int, *shape: int) -> torch.Tensor:
@@ -113,6 +114,11 @@ def test_the_official_head(tmp_path: Path) -> None:
     save_file(state, tmp_path / "a.safetensors")
     ours = Head(48, HeadConfig(num_prototypes=130, hidden_dim=64, bottleneck_dim=32, freeze_prototype_norm=False))
     load_head(ours, tmp_path / "a.safetensors")
+    assert not caplog.text
+    frozen = Head(48, HeadConfig(num_prototypes=130, hidden_dim=64, bottleneck_dim=32))
+    load_head(frozen, tmp_path / "a.safetensors")
+    assert torch.equal(frozen.last_layer.g, ours.last_layer.g)
+    assert "prototypes of other lengths than 1, and freeze_prototype_norm keeps them" in caplog.text
     points, prototypes = ours(gen(950, 4, 48))
     logits = (points @ prototypes.T).detach().flatten()
     torch.testing.assert_close(logits[:6].tolist(), official["out"]["first"], rtol=0, atol=1e-7)
@@ -172,6 +178,16 @@ def test_weights_that_the_run_contradicts(options: dict[str, Any], says: str, tm
         settled(run_of(path, **options))
     assert f"{path}' has arch vit_nano, patch_size 16, registers 4, image_size 64" in str(refused.value)
     assert says in str(refused.value)
+
+
+def test_the_flags_to_type_are_enough(tmp_path: Path) -> None:
+    """Another patch size may ask for other sizes of views too."""
+    path = tmp_path / "a.pth"
+    torch.save(nano(1, patch_size=14, image_size=70).state_dict(), path)
+    with pytest.raises(ConfigError, match=r"--model.patch-size 14 --views.global-size 42 --views.local-size 28, or"):
+        settled(run_of(path))
+    model = ModelConfig(arch="vit_nano", weights=path, patch_size=14)
+    settled(Config(model=model, views=ViewsConfig(global_size=42, local_size=28)))
 
 
 def test_a_mask_token_that_the_file_lacks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -242,7 +258,9 @@ def test_a_folder_of_another_family(folder: Path) -> None:
     """Hugging Face's own ViT: named by what was found."""
     state = {"vit.embeddings.cls_token": torch.ones(1, 1, 96), "vit.layernorm.weight": torch.ones(96)}
     save_file(state, folder / "model.safetensors")
-    with pytest.raises(WeightsError, match=r"none of our ViTs \(cls_token, norm.weight\)"):
+    with pytest.raises(
+        WeightsError, match=r"looked for patch_embed.proj.weight and blocks.0.mlp, found cls_token, norm.weight"
+    ):
         any_backbone(folder)
 
 
@@ -252,7 +270,7 @@ def test_a_folder_of_another_family(folder: Path) -> None:
         (lambda s: s.pop("pos_embed"), "holds a vit_nano with no pos_embed"),
         (lambda s: s.update(pos_embed=torch.ones(1, 19, 96)), "19 position embeddings, not those of a square"),
         (lambda s: s.update(cls_token=torch.ones(1, 1, 100)), "4 blocks of width 100 with an MLP of 384"),
-        (lambda s: s.update(cls_token=torch.ones(96)), r"none of our ViTs \(blocks"),
+        (lambda s: s.update(cls_token=torch.ones(96)), r"none of our ViTs \(looked for cls_token"),
         (lambda s: [s.pop(k) for k in [*s] if k.startswith("blocks.3")], "3 blocks of width 96"),
         (lambda s: s.update({"blocks.1.attn.qkv.bias": torch.tensor(1.0)}), r"misshaped: blocks.1.attn.qkv.bias \(\)"),
         (lambda s: s.update({"blocks.1.norm3.bias": torch.ones(2)}), r"1 unexpected: blocks.1.norm3.bias"),

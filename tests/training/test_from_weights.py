@@ -19,7 +19,7 @@ from fastdino.config import (
     RunConfig,
     ViewsConfig,
 )
-from fastdino.model import ViT
+from fastdino.model import ViT, WeightsError
 from fastdino.training.export import run_backbone
 from fastdino.training.run_folder import read_config
 
@@ -52,6 +52,8 @@ def test_the_folder_knows_the_form(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert read_config(run).model == kept
     with pytest.raises(ConfigError, match="registers is 4 there, 2 here"):
         fastdino.train(config(run, file, epochs=4, registers=2))
+    with pytest.raises(WeightsError, match=f"It is a run: write its backbone to a file by fastdino export {run}"):
+        fastdino.train(config(tmp_path / "other", run))
     backbone, _, step = run_backbone(run)
     assert step == 3
     assert isinstance(backbone, ViT)

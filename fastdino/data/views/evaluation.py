@@ -12,15 +12,15 @@ MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of red, green and blue in [0, 1]
 STD = (0.229, 0.224, 0.225)
 
 
-def center_view(image: Image.Image, size: int) -> Tensor:
+def center_view(image: Image.Image, size: int, crop: float = 0.875) -> Tensor:
     """DINO v1's evaluation transform: uint8 (3, size, size), the center of the image, whose shorter side becomes
-    256 / 224 of ``size``, bicubic. Of an image that is longer than 8 times its width only the middle is resized: all of
+    ``size`` / ``crop``, bicubic. Of an image that is longer than 8 times its width only the middle is resized: all of
     it could fill the memory."""
     longest = 8 * min(image.size)
     if max(image.size) > longest:
         left, top = (max(0, side - longest) // 2 for side in image.size)
         image = image.crop((left, top, image.width - left, image.height - top))
-    short = round(size * 256 / 224)
+    short = round(size / crop)
     width, height = (int(short * side / min(image.size)) for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)

@@ -49,7 +49,8 @@ def export_backbone(
         if format != "timm":
             raise ConfigError(f"{backbone.arch} has no names but timm's: leave out --format {format}")
         _write(path, state, texts)
-        return f'timm.create_model("{backbone.arch.removeprefix("timm:")}", num_classes=0, checkpoint_path="{path}")'
+        name = backbone.arch.removeprefix("timm:")
+        return f'timm.create_model("{name}", num_classes=0, checkpoint_path={str(path)!r})'
     rotary = backbone.pos_embed is None
     form = replace(recognise(Published(state, "DINO", rotary, {})), interpolation=backbone.interpolation)
     state = without_key_biases(state) if rotary else state

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdino.config import Config, ConfigError, ModelConfig
 from fastdino.model.block import Attention, SwiGlu
+from fastdino.model.head import Head
 from fastdino.model.positions import ROPE_BASE, rope_periods
 from fastdino.model.vit import ViT
 from fastdino.model.weights.dialects import ROTARY, Published, State, below, best_prefix, from_published
@@ -94,11 +95,11 @@ def load_backbone(backbone: "Backbone", path: Path) -> None:
     module.load_state_dict(state)
 
 
-def load_head(head: nn.Module, path: Path, patches: bool = False) -> None:
+def load_head(head: Head, path: Path, patches: bool = False) -> None:
     """Copies a projection head in ``path`` into ``head``: DINO v1's or v2's, from a full training checkpoint.
 
     Args:
-        head: ours. The lengths of its prototypes become the file's.
+        head: ours. The lengths of its prototypes become the file's; the log says so where they are frozen and not 1.
         path: a file, as for :func:`load_backbone`.
         patches: take DINOv2's second head, which is the patches'.
 
@@ -113,6 +114,9 @@ def load_head(head: nn.Module, path: Path, patches: bool = False) -> None:
         raise WeightsError(f"{path} holds no {kind}: a full training checkpoint does, a released backbone not")
     _check(type(head).__name__, own, found, path, "Are num_prototypes, hidden_dim and the other widths the same?")
     head.load_state_dict(found)
+    frozen = not head.last_layer.g.requires_grad
+    if frozen and not torch.allclose(head.last_layer.g, torch.ones(1)):
+        _say(f"{path} has prototypes of other lengths than 1, and freeze_prototype_norm keeps them: set it to False")
 
 
 def form_of(path: Path) -> Form:
@@ -139,10 +143,11 @@ def settled(config: Config) -> Config:
     differ = [name for name, value in asked.items() if value is not None and value != getattr(form, name)]
     if differ:
         theirs = ", ".join(f"{name} {getattr(form, name)}" for name in asked)
-        flags = " ".join(f"--model.{name.replace('_', '-')} {getattr(form, name)}" for name in differ)
         ours = ", ".join(f"{name} {asked[name]}" for name in differ)
+        flags = {f"model.{name}": getattr(form, name) for name in differ} | _whole_views(config, form.patch_size)
+        typed = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags.items())
         raise ConfigError(
-            f"model.weights={str(model.weights)!r} has {theirs}, and the run asks for {ours}: start it with {flags}, "
+            f"model.weights={str(model.weights)!r} has {theirs}, and the run asks for {ours}: start it with {typed}, "
             "or from other weights"
         )
     for name, value in vars(form).items():
@@ -150,6 +155,13 @@ def settled(config: Config) -> Config:
         if was not in (value, getattr(ModelConfig(), name)):
             log.warning("model.%s=%s has no effect: model.weights have %s", name, was, value)
     return replace(config, model=form.of(model))
+
+
+def _whole_views(config: Config, patch_size: int) -> dict[str, int]:
+    """Sizes of views that are not whole patches, rounded up to such."""
+    names = ["global_size", "local_size"] if config.views.num_local else ["global_size"]
+    sizes = {f"views.{name}": getattr(config.views, name) for name in names}
+    return {name: -(-size // patch_size) * patch_size for name, size in sizes.items() if size % patch_size}
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -188,9 +200,11 @@ def _read_folder(path: Path) -> State:
     """Of Hugging Face: one file, or several that an index names."""
     whole = (path / HF_WEIGHTS).is_file()
     if not (path / HF_CONFIG).is_file() or not (whole or (path / HF_INDEX).is_file()):
+        found = sorted(file.name for file in path.iterdir())
+        run = f". It is a run: write its backbone to a file by fastdino export {path}" if "checkpoints" in found else ""
         raise WeightsError(
             f"{path} is no folder of weights: looked for {HF_CONFIG} beside {HF_WEIGHTS} or {HF_INDEX}, found "
-            f"{some(sorted(file.name for file in path.iterdir())) or 'nothing'}"
+            f"{some(found) or 'nothing'}{run}"
         )
     if whole:
         return read(path / HF_WEIGHTS)

@@ -43,31 +43,30 @@ def recognise(published: Published) -> Form:
     antialiasing, others by DINO v1's factor. Raises WeightsError, saying what was found, for none of our ViTs.
     """
     state = published.state
-    width, patch, hidden = (
-        _size(state, name, axis, ndim)
-        for name, axis, ndim in (
-            ("cls_token", 2, 3), ("patch_embed.proj.weight", 3, 4), ("blocks.0.mlp.fc1.weight", 0, 2)
-        )
-    )  # fmt: skip
-    swiglu = not hidden
-    hidden = hidden or _size(state, "blocks.0.mlp.w3.weight", 1, 2)
+    width, patch = _size(state, "cls_token", 2, 3), _size(state, "patch_embed.proj.weight", 3, 4)
+    hidden, gated = _size(state, "blocks.0.mlp.fc1.weight", 0, 2), _size(state, "blocks.0.mlp.w3.weight", 1, 2)
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    shape = (width, depth, hidden, swiglu)
-    arch = next((name for name, s in SIZES.items() if (s.width, s.depth, s.hidden, s.swiglu) == shape), None)
+    found = Shape(width, depth, 0, hidden or gated, swiglu=not hidden)
+    arch = next((name for name, shape in SIZES.items() if shape._replace(num_heads=0) == found), None)
     if arch is None or not patch:
-        mlp = f"{'a SwiGLU' if swiglu else 'an MLP'} of {hidden}"
-        found = f"{depth} blocks of width {width} with {mlp}" if width and hidden else some(sorted(state))
+        sizes = {"cls_token": width, "patch_embed.proj.weight": patch, "blocks.0.mlp": hidden or gated}
+        lacking = [name for name, size in sizes.items() if not size]
+        mlp = f"{'an MLP' if hidden else 'a SwiGLU'} of {hidden or gated}"
+        reason = (
+            f"looked for {' and '.join(lacking)}, found {some(sorted(state))}" if lacking else
+            f"{depth} blocks of width {width} with {mlp}"
+        )  # fmt: skip
         raise WeightsError(
-            f"names and shapes are those of none of our ViTs ({found}): name it if it is one of timm's, as in "
+            f"names and shapes are those of none of our ViTs ({reason}): name it if it is one of timm's, as in "
             "--arch timm:resnet50"
         )
     patches, registers = _size(state, "pos_embed", 1, 3) - 1, _size(state, "register_tokens", 1, 3)
     side = math.isqrt(max(patches, 0))
     if not published.rotary and (side < 1 or side**2 != patches):
-        found = (
+        wrong = (
             f"{patches + 1} position embeddings, not those of a square of patches" if patches > 0 else "no pos_embed"
         )
-        raise WeightsError(f"it holds a vit_{arch} with {found}")
+        raise WeightsError(f"it holds a vit_{arch} with {wrong}")
     return Form(
         arch=f"vit_{arch}",
         patch_size=patch,

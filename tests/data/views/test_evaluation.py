@@ -21,6 +21,14 @@ def test_center_view_is_dino_v1s_evaluation_transform(size, side):
     assert torch.equal(center_view(image, side), F.pil_to_tensor(theirs(image)))
 
 
+def test_a_crop_of_1_shows_the_whole_of_a_square():
+    image = photo(90, 90)
+    whole = image.resize((32, 32), Image.Resampling.BICUBIC)
+    assert torch.equal(center_view(image, 32, crop=1.0), F.pil_to_tensor(whole))
+    middle = F.center_crop(image.resize((64, 64), Image.Resampling.BICUBIC), 32)
+    assert torch.equal(center_view(image, 32, crop=0.5), F.pil_to_tensor(middle))
+
+
 @pytest.mark.parametrize("size", [(20000, 3), (3, 20000), (5000, 500), (20001, 3)], ids=str)
 def test_extreme_shapes_are_not_resized_whole(size, monkeypatch):
     sizes, resize = [], Image.Image.resize
