@@ -29,9 +29,9 @@ def small() -> Config:
         head=HeadConfig(num_prototypes=256, hidden_dim=512, bottleneck_dim=128, batch_norm=True),
         views=ViewsConfig(
             global_size=28,
-            global_scale=(0.6, 1.0),
+            global_scale=(0.5, 1.0),
             local_size=14,
-            local_scale=(0.35, 0.8),
+            local_scale=(0.15, 0.4),
             num_local=4,
             jitter_strength=(0.2, 0.2, 0.0, 0.0),
             grayscale=0.0,
