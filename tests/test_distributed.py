@@ -121,7 +121,8 @@ def test_ranks_that_do_not_come_are_named(
 
 def test_a_rank_that_waits_hears_ctrl_c() -> None:
     env = environment() | {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
-    code = "import logging; logging.basicConfig(level=20)\n" + PROGRAM
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's "&" ignores it
+    code = heard + "import logging; logging.basicConfig(level=20)\n" + PROGRAM
     waiting = subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.PIPE, text=True)
     assert waiting.stderr is not None
     assert any("waiting for 2 ranks" in line for line in waiting.stderr)
