@@ -20,7 +20,7 @@ def small() -> Config:
     Run: fastdino train small --data.root pictures/train --run.knn-root pictures
 
     views.global_size alone follows the pictures: 28 for 28 pixels, 63 for 64, a multiple of 7. docs/small-data.md has
-    what was tried on 10,000 pictures of Fashion-MNIST, whose raw pixels no trial has beaten yet.
+    what was tried on 10,000 pictures of Fashion-MNIST, beside raw pixels.
 
     KoLeo keeps the features apart, which batch normalisation in the head would let shrink to a few directions.
     """
