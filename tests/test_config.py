@@ -159,6 +159,7 @@ def test_a_warm_up_of_the_temperature_that_goes_nowhere_may_be_long():
          ["model.attention=sdpa", "model.pos_embed=sincos"]),
         ({"model": ModelConfig(arch="timm:resnet50", registers=4, layer_scale=1e-5)},
          ["model.registers=4", "model.layer_scale=1e-05"]),
+        ({"model": ModelConfig(arch="timm:resnet50", rope_scale=1.0)}, ["model.rope_scale=1.0 has no effect: timm:"]),
         ({"model": ModelConfig(drop_path=0, drop_path_rule="uniform")}, ["model.drop_path_rule=uniform"]),
         ({"model": ModelConfig(pos_embed="rope", interpolation="antialias")}, ["model.interpolation=antialias"]),
         ({"model": ModelConfig(pos_embed="rope", rope_scale=1.0, registers=4)}, []),

@@ -125,13 +125,13 @@ class Config:
              "loss.warmup_teacher_temp_epochs is 0"),
             (self.loss.patch_weight == 0, "views", "mask_share mask_ratio", "loss.patch_weight is 0"),
         ]  # fmt: skip
-        lines, kinds = [], group_kinds()
+        lines, kinds = dict[str, str](), group_kinds()  # one for a setting, the first reason
         for without_effect, group, names, reason in cases:
             for name in names.split() if without_effect else ():
                 value = getattr(getattr(self, group), name)
                 if value != getattr(kinds[group](), name):
-                    lines.append(f"{group}.{name}={value} has no effect: {reason}")
-        return lines
+                    lines.setdefault(f"{group}.{name}", f"{group}.{name}={value} has no effect: {reason}")
+        return [*lines.values()]
 
     def to_json(self) -> str:
         """The whole config as indented JSON, which :meth:`from_json` reads back to an equal config."""
