@@ -103,48 +103,56 @@ def _predicted(document: dict[str, Any], results: Path) -> Rows:
 
 
 def demo_table(results: Path) -> str:
-    """What the demo found, a row for each seed."""
+    """What the demo found, a row for each run."""
     document = json.loads((results / "demo.json").read_text())
-    where, rows = document["provenance"], []
-    for seed, found in document["seeds"].items():
-        knn = [
-            f"{found[f'knn_{of}']:.1f}" for of in ("teacher", "random_init", "raw_pixels", "raw_pixels_standardised")
-        ]
-        iou = [f"{found[f'attention_iou_{of}']:.2f}" for of in ("teacher", "random_init")]
-        rows.append([seed, *knn, *iou, f"{found['seconds']:.0f}"])
-    header = ["seed", "k-NN teacher, %", "random init", "pixels", "pixels, standardised"]
-    table = _table([*header, "attention IoU teacher", "random init", "seconds"], rows)
-    return f"`{where['command']}` on {where['device']}, 2 cores; {_state(where)}.\n\n{table}"
+    rows = []
+    for case in document["cases"]:
+        knn = [f"{case[f'knn_{of}']:.1f}" for of in ("teacher", "random_init", "raw_pixels_standardised")]
+        iou = [f"{case[f'attention_iou_{of}']:.2f}" for of in ("teacher", "random_init")]
+        miou = [f"{case[f'patch_miou{of}']:.1f}" for of in ("", "_random_init", "_raw_pixels")]
+        rows.append([_settings(case), str(case["seed"]), *knn, *iou, *miou, f"{case['seconds']:.0f}"])
+    header = ["settings", "seed", "k-NN teacher, %", "random init", "pixels, standardised"]
+    header += ["attention IoU teacher", "random init", "patch mIoU teacher, %", "random init", "pixels", "seconds"]
+    return f"{_ran(document['provenance'])}\n\n{_table(header, rows)}"
 
 
 def small_table(results: Path) -> str:
-    """What the recipe ``small`` learned, and what other settings did, beside pixels and the random start."""
-    file = results / "small-cpu.json"
-    if not file.exists():
-        return "Not measured yet.\n"
-    document = json.loads(file.read_text())
-    where, rows = document["provenance"], []
-    for case in document["cases"]:
-        settings = f"`{case['flags']}`" if case["flags"] else "" if case["seed"] is None else "the recipe's"
-        scores = [f"{case[key]:.1f}" for key in ("knn_5", "knn_20", "rankme")]
-        length = [f"{case[key]:.0f}" if key in case else "" for key in ("steps", "seconds")]
-        rows.append([case["features"], settings, "" if case["seed"] is None else str(case["seed"]), *scores, *length])
-    header = ["features", "settings", "seed", "k-NN, k = 5, %", "k = 20", "RankMe", "steps", "seconds"]
-    return f"`{where['command']}` on {where['device']}; {_state(where)}.\n\n{_table(header, rows)}"
+    """What the recipe ``small`` learned, beside pixels and the random start."""
+    return _small_table(results / "small-cpu.json")
 
 
 def small_trials_table(results: Path) -> str:
-    """The search for the recipe ``small``: settings, how far they were trained, and what they had learned by then."""
-    document = json.loads((results / "small-trials-cpu.json").read_text())
-    where, rows = document["provenance"], []
+    """The search for the recipe ``small``: what other settings learned."""
+    return _small_table(results / "small-trials-cpu.json")
+
+
+def _small_table(file: Path) -> str:
+    if not file.exists():
+        return "Not measured yet.\n"
+    document = json.loads(file.read_text())
+    rows, starts = [], set()
     for case in document["cases"]:
-        whole = ("batch", "steps", "of_steps", "images", "cpu_seconds")
-        scores = ("knn_5", "knn_20", "whole_knn_5", "whole_knn_20", "rankme")
-        kinds = dict.fromkeys(whole, ",d") | dict.fromkeys(scores, ".1f")
-        rows.append([case["settings"], *(_or_dash(case[key], kind) for key, kind in kinds.items())])
-    header = ["settings", "batch", "steps", "of a run of", "images seen", "CPU seconds", "k-NN, k = 5, %", "k = 20"]
-    table = _table([*header, "whole picture, k = 5", "k = 20", "RankMe"], rows)
-    return f"{where['command']}; {where['device']}, {where['threads']} thread; {_state(where)}.\n\n{table}"
+        if case["features"] == "random start":  # that of most trials is the recipe's
+            if case["rankme"] in starts:
+                continue
+            starts.add(case["rankme"])
+        trained = case["seed"] is not None
+        scores = [f"{case[key]:.1f}" for key in ("knn_5", "knn_20", "rankme")]
+        length = [f"{case[key]:.0f}" if key in case else "" for key in ("steps", "seconds")]
+        run = [_settings(case), str(case["seed"])] if trained else ["", ""]
+        rows.append([case["features"], *run, *scores, *length])
+    header = ["features", "settings", "seed", "k-NN, k = 5, %", "k = 20", "RankMe", "steps", "seconds"]
+    return f"{_ran(document['provenance'])}\n\n{_table(header, rows)}"
+
+
+def _settings(case: dict[str, Any]) -> str:
+    return f"`{case['flags']}`" if case["flags"] else "the recipe's"
+
+
+def _ran(where: dict[str, Any]) -> str:
+    """Of a gate's file: what wrote it, its command without the trials, which the rows have."""
+    command = where["command"].split("; ")[0]
+    return f"`{command}` and its trials on {where['device']}; {_state(where)}."
 
 
 def ceilings_table(results: Path) -> str:
@@ -284,10 +292,6 @@ def _times(figures: dict[str, Any]) -> str:
 
 def _megabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:.3g}" if num_bytes < 1e9 else f"{num_bytes / 1e6:,.0f}"
-
-
-def _or_dash(value: float | None, kind: str) -> str:
-    return "-" if value is None else format(value, kind)
 
 
 def _table(header: list[str], rows: Rows) -> str:

@@ -271,9 +271,9 @@ def demo(dir: Path = Path("runs/demo"), seed: int = 0) -> None:
         dir: run folder; summary.json and the pictures are written there.
         seed: another seed is another run.
     """
-    from fastdino.demo import run_demo
+    from fastdino.demo import demo_config, run_demo
 
-    run_demo(dir, seed)
+    run_demo(demo_config(dir, seed))
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"recipes": show_recipes, "export": export, "demo": demo}

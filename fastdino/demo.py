@@ -28,16 +28,20 @@ MASK_SEED = 2**31 + 103  # of shapes that are rendered for the attention maps al
 NUM_MASKS = 200
 
 
-def run_demo(folder: Path, seed: int) -> dict[str, float]:
-    """Trains the demo recipe in ``folder`` and writes summary.json, curves.png and attention.png there.
+def demo_config(folder: Path, seed: int) -> Config:
+    """The recipe demo in ``folder``."""
+    base = recipes.demo()
+    return dataclasses.replace(base, run=dataclasses.replace(base.run, dir=folder, seed=seed))
+
+
+def run_demo(config: Config) -> dict[str, float]:
+    """Trains ``config``, of rendered shapes, and writes summary.json, curves.png and attention.png in its folder.
 
     Returns the summary: ``seconds`` for everything; k-NN top-1 in percent of the teacher, of random backbones and of
-    raw pixels; intersection over union of the attention with the object masks. Same seed, same summary but for time.
+    raw pixels; intersection over union of the attention with the object masks. Same config, same summary but for time.
     """
     started = time.perf_counter()
     torch.set_num_threads(1)  # the same sums on any machine; a second core makes the views
-    base = recipes.demo()
-    config = dataclasses.replace(base, run=dataclasses.replace(base.run, dir=folder, seed=seed))
     folder = config.run.dir
     train(config)
     teacher, _, _ = run_backbone(folder)

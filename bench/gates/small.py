@@ -5,7 +5,8 @@ for each seed, and records bench/results/small-cpu.json. ``--trial "--loss.koleo
 instead and adds their figures to the file; the flags are those of ``fastdino train``. Runs that are there go on.
 
 The pictures are the first 10,000 of Fashion-MNIST's training set and the first 2,000 of its test set (Xiao et al.
-2017). Debian's package dataset-fashion-mnist puts its files where ``--source`` looks for them.
+2017). ``--validation`` judges by 6,000 others of its training set, on which settings are chosen, and records
+bench/results/small-trials-cpu.json. Debian's package dataset-fashion-mnist puts its files where ``--source`` looks.
 """
 
 import argparse
@@ -30,12 +31,17 @@ from fastdino.config import Config
 from fastdino.data.sources.source import Source
 from fastdino.eval import Features, Knn, Reading, extract
 from fastdino.eval.splits import bank_and_test
+from fastdino.files import whole_folder
 from fastdino.model import build_network
 from fastdino.training.export import run_backbone
 from fastdino.training.trainer import train
 
-FILE = RESULTS / "small-cpu.json"
-SPLITS = {"train": ("train", 10_000), "test": ("t10k", 2_000)}  # folder: the name of its files, pictures taken
+# Folder: the name of its files, pictures taken.
+SPLITS = {
+    "train": ("train", range(10_000)),
+    "test": ("t10k", range(2_000)),
+    "val": ("train", range(10_000, 16_000)),
+}
 KNN = Knn(neighbors=(5, 20))
 BATCH = 256  # images per forward pass of an evaluation
 
@@ -44,23 +50,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gates.small", description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="runs, one after another")
     parser.add_argument("--trial", default="", help="flags of fastdino train that differ from the recipe's")
+    parser.add_argument("--validation", action="store_true", help="judge by pictures on which settings are chosen")
     parser.add_argument("--source", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
-    parser.add_argument("--pictures", type=Path, default=ROOT / "runs" / "fashion-mnist", help="written if missing")
-    parser.add_argument("--dir", type=Path, default=ROOT / "runs", help="the run folders are in it")
-    parser.add_argument("--out", type=Path, default=FILE)
+    parser.add_argument("--dir", type=Path, default=ROOT / "runs", help="run folders and pictures are in it")
+    parser.add_argument("--out", type=Path, help="the file of results")
     options = parser.parse_args()
-    if not options.pictures.exists():
-        write_pictures(options.source, options.pictures)
+    judged, file = ("val", "small-trials-cpu.json") if options.validation else ("test", "small-cpu.json")
+    pictures, out = options.dir / f"fashion-mnist-{judged}", options.out or RESULTS / file
+    if not pictures.exists():
+        with whole_folder(pictures, set()) as folder:
+            write_pictures(options.source, folder, judged)
     where = provenance(torch.device("cpu"), "bench.gates.small")
     flags = shlex.split(options.trial)
-    if flags and not may_add(options.out, where):
+    if flags and not may_add(out, where):
         return 1
     if not flags:
-        write(options.out, {"provenance": where, "cases": baselines(options.pictures)})
+        write(out, {"provenance": where, "cases": baselines(pictures)})
     for seed in options.seeds:
-        folder = options.dir / "-".join(["small", *(flag.strip("-") for flag in flags), str(seed)])
-        cases = trial(flags, seed, options.pictures, folder)
-        add(options.out, {"provenance": where, "cases": cases}, name)
+        run = options.dir / "-".join(["small", judged, *(flag.strip("-") for flag in flags), str(seed)])
+        cases = trial(flags, seed, pictures, run)
+        add(out, {"provenance": where, "cases": cases}, name)
         print(*(json.dumps(case) for case in cases), sep="\n")
     return 0
 
@@ -69,15 +78,16 @@ def name(case: dict[str, Any]) -> tuple[Any, ...]:
     return case["features"], case["flags"], case["seed"]
 
 
-def write_pictures(source: Path, folder: Path) -> None:
-    """Class folders of PNG files below ``folder``/train and ``folder``/test, from the four files in ``source``."""
-    for split, (stem, count) in SPLITS.items():
+def write_pictures(source: Path, folder: Path, judged: str) -> None:
+    """Class folders of PNG files below ``folder``/train and ``folder``/``judged``, from the files in ``source``."""
+    for split in ("train", judged):
+        stem, taken = SPLITS[split]
         pixels = _read(source / f"{stem}-images-idx3-ubyte.gz", header=16).reshape(-1, 28, 28)
         labels = _read(source / f"{stem}-labels-idx1-ubyte.gz", header=8)
-        for index, (picture, label) in enumerate(zip(pixels[:count], labels[:count], strict=True)):
-            path = folder / split / str(label) / f"{index:05}.png"
+        for index in taken:
+            path = folder / split / str(labels[index]) / f"{index:05}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture).save(path)
+            Image.fromarray(pixels[index]).save(path)
 
 
 def _read(file: Path, header: int) -> np.ndarray:

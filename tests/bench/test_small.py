@@ -14,7 +14,8 @@ from bench.gates import small
 @pytest.fixture
 def source(tmp_path, monkeypatch):
     """The four files of a Fashion-MNIST of few pictures and two classes, bright above and bright below."""
-    monkeypatch.setattr(small, "SPLITS", {"train": ("train", 40), "test": ("t10k", 10)})
+    splits = {"train": ("train", range(40)), "test": ("t10k", range(10)), "val": ("train", range(40, 50))}
+    monkeypatch.setattr(small, "SPLITS", splits)
     draws = np.random.default_rng(0)
     for stem, count in (("train", 50), ("t10k", 10)):
         labels = np.arange(count, dtype=np.uint8) % 2
@@ -29,7 +30,7 @@ def source(tmp_path, monkeypatch):
 
 def test_pictures(source, tmp_path):
     """The first of each file, in the folder of their label, pixel for pixel."""
-    small.write_pictures(source, tmp_path / "pictures")
+    small.write_pictures(source, tmp_path / "pictures", "test")
     names = sorted(path.relative_to(tmp_path / "pictures").as_posix() for path in tmp_path.glob("pictures/*/*/*"))
     assert len(names) == 50
     assert names[0] == "test/0/00000.png"
@@ -37,6 +38,14 @@ def test_pictures(source, tmp_path):
     with gzip.open(source / "train-images-idx3-ubyte.gz") as file:
         pixels = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 28, 28)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "pictures/train/1/00039.png")), pixels[39])
+
+
+def test_settings_are_chosen_on_pictures_that_are_in_no_other_set(source, tmp_path):
+    small.write_pictures(source, tmp_path, "val")
+    train, judged = ({path.name for path in tmp_path.glob(f"{split}/*/*")} for split in ("train", "val"))
+    assert len(judged) == 10
+    assert not train & judged
+    assert not (tmp_path / "test").exists()
 
 
 @pytest.mark.parametrize(
@@ -55,7 +64,7 @@ def test_rankme(features, expected):
 
 def test_trials_stand_in_one_file(source, tmp_path, monkeypatch):
     """The recipe takes two steps at each size of picture: what either taught stands beside the other."""
-    folders = ["--source", source, "--pictures", tmp_path / "pictures", "--dir", tmp_path, "--out", tmp_path / "o.json"]
+    folders = ["--source", source, "--dir", tmp_path, "--out", tmp_path / "o.json"]
     short = "--run.local-batch 20 --run.epochs 1 --engine.name torch --data.num-workers 0 --head.num-prototypes 16"
     for trial in (short, f"{short} --views.global-size 63"):
         arguments = ["small", "--trial", trial, "--seeds", "3", *folders]
@@ -64,5 +73,5 @@ def test_trials_stand_in_one_file(source, tmp_path, monkeypatch):
     cases = small.json.loads((tmp_path / "o.json").read_text())["cases"]
     assert [(case["features"], case["seed"]) for case in cases] == [("random start", 3), ("teacher", 3)] * 2
     assert [case["steps"] for case in cases if case["features"] == "teacher"] == [2, 2]
-    pixels, _ = small.baselines(tmp_path / "pictures")
+    pixels, _ = small.baselines(tmp_path / "fashion-mnist-test")
     assert pixels["knn_5"] == pixels["knn_20"] == 100.0
