@@ -1,5 +1,6 @@
 """A run that starts from weights: their form is the run's, and its folder knows it when the file is gone."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 import fastdino
+from fastdino import distributed
 from fastdino.config import (
     Config,
     ConfigError,
@@ -19,9 +21,12 @@ from fastdino.config import (
     RunConfig,
     ViewsConfig,
 )
-from fastdino.model import ViT, WeightsError
+from fastdino.model import ViT, WeightsError, build_backbone, export_backbone
+from fastdino.model.weights import files
+from fastdino.model.weights.files import read
 from fastdino.training.export import run_backbone
 from fastdino.training.run_folder import read_config
+from fastdino.training.trainer import Trainer
 
 
 def config(folder: Path, weights: Path | None, epochs: int = 1, **model: Any) -> Config:
@@ -58,6 +63,29 @@ def test_the_folder_knows_the_form(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert step == 3
     assert isinstance(backbone, ViT)
     assert (backbone.grid, backbone.num_prefix, backbone.interpolation) == ((7, 7), 5, "antialias")
+
+
+def test_student_and_teacher_start_from_one_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have the file's values, running statistics of BatchNorm too, and it is read for one of them alone."""
+    torch.manual_seed(0)
+    model = ModelConfig(arch="timm:resnet10t", drop_path=0.0)
+    source = build_backbone(model, 32)
+    for name, buffer in source.published.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_()
+    export_backbone(source, tmp_path / "a.safetensors")
+    base = config(tmp_path / "run", None)
+    changed = {"model": dataclasses.replace(model, weights=tmp_path / "a.safetensors"), "loss": LossConfig()}
+    readings: list[Path] = []
+    monkeypatch.setattr(files, "read", lambda path: readings.append(path) or read(path))
+    with distributed.init("cpu") as ranks:
+        trainer = Trainer(dataclasses.replace(base, **changed), ranks)
+    assert len(readings) == 1
+    for network in (trainer.engine.student_network, trainer.engine.teacher):
+        found = network.backbone.published.state_dict()
+        assert all(torch.equal(found[name], tensor) for name, tensor in source.published.state_dict().items())
+    heads = (trainer.engine.student_network.head, trainer.engine.teacher.head)
+    assert torch.equal(*(torch.cat([p.flatten() for p in head.parameters()]) for head in heads))
 
 
 def test_weights_that_do_not_fit_leave_no_folder(tmp_path: Path) -> None:
