@@ -97,8 +97,8 @@ class Trainer:
         newest = folder.newest() if folder else None
         torch.manual_seed(config.run.seed)
         load = newest is None  # a checkpoint holds all weights: those that the run started from may be gone
-        student, teacher = build_network(config, load=load), build_network(config, teacher=True, load=False)
-        teacher.load_state_dict(student.state_dict())  # with BatchNorm's buffers; the file is read once, not twice
+        student = build_network(config, load=load)
+        teacher = build_network(config, teacher=True, load=False)  # the engine gives it the student's values
         self.shapes = {name: list(p.shape) for name, p in student.named_parameters()}
         self.engine = build_engine(config, student, teacher, ranks)
         self.method = Dino(self.engine.student, self.engine.teacher, config.loss, *build_targets(config, ranks))
