@@ -105,9 +105,14 @@ def _config(command: str, arguments: list[str]) -> Config:
     name = arguments[0]
     base = recipes.get(name)
     text = inspect.getdoc(recipes.RECIPES[name])
-    base, flags = _patch_head(base, _plain_switches(arguments[1:]))
+    return overridden(base, arguments[1:], prog=f"fastdino {command} {name}", about=text)
+
+
+def overridden(base: Config, flags: list[str], prog: str = "fastdino train", about: str | None = None) -> Config:
+    """``base`` with what flags of ``fastdino train`` say, checked; exits where tyro cannot read them."""
+    base, flags = _patch_head(base, _plain_switches(flags))
     kind: Any = tyro.conf.AvoidSubcommands[Config]
-    return tyro.cli(kind, default=base, args=flags, prog=f"fastdino {command} {name}", description=text)
+    return tyro.cli(kind, default=base, args=flags, prog=prog, description=about)
 
 
 def _patch_head(base: Config, flags: list[str]) -> tuple[Config, list[str]]:

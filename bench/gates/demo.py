@@ -9,15 +9,13 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 
 from bench.record import RESULTS, ROOT, add, may_add, provenance, write
-from fastdino.config import Config
+from fastdino.cli import overridden
 from fastdino.demo import demo_config, run_demo
 from fastdino.eval import PatchProbe, Subject
 from fastdino.training.export import run_backbone
@@ -48,9 +46,9 @@ def name(case: dict[str, Any]) -> tuple[Any, ...]:
     return case["flags"], case["seed"]
 
 
-def trial(flags: Sequence[str], seed: int, folder: Path) -> dict[str, Any]:
+def trial(flags: list[str], seed: int, folder: Path) -> dict[str, Any]:
     """Figures of the demo with ``flags``, see :func:`fastdino.demo.run_demo` and :class:`fastdino.eval.PatchProbe`."""
-    config = tyro.cli(Config, default=demo_config(folder, seed), args=flags)
+    config = overridden(demo_config(folder, seed), flags)
     found = run_demo(config)
     probe = PatchProbe(data="shapes")(Subject(run_backbone(folder)[0], config, folder))
     patches = {key: score for key, score in probe.items() if key.startswith("patch_miou")}

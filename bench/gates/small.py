@@ -15,18 +15,17 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from PIL import Image
 from torch import Tensor, nn
 
 from bench.record import RESULTS, ROOT, add, may_add, provenance, write
 from fastdino import recipes
+from fastdino.cli import overridden
 from fastdino.config import Config
 from fastdino.data.sources.source import Source
 from fastdino.eval import Features, Knn, Reading, extract
@@ -112,10 +111,10 @@ def _pixels(source: Source) -> Features:
     return Features(torch.from_numpy(np.stack([np.asarray(i) for i in images])).flatten(1) / 255, torch.tensor(labels))
 
 
-def trial(flags: Sequence[str], seed: int, pictures: Path, folder: Path) -> list[dict[str, Any]]:
+def trial(flags: list[str], seed: int, pictures: Path, folder: Path) -> list[dict[str, Any]]:
     """Trains the recipe with ``flags``; figures of the random backbone that it starts from and of the teacher's."""
     own = ["--data.root", str(pictures / "train"), "--run.dir", str(folder), "--run.seed", str(seed)]
-    config = tyro.cli(Config, default=recipes.get("small"), args=[*flags, *own])
+    config = overridden(recipes.get("small"), [*flags, *own])
     torch.manual_seed(seed)
     fresh = build_network(config, teacher=True).backbone
     started = time.perf_counter()
