@@ -9,21 +9,18 @@ The pictures are the first 10,000 of Fashion-MNIST's training set and the first 
 bench/results/small-trials-cpu.json. Debian's package dataset-fashion-mnist puts its files where ``--source`` looks.
 """
 
-import argparse
 import gzip
-import json
-import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from bench.record import RESULTS, ROOT, add, may_add, provenance, write
+from bench.gates.trials import Case, arguments, record
+from bench.record import RESULTS
 from fastdino import recipes
 from fastdino.cli import overridden
 from fastdino.config import Config
@@ -46,35 +43,23 @@ BATCH = 256  # images per forward pass of an evaluation
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gates.small", description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="runs, one after another")
-    parser.add_argument("--trial", default="", help="flags of fastdino train that differ from the recipe's")
+    parser = arguments("small", __doc__)
     parser.add_argument("--validation", action="store_true", help="judge by pictures on which settings are chosen")
     parser.add_argument("--source", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
-    parser.add_argument("--dir", type=Path, default=ROOT / "runs", help="run folders and pictures are in it")
     parser.add_argument("--out", type=Path, help="the file of results")
     options = parser.parse_args()
     judged, file = ("val", "small-trials-cpu.json") if options.validation else ("test", "small-cpu.json")
-    pictures, out = options.dir / f"fashion-mnist-{judged}", options.out or RESULTS / file
+    pictures = options.dir / f"fashion-mnist-{judged}"
     if not pictures.exists():
         with whole_folder(pictures, set()) as folder:
             write_pictures(options.source, folder, judged)
-    where = provenance(torch.device("cpu"), "bench.gates.small")
-    flags = shlex.split(options.trial)
-    if flags and not may_add(out, where):
-        return 1
-    if not flags:
-        write(out, {"provenance": where, "cases": baselines(pictures)})
-    for seed in options.seeds:
-        run = options.dir / "-".join(["small", judged, *(flag.strip("-") for flag in flags), str(seed)])
-        cases = trial(flags, seed, pictures, run)
-        add(out, {"provenance": where, "cases": cases}, name)
-        print(*(json.dumps(case) for case in cases), sep="\n")
-    return 0
-
-
-def name(case: dict[str, Any]) -> tuple[Any, ...]:
-    return case["features"], case["flags"], case["seed"]
+    return record(
+        "small",
+        options,
+        options.out or RESULTS / file,
+        lambda: baselines(pictures),
+        lambda flags, seed, folder: trial(flags, seed, pictures, folder),
+    )
 
 
 def write_pictures(source: Path, folder: Path, judged: str) -> None:
@@ -94,7 +79,7 @@ def _read(file: Path, header: int) -> np.ndarray:
         return np.frombuffer(bytes_.read(), np.uint8, offset=header)
 
 
-def baselines(pictures: Path) -> list[dict[str, Any]]:
+def baselines(pictures: Path) -> list[Case]:
     """Figures of pixels as features, and of pixels less each picture's mean, divided by its deviation."""
     raw = [_pixels(source) for source in bank_and_test(str(pictures), recipes.get("small").data)[:2]]
     standardised = [
@@ -111,7 +96,7 @@ def _pixels(source: Source) -> Features:
     return Features(torch.from_numpy(np.stack([np.asarray(i) for i in images])).flatten(1) / 255, torch.tensor(labels))
 
 
-def trial(flags: list[str], seed: int, pictures: Path, folder: Path) -> list[dict[str, Any]]:
+def trial(flags: list[str], seed: int, pictures: Path, folder: Path) -> list[Case]:
     """Trains the recipe with ``flags``; figures of the random backbone that it starts from and of the teacher's."""
     own = ["--data.root", str(pictures / "train"), "--run.dir", str(folder), "--run.seed", str(seed)]
     config = overridden(recipes.get("small"), [*flags, *own])
@@ -120,11 +105,10 @@ def trial(flags: list[str], seed: int, pictures: Path, folder: Path) -> list[dic
     started = time.perf_counter()
     result = train(config)
     seconds = time.perf_counter() - started
-    about = {"flags": shlex.join(flags), "seed": seed}
     return [
-        {"features": "random start", **about, **_of(fresh, config, pictures)},
-        {"features": "teacher", **about, **_of(run_backbone(folder)[0], config, pictures),
-         "steps": result.steps, "seconds": seconds},
+        {"features": "random start", **_of(fresh, config, pictures)},
+        {"features": "teacher", **_of(run_backbone(folder)[0], config, pictures), "steps": result.steps,
+         "seconds": seconds},
     ]  # fmt: skip
 
 

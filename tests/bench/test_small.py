@@ -1,6 +1,7 @@
 """The gate of the recipe ``small``: its pictures, its figures, and a trial from flags to figures."""
 
 import gzip
+import json
 import sys
 
 import numpy as np
@@ -70,7 +71,7 @@ def test_trials_stand_in_one_file(source, tmp_path, monkeypatch):
         arguments = ["small", "--trial", trial, "--seeds", "3", *folders]
         monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
         assert small.main() == 0
-    cases = small.json.loads((tmp_path / "o.json").read_text())["cases"]
+    cases = json.loads((tmp_path / "o.json").read_text())["cases"]
     assert [(case["features"], case["seed"]) for case in cases] == [("random start", 3), ("teacher", 3)] * 2
     assert [case["steps"] for case in cases if case["features"] == "teacher"] == [2, 2]
     pixels, _ = small.baselines(tmp_path / "fashion-mnist-test")
