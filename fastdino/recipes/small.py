@@ -22,17 +22,18 @@ def small() -> Config:
     views.global_size alone follows the pictures: 28 for 28 pixels, 63 for 64, a multiple of 7. docs/small-data.md has
     what was tried on 10,000 pictures of Fashion-MNIST, beside raw pixels.
 
-    KoLeo keeps the features apart, which batch normalisation in the head would let shrink to a few directions.
+    Views cover most of a picture: its outline tells small pictures apart. KoLeo keeps the features apart, which batch
+    normalisation in the head would let shrink to a few directions.
     """
     return Config(
         model=ModelConfig(arch="vit_nano", patch_size=7, drop_path=0.0, pos_embed="sincos", init="xavier"),
         head=HeadConfig(num_prototypes=256, hidden_dim=512, bottleneck_dim=128, batch_norm=True),
         views=ViewsConfig(
             global_size=28,
-            global_scale=(0.5, 1.0),
+            global_scale=(0.7, 1.0),
             local_size=14,
-            local_scale=(0.15, 0.4),
-            num_local=4,
+            local_scale=(0.3, 0.7),
+            num_local=2,
             jitter_strength=(0.2, 0.2, 0.0, 0.0),
             grayscale=0.0,
             blur=(0.1, 0.1, 0.1),
@@ -44,6 +45,7 @@ def small() -> Config:
             lr=0.012,
             warmup_epochs=0.3,
             weight_decay_end=0.04,
+            beta2=0.99,
             teacher_momentum=0.985,
             teacher_momentum_end=0.999,
             freeze_last_layer=0,
