@@ -118,7 +118,7 @@ def demo_table(results: Path) -> str:
 
 def small_table(results: Path) -> str:
     """What the recipe ``small`` learned, beside pixels and the random start."""
-    return _small_table(results / "small-cpu.json")
+    return _small_table(results / "small-cpu.json", first=2_000)
 
 
 def small_trials_table(results: Path) -> str:
@@ -126,7 +126,7 @@ def small_trials_table(results: Path) -> str:
     return _small_table(results / "small-trials-cpu.json")
 
 
-def _small_table(file: Path) -> str:
+def _small_table(file: Path, first: int = 0) -> str:
     if not file.exists():
         return "Not measured yet.\n"
     document = json.loads(file.read_text())
@@ -137,11 +137,14 @@ def _small_table(file: Path) -> str:
                 continue
             starts.add(case["rankme"])
         trained = case["seed"] is not None
-        scores = [f"{case[key]:.1f}" for key in ("knn_5", "knn_20", "rankme")]
+        keys = ["knn_5", "knn_20", *(["first_knn_5", "first_knn_20"] if first else []), "rankme"]
+        scores = [f"{case[key]:.1f}" for key in keys]
         length = [f"{case[key]:.0f}" if key in case else "" for key in ("steps", "seconds")]
         run = [_settings(case), str(case["seed"])] if trained else ["", ""]
         rows.append([case["features"], *run, *scores, *length])
-    header = ["features", "settings", "seed", "k-NN, k = 5, %", "k = 20", "RankMe", "steps", "seconds"]
+    header = ["features", "settings", "seed", "k-NN, k = 5, %", "k = 20"]
+    header += [f"first {first:,}, k = 5", "k = 20"] if first else []
+    header += ["RankMe", "steps", "seconds"]
     return f"{_ran(document['provenance'])}\n\n{_table(header, rows)}"
 
 

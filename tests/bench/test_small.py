@@ -3,6 +3,7 @@
 import gzip
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from bench.gates import small
 @pytest.fixture
 def source(tmp_path, monkeypatch):
     """The four files of a Fashion-MNIST of few pictures and two classes, bright above and bright below."""
+    monkeypatch.setattr(small, "FIRST", 3)
     splits = {"train": ("train", range(40)), "test": ("t10k", range(10)), "val": ("train", range(40, 50))}
     monkeypatch.setattr(small, "SPLITS", splits)
     draws = np.random.default_rng(0)
@@ -75,4 +77,20 @@ def test_trials_stand_in_one_file(source, tmp_path, monkeypatch):
     assert [(case["features"], case["seed"]) for case in cases] == [("random start", 3), ("teacher", 3)] * 2
     assert [case["steps"] for case in cases if case["features"] == "teacher"] == [2, 2]
     pixels, _ = small.baselines(tmp_path / "fashion-mnist-test")
-    assert pixels["knn_5"] == pixels["knn_20"] == 100.0
+    assert pixels["knn_5"] == pixels["knn_20"] == pixels["first_knn_5"] == 100.0
+
+
+def test_the_first_pictures_are_told_by_their_number(source, tmp_path):
+    """Class folders are read one after another. Features that know the class of the first three alone are right there
+    and wrong with the other seven."""
+    small.write_pictures(source, tmp_path, "test")
+
+    def read(pictures):
+        labels = torch.tensor([pictures.label(index) for index in range(len(pictures))])
+        numbers = torch.tensor([int(Path(pictures.name(index)).stem) for index in range(len(pictures))])
+        known = (numbers < 3) | torch.tensor(len(pictures) == 40)
+        return small.Features(torch.eye(2)[torch.where(known, labels, 1 - labels)], labels)
+
+    found = small.figures(tmp_path, read)
+    assert found["first_knn_5"] == pytest.approx(100.0)
+    assert found["knn_5"] == pytest.approx(30.0)
