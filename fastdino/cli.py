@@ -25,6 +25,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -102,17 +103,23 @@ def _config(command: str, arguments: list[str]) -> Config:
         usage = f"usage: fastdino {command} RECIPE [flags]\n\n{_list_recipes()}"
         print(usage, file=sys.stdout if asked else sys.stderr)
         sys.exit(0 if asked else 2)
-    name = arguments[0]
-    base = recipes.get(name)
-    text = inspect.getdoc(recipes.RECIPES[name])
-    return overridden(base, arguments[1:], prog=f"fastdino {command} {name}", about=text)
+    return configured(arguments[0], arguments[1:], command)
 
 
-def overridden(base: Config, flags: list[str], prog: str = "fastdino train", about: str | None = None) -> Config:
-    """``base`` with what flags of ``fastdino train`` say, checked; exits where tyro cannot read them."""
-    base, flags = _patch_head(base, _plain_switches(flags))
+def configured(recipe: str, flags: list[str], command: str = "train") -> Config:
+    """A recipe with what the flags of ``fastdino COMMAND RECIPE`` say, checked; exits where tyro cannot read them."""
+    flags = _plain_switches(flags)
+    base, flags = _patch_head(recipes.get(recipe, _global_size(flags)), flags)
     kind: Any = tyro.conf.AvoidSubcommands[Config]
-    return tyro.cli(kind, default=base, args=flags, prog=prog, description=about)
+    about = inspect.getdoc(recipes.RECIPES[recipe])
+    return tyro.cli(kind, default=base, args=flags, prog=f"fastdino {command} {recipe}", description=about)
+
+
+def _global_size(flags: list[str]) -> int | None:
+    """What the flags say of it, if it is a number: what is none, tyro refuses."""
+    words = [word for flag in flags for word in flag.split("=", 1)]
+    given = [value for flag, value in pairwise(words) if flag.replace("_", "-") == "--views.global-size"]
+    return int(given[-1]) if given and given[-1].isdecimal() else None
 
 
 def _patch_head(base: Config, flags: list[str]) -> tuple[Config, list[str]]:
@@ -276,9 +283,9 @@ def demo(dir: Path = Path("runs/demo"), seed: int = 0) -> None:
         dir: run folder; summary.json and the pictures are written there.
         seed: another seed is another run.
     """
-    from fastdino.demo import demo_config, run_demo
+    from fastdino.demo import run_demo
 
-    run_demo(demo_config(dir, seed))
+    run_demo(configured("demo", ["--run.dir", str(dir), "--run.seed", str(seed)]))
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"recipes": show_recipes, "export": export, "demo": demo}

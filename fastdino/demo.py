@@ -1,6 +1,5 @@
 """The demo: a small ViT learns, with no labels, to tell rendered shapes apart, and shows what it has learned."""
 
-import dataclasses
 import json
 import statistics
 import time
@@ -10,7 +9,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastdino import recipes
 from fastdino.config import Config
 from fastdino.data.sources.shapes import ShapesSource
 from fastdino.data.sources.source import Source
@@ -26,12 +24,6 @@ BATCH = 256  # images per forward pass of an evaluation
 KNN = Knn(neighbors=(20,))
 MASK_SEED = 2**31 + 103  # of shapes that are rendered for the attention maps alone
 NUM_MASKS = 200
-
-
-def demo_config(folder: Path, seed: int) -> Config:
-    """The recipe demo in ``folder``."""
-    base = recipes.demo()
-    return dataclasses.replace(base, run=dataclasses.replace(base.run, dir=folder, seed=seed))
 
 
 def run_demo(config: Config) -> dict[str, float]:

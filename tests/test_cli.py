@@ -64,6 +64,8 @@ def run(tmp_path_factory) -> Path:
         (["train", "vit_small_16", *TINY, "--loss.koleo-weight", "0.1", "--run.local-batch", 1], "use at least 2"),
         (["train", "vit_small_16", *TINY, "--loss.targets", "sinkhorn", "--run.local-batch", 2], "about 4 samples"),
         (["train", "vit_small_16", "--views.num-local", "many"], "--views.num-local"),
+        (["train", "small", "--views.global-size", "many"], "--views.global-size"),
+        (["train", "small", "--views.global-size=63"], "views.global_size=63 must be a multiple of 4, at least 8"),
         (["train", "vit_small_16", "--views.num-local", "40"], "at most 32 views"),
         (["train", "vit_small_16", "--model.patch-size", "15"], "use 210 or 225"),
         (["train", "vit_small_16"], "data.root is empty"),
@@ -144,11 +146,33 @@ def test_a_patch_head_is_like_the_head_but_for_what_is_said():
 
 def test_a_recipes_patch_head_is_changed_or_left_out(monkeypatch):
     own = dataclasses.replace(Config(), loss=LossConfig(patch_weight=1), patch_head=HeadConfig(num_prototypes=5))
-    monkeypatch.setattr(cli.recipes, "get", lambda name: own)
+    monkeypatch.setattr(cli.recipes, "get", lambda *asked: own)
     changed = cli._config("train", ["vit_small_16", "--patch-head.num-layers", "2"]).patch_head
     assert changed == PatchHeadConfig(num_prototypes=5, num_layers=2)
     assert cli._config("train", ["vit_small_16", "--patch-head", "None"]).patch_head is None
     assert own.patch_head == PatchHeadConfig(num_prototypes=5), "the recipe itself stays"
+
+
+@pytest.mark.parametrize(
+    ("flags", "sizes"),
+    [
+        ([], (28, 14, 7)),
+        (["--views.global-size", "64"], (64, 32, 16)),
+        (["--views.global_size=96"], (96, 48, 24)),
+        (["--views.global-size=64", "--model.patch-size", "8"], (64, 32, 8)),
+        (["--views.global-size", "28", "--views.global-size", "32"], (32, 16, 8)),  # the last one holds, as in tyro
+    ],
+)
+def test_a_recipe_that_follows_the_size_of_the_pictures(flags, sizes):
+    config = cli.configured("small", flags)
+    assert (config.views.global_size, config.views.local_size, config.model.patch_size) == sizes
+
+
+def test_other_recipes_follow_no_size():
+    given = cli.configured("vit_small_16", [])
+    config = cli.configured("vit_small_16", ["--views.global-size", "112"])
+    assert config.views == dataclasses.replace(given.views, global_size=112)
+    assert config.model == given.model
 
 
 def test_what_a_launcher_adds_to_the_command_is_dropped():

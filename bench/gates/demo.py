@@ -12,8 +12,8 @@ import torch
 
 from bench.gates.trials import Case, arguments, record
 from bench.record import RESULTS
-from fastdino.cli import overridden
-from fastdino.demo import demo_config, run_demo
+from fastdino.cli import configured
+from fastdino.demo import run_demo
 from fastdino.eval import PatchProbe, Subject
 from fastdino.training.export import run_backbone
 
@@ -28,7 +28,7 @@ def main() -> int:
 
 def trial(flags: list[str], seed: int, folder: Path) -> list[Case]:
     """Figures of the demo with ``flags``, see :func:`fastdino.demo.run_demo` and :class:`fastdino.eval.PatchProbe`."""
-    config = overridden(demo_config(folder, seed), flags)
+    config = configured("demo", ["--run.dir", str(folder), "--run.seed", str(seed), *flags])
     found = run_demo(config)
     probe = PatchProbe(data="shapes")(Subject(run_backbone(folder)[0], config, folder))
     return [{"features": "teacher", **found, **{key: x for key, x in probe.items() if key.startswith("patch_miou")}}]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from bench.gates.trials import Case, arguments, record
 from bench.record import RESULTS
 from fastdino import recipes
-from fastdino.cli import overridden
+from fastdino.cli import configured
 from fastdino.data.sources.source import Source
 from fastdino.eval import Features, Knn, Reading, extract
 from fastdino.eval.splits import bank_and_test
@@ -102,7 +102,7 @@ def baselines(pictures: Path) -> list[Case]:
 def trial(flags: list[str], seed: int, pictures: Path, folder: Path) -> list[Case]:
     """Trains the recipe with ``flags``; figures of the random backbone that it starts from and of the teacher's."""
     own = ["--data.root", str(pictures / "train"), "--run.dir", str(folder), "--run.seed", str(seed)]
-    config = overridden(recipes.get("small"), [*flags, *own])
+    config = configured("small", [*flags, *own])
     torch.manual_seed(seed)
     fresh = build_network(config, teacher=True).backbone
     result = train(config)

@@ -12,26 +12,32 @@ from fastdino.config import (
     RunConfig,
     ViewsConfig,
 )
+from fastdino.config.errors import require
 
 
-def small() -> Config:
+def small(global_size: int = 28) -> Config:
     """A nano ViT on thousands of pictures of 28 to 96 pixels, on two CPU cores or any GPU; no published score.
 
     Run: fastdino train small --data.root pictures/train --run.knn-root pictures
 
-    views.global_size alone follows the pictures: 28 for 28 pixels, 63 for 64, a multiple of 7. docs/small-data.md has
-    what was tried on 10,000 pictures of Fashion-MNIST, beside raw pixels.
+    views.global_size alone follows the pictures: the patches are a quarter of it and the local views half, so that a
+    view is 4 x 4 patches at any size. docs/small-data.md has what was tried on 10,000 pictures of Fashion-MNIST, beside
+    raw pixels.
 
     Views cover most of a picture: its outline tells small pictures apart. KoLeo keeps the features apart, which batch
     normalisation in the head would let shrink to a few directions.
     """
+    whole = global_size % 4 == 0 and global_size >= 8
+    require(whole, "views.global_size", global_size, "a multiple of 4, at least 8", "a view is 4 x 4 patches in small")
     return Config(
-        model=ModelConfig(arch="vit_nano", patch_size=7, drop_path=0.0, pos_embed="sincos", init="xavier"),
+        model=ModelConfig(
+            arch="vit_nano", patch_size=global_size // 4, drop_path=0.0, pos_embed="sincos", init="xavier"
+        ),
         head=HeadConfig(num_prototypes=256, hidden_dim=512, bottleneck_dim=128, batch_norm=True),
         views=ViewsConfig(
-            global_size=28,
+            global_size=global_size,
             global_scale=(0.7, 1.0),
-            local_size=14,
+            local_size=global_size // 2,
             local_scale=(0.3, 0.7),
             num_local=2,
             jitter_strength=(0.2, 0.2, 0.0, 0.0),
