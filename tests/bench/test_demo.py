@@ -39,4 +39,4 @@ def test_runs_stand_in_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert pictures == [["attention.png", "curves.png", "patches.png"]] * 2
     rows = demo_table(tmp_path).splitlines()
     assert PATCHES in rows[-1]
-    assert {row.count("|") for row in rows[2:]} == {12}
+    assert {row.count("|") for row in rows[2:]} == {11}
