@@ -166,6 +166,7 @@ def test_a_recipes_patch_head_is_changed_or_left_out(monkeypatch):
 def test_a_recipe_that_follows_the_size_of_the_pictures(flags, sizes):
     config = cli.configured("small", flags)
     assert (config.views.global_size, config.views.local_size, config.model.patch_size) == sizes
+    assert config.optim.patch_embed_lr == (28 / config.views.global_size) ** 2
 
 
 def test_other_recipes_follow_no_size():

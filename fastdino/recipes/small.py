@@ -24,6 +24,9 @@ def small(global_size: int = 28) -> Config:
     view is 4 x 4 patches at any size. docs/small-data.md has what was tried on 10,000 pictures of Fashion-MNIST, beside
     raw pixels.
 
+    The more pixels a patch has, the further a step of AdamW, which moves every weight alike, moves their sum: the patch
+    embedding's learning rate falls with their number.
+
     Views cover most of a picture: its outline tells small pictures apart. KoLeo keeps the features apart, which batch
     normalisation in the head would let shrink to a few directions.
     """
@@ -52,6 +55,7 @@ def small(global_size: int = 28) -> Config:
             warmup_epochs=0.3,
             weight_decay_end=0.04,
             beta2=0.99,
+            patch_embed_lr=(28 / global_size) ** 2,
             teacher_momentum=0.985,
             teacher_momentum_end=0.999,
             freeze_last_layer=0,
