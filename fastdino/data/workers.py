@@ -289,7 +289,8 @@ class _Workshop(Generic[Key]):
             try:
                 keys = next(batches)
             except Exception as error:
-                self._report(_Report(number, slot, error=_told(error)))
+                with self.lock:
+                    self._report(_Report(number, slot, error=_told(error)))
                 continue
             batch = _Batch(keys, _Report(number, slot, [[] for _ in keys]), 1 + len(keys))
             for place in (None, *range(len(keys))):
@@ -319,6 +320,7 @@ class _Workshop(Generic[Key]):
                     self._report(report)
 
     def _report(self, report: _Report) -> None:
+        """Under the lock: messages of two threads would mix."""
         try:
             self.ready.send(report)
         except OSError:  # the trainer is gone
