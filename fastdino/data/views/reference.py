@@ -15,7 +15,7 @@ from fastdino.data.views.params import JITTER_ORDERS, SOLARIZE_THRESHOLD, Column
 def apply(image: Image.Image, params: Tensor, config: ViewsConfig) -> dict[str, Tensor]:
     """The views that ``params`` (num_views, len(Column)) describe: uint8 global (2, 3, G, G) and local (L, 3, l, l).
 
-    Same library calls, and so the same pixels, as DINO v1's torchvision pipeline on Pillow images.
+    Same library calls, and so the same pixels, as DINO v1's torchvision pipeline on Pillow images; see :func:`resize`.
     """
     rows = iter(params.tolist())
     views = {}
@@ -28,13 +28,25 @@ def apply(image: Image.Image, params: Tensor, config: ViewsConfig) -> dict[str, 
     return views
 
 
+def resize(image: Image.Image, width: int, height: int) -> Image.Image:
+    """``image`` at another size, bicubic and antialiased, the horizontal pass first: the same pixels by every Pillow.
+
+    The byte between the passes is rounded, so their order shows. Pillow 13 takes the vertical pass first where it
+    removes more than twice as many rows as columns; there, each pass is a call of its own.
+    """
+    removed_rows, removed_columns = image.height - height, image.width - width
+    if removed_rows > max(0, 2 * removed_columns):
+        image = image.resize((width, image.height), Image.Resampling.BICUBIC)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
 def _view(image: Image.Image, row: list[float], size: int) -> Image.Image:
     """One view, (size, size); of mode L when it is gray, whose three channels are equal."""
     left, top = round(row[Column.LEFT] * image.width), round(row[Column.TOP] * image.height)
     right = left + round(row[Column.WIDTH] * image.width)
     bottom = top + round(row[Column.HEIGHT] * image.height)
     # Not resize(box=...), which would let the pixels around the box bleed into the view's edge.
-    view = image.crop((left, top, right, bottom)).resize((size, size), Image.Resampling.BICUBIC)
+    view = resize(image.crop((left, top, right, bottom)), size, size)
     if row[Column.FLIP]:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if row[Column.ROTATE]:
