@@ -30,7 +30,7 @@ setup(
         "xformers>=0.0.34,<0.0.36",
         "timm>=1.0.20",
         "numpy>=2",
-        "pillow>=10",
+        "pillow>=11.3",
         "safetensors>=0.5",
         "tyro>=1.0",
         "tqdm>=4.66",
