@@ -32,8 +32,8 @@ class BadData(UserError, RuntimeError):
 class _Views(Dataset[Batch]):
     """Keys (epoch, index) become one Batch: a pure function, wherever and in whatever order it runs."""
 
-    def __init__(self, config: Config, source: Source) -> None:
-        self.views, self.seed, self.source = config.views, config.run.seed, source
+    def __init__(self, config: Config, source: Source, write: views.Write) -> None:
+        self.views, self.seed, self.source, self.write = config.views, config.run.seed, source, write
         self.grid = None
         if config.loss.patch_weight:
             self.grid = (config.views.global_size // config.model.patch_size,) * 2
@@ -51,8 +51,7 @@ class _Views(Dataset[Batch]):
             if isinstance(image, BadImage):
                 return image
             params = views.sample_params(self.seed, epoch, index, config, image.size)
-            for name, made in views.apply(image, params, config).items():
-                groups[name][:, position] = made
+            self.write(image, params, {name: group[:, position] for name, group in groups.items()})
         return Batch(groups, self._masks(keys), bad)
 
     def _masks(self, keys: list[Key]) -> Masks | None:
@@ -162,8 +161,8 @@ def train_batches(
     An unreadable image is replaced by another, counted, logged and named in ``Batch.bad``. Masks are in a batch when
     loss.patch_weight is above 0.
 
-    Raises ConfigError when the source does not fill a global batch or the masks hide nothing, WorkerDied when no worker
-    can be started.
+    Raises ConfigError when the source does not fill a global batch, the masks hide nothing or data.views cannot be had,
+    WorkerDied when no worker can be started.
     """
     plan = Plan(
         num_images=len(source),
@@ -176,7 +175,10 @@ def train_batches(
     num_workers = affordable(config.data.num_workers)
     if num_workers < config.data.num_workers and rank == 0:
         log.info("data.num_workers=%d lowered to %d, what this process can use", config.data.num_workers, num_workers)
-    batches = MadeAhead(_Views(config, source), num_workers, batch_sampler=keys, pin_memory=device.type == "cuda")
+    write, name = views.implementation(config.data.views)
+    if rank == 0:
+        log.info("views by %s", name)
+    batches = MadeAhead(_Views(config, source, write), num_workers, batch_sampler=keys, pin_memory=device.type == "cuda")
     return TrainBatches(batches, plan, start_step, config.data.max_bad, device)
 
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
 from fastdino.config import ViewsConfig
-from fastdino.data.views.params import JITTER_ORDERS, SOLARIZE_THRESHOLD, Column, groups
+from fastdino.data.views.params import JITTER_ORDERS, SOLARIZE_THRESHOLD, Column, crop_boxes, groups
 
 
 def apply(image: Image.Image, params: Tensor, config: ViewsConfig) -> dict[str, Tensor]:
@@ -17,15 +17,21 @@ def apply(image: Image.Image, params: Tensor, config: ViewsConfig) -> dict[str, 
 
     Same library calls, and so the same pixels, as DINO v1's torchvision pipeline on Pillow images; see :func:`resize`.
     """
-    rows = iter(params.tolist())
-    views = {}
-    for name, (count, size) in groups(config).items():
-        group = np.empty((count, 3, size, size), dtype=np.uint8)
-        for out in group:
-            pixels = np.asarray(_view(image, next(rows), size))
-            out[:] = pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels
-        views[name] = torch.from_numpy(group)
-    return views
+    sizes = groups(config).items()
+    out = {name: torch.empty((count, 3, size, size), dtype=torch.uint8) for name, (count, size) in sizes}
+    write(image, params, out)
+    return out
+
+
+def write(image: Image.Image, params: Tensor, out: dict[str, Tensor]) -> None:
+    """As :func:`apply`, into ``out``: views of one size together, whose order is that of the rows of ``params``.
+
+    A view has to be contiguous, but its neighbours may be anywhere: those of one image lie apart in a batch.
+    """
+    views = [view for group in out.values() for view in group.numpy()]
+    for view, box, row in zip(views, crop_boxes(params, image.size).tolist(), params.tolist(), strict=True):
+        pixels = np.asarray(_view(image, box, row, view.shape[-1]))
+        view[:] = pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels
 
 
 def resize(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -40,13 +46,11 @@ def resize(image: Image.Image, width: int, height: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def _view(image: Image.Image, row: list[float], size: int) -> Image.Image:
+def _view(image: Image.Image, box: list[int], row: list[float], size: int) -> Image.Image:
     """One view, (size, size); of mode L when it is gray, whose three channels are equal."""
-    left, top = round(row[Column.LEFT] * image.width), round(row[Column.TOP] * image.height)
-    right = left + round(row[Column.WIDTH] * image.width)
-    bottom = top + round(row[Column.HEIGHT] * image.height)
+    left, top, width, height = box
     # Not resize(box=...), which would let the pixels around the box bleed into the view's edge.
-    view = resize(image.crop((left, top, right, bottom)), size, size)
+    view = resize(image.crop((left, top, left + width, top + height)), size, size)
     if row[Column.FLIP]:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if row[Column.ROTATE]:
