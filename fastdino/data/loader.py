@@ -178,7 +178,8 @@ def train_batches(
     write, name = views.implementation(config.data.views)
     if rank == 0:
         log.info("views by %s", name)
-    batches = MadeAhead(_Views(config, source, write), num_workers, batch_sampler=keys, pin_memory=device.type == "cuda")
+    dataset = _Views(config, source, write)
+    batches = MadeAhead(dataset, num_workers, batch_sampler=keys, pin_memory=device.type == "cuda")
     return TrainBatches(batches, plan, start_step, config.data.max_bad, device)
 
 

@@ -66,7 +66,7 @@ def levels() -> tuple[str, ...]:
 
 def why_not() -> str:
     """Why this module cannot be used here; empty when it can."""
-    return _REASON or ("" if _fast.SOURCES == _digest() else "it was built from C files other than those beside it")
+    return _REASON or ("" if _digest() == _fast.SOURCES else "it was built from C files other than those beside it")
 
 
 @cache

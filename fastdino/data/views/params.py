@@ -18,8 +18,8 @@ class Column(IntEnum):
     """Columns of the parameters, in the order in which they act on a view."""
 
     LEFT = 0
-    """Crop box, as shares of the image's width and height, see :func:`crop_boxes`. The box is cut out (nothing outside it is seen) and resized to the view's size,
-    bicubic and antialiased."""
+    """Crop box, as shares of the image's width and height, see :func:`crop_boxes`. The box is cut out (nothing outside
+    it is seen) and resized to the view's size, bicubic and antialiased."""
     TOP = 1
     WIDTH = 2
     HEIGHT = 3

@@ -15,8 +15,7 @@ from fastdino.data.views import Column, apply, sample_params
 from fastdino.data.views.params import JITTER_ORDERS
 from fastdino.data.views.reference import resize
 from tests.data.pictures import photo
-
-NEUTRAL = {Column.WIDTH: 1, Column.HEIGHT: 1, Column.BRIGHTNESS: 1, Column.CONTRAST: 1, Column.SATURATION: 1}
+from tests.data.views.cases import NEUTRAL, ONE_STEP, one_step
 
 
 def torchvision_view(image: Image.Image, row: list[float], size: int) -> torch.Tensor:
@@ -88,35 +87,11 @@ def test_the_pixels_never_change():
     assert digest.hexdigest()[:16] == "faf22fb62e415dae"
 
 
-ONE_STEP = {
-    "crop": {Column.LEFT: 0.25, Column.TOP: 0.1, Column.WIDTH: 0.5, Column.HEIGHT: 0.4},
-    "flip": {Column.FLIP: 1},
-    "brighter": {Column.BRIGHTNESS: 1.37},
-    "darker": {Column.BRIGHTNESS: 0.61},
-    "contrast": {Column.CONTRAST: 1.4},
-    "less contrast": {Column.CONTRAST: 0.6},
-    "saturation": {Column.SATURATION: 1.2},
-    "less saturation": {Column.SATURATION: 0.8},
-    "hue": {Column.HUE: 0.1},
-    "hue back": {Column.HUE: -0.45},
-    "hue by less than a step": {Column.HUE: 0.001},
-    "grayscale": {Column.GRAYSCALE: 1},
-    "blur": {Column.BLUR: 1.7},
-    "gray blur": {Column.GRAYSCALE: 1, Column.BLUR: 0.4},
-    "solarize": {Column.SOLARIZE: 1},
-    "gray solarize": {Column.GRAYSCALE: 1, Column.SOLARIZE: 1},
-}
-
-
 @pytest.mark.parametrize("name", ONE_STEP)
 def test_each_step_alone_equals_torchvision_and_shows(name):
     config = ViewsConfig(global_size=56, num_local=0)
     image = photo(90, 70)
-    params = torch.zeros(2, len(Column))
-    for column, value in NEUTRAL.items():
-        params[:, column] = value
-    for column, value in ONE_STEP[name].items():
-        params[1, column] = value
+    params = torch.cat([one_step({}), one_step(ONE_STEP[name])])
     views = apply(image, params, config)["global"]
     assert torch.equal(views[1], torchvision_view(image, params[1].tolist(), 56))
     assert not torch.equal(views[0], views[1])
@@ -134,11 +109,8 @@ def test_jitter_acts_in_the_drawn_order(order):
 
 def test_a_hue_shift_of_nothing_still_equals_torchvision_for_every_colour():
     colours = Image.fromarray(np.arange(4096 * 3, dtype=np.uint8).reshape(64, 64, 3) * 37)
-    params = torch.zeros(2, len(Column))
-    for column, value in NEUTRAL.items():
-        params[:, column] = value
     for shift in np.linspace(-0.5, 0.5, 9):
-        params[:, Column.HUE] = shift
+        params = one_step({Column.HUE: shift}, num_views=2)
         views = apply(colours, params, ViewsConfig(global_size=64, num_local=0))["global"]
         assert torch.equal(views[0], torchvision_view(colours, params[0].tolist(), 64))
 
@@ -147,10 +119,7 @@ def test_a_hue_shift_of_nothing_still_equals_torchvision_for_every_colour():
 
 
 def rotated(image: Image.Image, degrees: float) -> torch.Tensor:
-    params = torch.zeros(2, len(Column))
-    for column, value in NEUTRAL.items():
-        params[:, column] = value
-    params[:, Column.ROTATE] = degrees
+    params = one_step({Column.ROTATE: degrees}, num_views=2)
     return apply(image, params, ViewsConfig(global_size=image.width, num_local=0))["global"][0]
 
 
