@@ -92,6 +92,8 @@ class DataConfig(Group):
     """Subtract ImageNet's mean and divide by its deviation, or those of each channel of each view (short runs)."""
     eval_crop: float = 0.875
     """Share of an image's shorter side that evaluations see, in the middle. DINO v1: 224 / 256; 1 sees it all."""
+    views: Literal["auto", "reference", "fast"] = "auto"
+    """What makes the views: Pillow (reference), or our C with the same pixels (fast); auto: fast where it is built."""
     num_workers: int = 10
     """Processes per rank that decode and augment; 0 works in the training process."""
     max_bad: float = 0.01

@@ -1,6 +1,7 @@
 """Batches of views for training, and labelled images for evaluation."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -16,11 +17,13 @@ from fastdino.data.masks import check_masks, masks_of, sample_masks
 from fastdino.data.sampler import Key, Plan
 from fastdino.data.sources.decode import BadImage
 from fastdino.data.sources.source import Source
+from fastdino.data.views import reference
 from fastdino.data.workers import Hold, Made, MadeAhead, Tensors, affordable
 
 log = logging.getLogger(__name__)
 
 _MAX_ATTEMPTS = 20  # replacements in a row that may be unreadable too: beyond it the source is broken, not an image
+_THREADS = 8  # of a process at most: more would wait for its interpreter, which draws and reads
 _NAMED = 3  # bad images that a message names
 
 
@@ -31,8 +34,8 @@ class BadData(UserError, RuntimeError):
 class _Views:
     """Keys (epoch, index) become the views of their images, and masks."""
 
-    def __init__(self, config: Config, source: Source) -> None:
-        self.views, self.seed, self.source = config.views, config.run.seed, source
+    def __init__(self, config: Config, source: Source, write: views.Write) -> None:
+        self.views, self.seed, self.source, self.write = config.views, config.run.seed, source, write
         size = config.run.local_batch
         self.fields: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             name: ((count, size, 3, side, side), torch.uint8)
@@ -56,8 +59,7 @@ class _Views:
         (epoch, index), bad = key, list[str]()
         image = self._read(epoch, index, bad, hold)
         params = views.sample_params(self.seed, epoch, index, self.views, image.size)
-        for name, made in views.apply(image, params, self.views).items():
-            out[name][:, place] = made
+        self.write(image, params, {name: out[name][:, place] for name in views.groups(self.views)})
         return bad
 
     def name(self, index: int) -> str:
@@ -182,8 +184,8 @@ def train_batches(
     An unreadable image is replaced by another, counted, logged and named in ``Batch.bad``. Masks are in a batch when
     loss.patch_weight is above 0.
 
-    Raises ConfigError when the source does not fill a global batch or the masks hide nothing, WorkerDied when no worker
-    can be started.
+    Raises ConfigError when the source does not fill a global batch, the masks hide nothing or data.views cannot be had,
+    WorkerDied when no worker can be started.
     """
     plan = Plan(
         num_images=len(source),
@@ -195,9 +197,19 @@ def train_batches(
     num_workers = affordable(config.data.num_workers)
     if num_workers < config.data.num_workers and rank == 0:
         log.info("data.num_workers=%d lowered to %d, what this process can use", config.data.num_workers, num_workers)
-    keys = plan.micro_batches(rank, start_step)
-    batches = MadeAhead(_Views(config, source), keys, num_workers, pinned=device.type == "cuda")
+    write, name = views.implementation(config.data.views)
+    if rank == 0:
+        log.info("views by %s", name)
+    keys, maker = plan.micro_batches(rank, start_step), _Views(config, source, write)
+    batches = MadeAhead(maker, keys, *_shares(num_workers, write), pinned=device.type == "cuda")
     return TrainBatches(batches, plan, start_step, config.data.max_bad, device)
+
+
+def _shares(num_workers: int, write: views.Write) -> tuple[int, int]:
+    """Processes, and threads of each. Our C leaves the interpreter to other threads, which cost less than processes;
+    Pillow keeps it for much of its work."""
+    processes = num_workers if write is reference.write else math.ceil(num_workers / _THREADS)
+    return processes, math.ceil(num_workers / max(processes, 1))
 
 
 class _Labelled:

@@ -39,10 +39,11 @@ def test_no_local_views(shapes):
     assert list(next(start(make_config(num_local=0), shapes)).views) == ["global"]
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_workers_change_nothing(shapes, num_workers, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
-    assert_equal(take(12, make_config(num_workers), shapes), take(12, make_config(0), shapes))
+@pytest.mark.parametrize("by", ["reference", "auto"])
+@pytest.mark.parametrize("num_workers", [1, 2, 9])
+def test_workers_change_nothing(shapes, num_workers, by, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
+    assert_equal(take(12, make_config(num_workers, by=by), shapes), take(12, make_config(0, by="reference"), shapes))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

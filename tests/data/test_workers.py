@@ -155,7 +155,7 @@ def test_memory_does_not_grow():
     assert all(late - early < 2e6 for early, late in zip(first, last, strict=True)), at
 
 
-def test_workers_that_cannot_be_started_are_told(shapes, monkeypatch):
+def test_workers_that_cannot_be_started_are_told(monkeypatch):
     before, forks, fork = children(), [], os.fork
 
     def second_fails() -> int:
@@ -165,9 +165,8 @@ def test_workers_that_cannot_be_started_are_told(shapes, monkeypatch):
         return fork()
 
     monkeypatch.setattr(os, "fork", second_fails)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
     with pytest.raises(WorkerDied, match=r"could not be started.*Resource temporarily unavailable"):
-        start(make_config(num_workers=2), shapes)
+        MadeAhead(Numbers(), batches_of(20), 2)
     wait_for(lambda: not children() - before, 10)
 
 

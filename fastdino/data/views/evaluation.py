@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastdino.data.views.reference import resize
+
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of red, green and blue in [0, 1]
 STD = (0.229, 0.224, 0.225)
 
@@ -23,8 +25,7 @@ def center_view(image: Image.Image, size: int, crop: float = 0.875) -> Tensor:
     short = round(size / crop)
     width, height = (int(short * side / min(image.size)) for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    view = np.asarray(resized.crop((left, top, left + size, top + size)))
+    view = np.asarray(resize(image, width, height).crop((left, top, left + size, top + size)))
     return torch.from_numpy(view.transpose(2, 0, 1).copy())
 
 

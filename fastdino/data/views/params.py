@@ -18,9 +18,8 @@ class Column(IntEnum):
     """Columns of the parameters, in the order in which they act on a view."""
 
     LEFT = 0
-    """Crop box, as shares of the image's width and height. Times the image's size and rounded it is the very box of
-    whole pixels that was drawn. The box is cut out (nothing outside it is seen) and resized to the view's size,
-    bicubic and antialiased."""
+    """Crop box, as shares of the image's width and height, see :func:`crop_boxes`. The box is cut out (nothing outside
+    it is seen) and resized to the view's size, bicubic and antialiased."""
     TOP = 1
     WIDTH = 2
     HEIGHT = 3
@@ -74,7 +73,7 @@ def sample_params(seed: int, epoch: int, index: int, config: ViewsConfig, image_
     solarize = np.array([0.0, config.solarize] + [0.0] * config.num_local)
 
     params = np.empty((num_views, len(Column)))
-    params[:, : Column.HEIGHT + 1] = _crop_boxes(crop, scale, image_size)
+    params[:, : Column.HEIGHT + 1] = _drawn_boxes(crop, scale, image_size)
     params[:, Column.FLIP] = u[0] < config.flip
     params[:, Column.ROTATE] = config.rotate * (2 * u[1] - 1)
     params[:, Column.ORDER] = np.floor(u[2] * len(JITTER_ORDERS))
@@ -89,7 +88,19 @@ def sample_params(seed: int, epoch: int, index: int, config: ViewsConfig, image_
     return torch.from_numpy(params.astype(np.float32))
 
 
-def _crop_boxes(u: np.ndarray, scale: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+def crop_boxes(params: Tensor, image_size: tuple[int, int]) -> np.ndarray:
+    """(V, 4) int32 left, top, width, height in pixels: the very boxes that were drawn for an image of this size.
+
+    Of a side of more than 2**23 pixels, which fp32 cannot tell apart, a box nearby that is within the image.
+    """
+    sides = np.array(image_size)
+    boxes = np.rint(params[:, : Column.HEIGHT + 1].numpy().astype(np.float64) * np.tile(sides, 2)).astype(np.int32)
+    boxes[:, :2] = np.clip(boxes[:, :2], 0, sides - 1)
+    boxes[:, 2:] = np.clip(boxes[:, 2:], 1, sides - boxes[:, :2])
+    return boxes
+
+
+def _drawn_boxes(u: np.ndarray, scale: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
     """(V, 4) left, top, width, height as shares of the image, from draws (V, 4, tries) and area ranges (V, 2).
 
     The first try that fits is taken. If none does, the largest centered box of a permitted ratio, as in torchvision.
