@@ -113,6 +113,7 @@ def test_defaults_are_those_of_dino_v1(option):
         (lambda: EngineConfig(accumulate=0), "engine.accumulate=0"),
         (lambda: DataConfig(max_bad=2.0), "data.max_bad=2.0"),
         (lambda: DataConfig(eval_crop=0.0), "data.eval_crop=0.0"),
+        (lambda: DataConfig(views="quick"), "data.views='quick' must be one of auto, reference, fast"),
         (lambda: DataConfig(eval_crop=1.1), "data.eval_crop=1.1"),
         (lambda: RunConfig(epochs=0), "run.epochs=0"),
         (lambda: Config(model=ModelConfig(patch_size=15)), "global_size=224 .* model.patch_size=15: use 210 or 225"),

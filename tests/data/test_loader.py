@@ -1,5 +1,6 @@
 """Batches: the same bits for any number of workers and any place to resume; bad images are told."""
 
+import dataclasses
 import os
 import re
 from itertools import islice
@@ -11,8 +12,8 @@ from PIL import Image
 from fastdino.config import ConfigError
 from fastdino.data import BadData, BadImage, FolderSource, labelled_batches
 from fastdino.data.sampler import epoch_order
-from fastdino.data.views import apply, center_view, sample_params
-from tests.data.batches import assert_equal, make_config, start, take
+from fastdino.data.views import apply, center_view, fast, sample_params
+from tests.data.batches import assert_equal, children, make_config, start, take
 
 # ------------------------------------------------------------------------------------------------ the right views
 
@@ -33,6 +34,29 @@ def test_a_batch_holds_the_views_of_its_images(shapes):
         params = sample_params(3, epoch, index, config.views, image.size)
         for name, group in apply(image, params, config.views).items():
             assert torch.equal(batch.views[name][:, position], group)
+
+
+@pytest.mark.skipif(bool(fast.why_not()), reason=f"fast: {fast.why_not()}")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_both_implementations_of_the_views_make_the_same_batches(shapes, num_workers, caplog):
+    caplog.set_level("INFO")
+    made = {}
+    for name in ("reference", "fast"):
+        config = make_config(num_workers)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, views=name))
+        made[name] = take(6, config, shapes)
+        assert f"views by {name}" in caplog.text
+    assert_equal(made["fast"], made["reference"])
+
+
+def test_fast_views_that_are_not_built_are_told_before_any_worker_starts(shapes, monkeypatch):
+    monkeypatch.setattr(fast, "_REASON", "it is not built")
+    config = make_config(2)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, views="fast"))
+    before = children()
+    with pytest.raises(ConfigError, match=r"data.views='fast' cannot be used: it is not built"):
+        start(config, shapes)
+    assert children() == before
 
 
 def test_no_local_views(shapes):

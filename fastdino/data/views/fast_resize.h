@@ -32,7 +32,8 @@ INLINE void turn(bytes16 *tile)
 }
 
 #define STRIP 64 /* rows */
-#define PADDING 128 /* bytes after a buffer that vectors may read; they are multiplied by 0 or belong to no pixel */
+#define MAX_LANES 64 /* neighbours that are weighed at once */
+#define PADDING (2 * MAX_LANES) /* bytes after a buffer that vectors may read; they are multiplied by 0 or belong to no pixel */
 
 /* Pixels (height, width, 3) become, for each channel, strips of STRIP rows (the last has what is left), in which every
  * column is contiguous: the horizontal pass then works on 16 rows at once, and stays within a few pages of memory. */
@@ -133,55 +134,44 @@ INLINE void make_taps(Taps *taps, ptrdiff_t from, ptrdiff_t to)
     }
 }
 
-/* out[j] = clip8((2^21 + sum of in[tap * step + j] * weight of tap) >> 22) for 16 neighbours j. Sums are modulo 2^32,
- * which their true value fits into; so they may be taken of high and low parts apart, and in any order. */
+/* out[j] = clip8((2^21 + sum of in[tap * step + j] * weight of tap) >> 22) for 16, 32 or 64 neighbours j. Sums are
+ * modulo 2^32, which their true value fits into; so they may be taken of high and low parts apart, and in any order. */
 #ifdef __x86_64__
-static inline bytes16 weigh_baseline(const u8 *in, ptrdiff_t step, const int32_t *words, int32_t pairs)
-{
-    const __m128i zero = _mm_setzero_si128();
-    __m128i high[4], low[4];
-    for (int k = 0; k < 4; k++)
-        high[k] = zero, low[k] = _mm_set1_epi32(1 << (WEIGHT_BITS - 1));
-    for (; pairs > 0; pairs--, in += 2 * step, words += 2) {
-        __m128i one = (__m128i)load16(in), two = (__m128i)load16(in + step);
-        __m128i a = _mm_unpacklo_epi8(one, two), b = _mm_unpackhi_epi8(one, two);
-        __m128i both[4] = {_mm_unpacklo_epi8(a, zero), _mm_unpackhi_epi8(a, zero), _mm_unpacklo_epi8(b, zero),
-                           _mm_unpackhi_epi8(b, zero)};
-        for (int k = 0; k < 4; k++) {
-            high[k] = _mm_add_epi32(high[k], _mm_madd_epi16(both[k], _mm_set1_epi32(words[0])));
-            low[k] = _mm_add_epi32(low[k], _mm_madd_epi16(both[k], _mm_set1_epi32(words[1])));
-        }
+/* Interleaved by tap and widened, bytes of two taps stand side by side: madd weighs them with a pair of weights. Within
+ * each 16 bytes of a vector the unpacking orders the sums as the packing wants them. */
+#define WEIGH(NAME, TARGET, VECTOR, OP, LOAD, STORE, ZERO)                                                             \
+    TARGET static inline void NAME(const u8 *in, ptrdiff_t step, const int32_t *words, int32_t pairs, u8 *out)         \
+    {                                                                                                                  \
+        const VECTOR zero = ZERO();                                                                                    \
+        VECTOR high[4], low[4];                                                                                        \
+        for (int k = 0; k < 4; k++)                                                                                    \
+            high[k] = zero, low[k] = OP(set1_epi32)(1 << (WEIGHT_BITS - 1));                                           \
+        for (; pairs > 0; pairs--, in += 2 * step, words += 2) {                                                       \
+            VECTOR one = LOAD((const void *)in), two = LOAD((const void *)(in + step));                                \
+            VECTOR a = OP(unpacklo_epi8)(one, two), b = OP(unpackhi_epi8)(one, two);                                   \
+            VECTOR both[4] = {OP(unpacklo_epi8)(a, zero), OP(unpackhi_epi8)(a, zero), OP(unpacklo_epi8)(b, zero),      \
+                              OP(unpackhi_epi8)(b, zero)};                                                             \
+            for (int k = 0; k < 4; k++) {                                                                              \
+                high[k] = OP(add_epi32)(high[k], OP(madd_epi16)(both[k], OP(set1_epi32)(words[0])));                   \
+                low[k] = OP(add_epi32)(low[k], OP(madd_epi16)(both[k], OP(set1_epi32)(words[1])));                     \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (int k = 0; k < 4; k++)                                                                                    \
+            low[k] = OP(srai_epi32)(OP(add_epi32)(OP(slli_epi32)(high[k], 8), low[k]), WEIGHT_BITS);                   \
+        STORE((void *)out, OP(packus_epi16)(OP(packs_epi32)(low[0], low[1]), OP(packs_epi32)(low[2], low[3])));        \
     }
-    for (int k = 0; k < 4; k++)
-        low[k] = _mm_srai_epi32(_mm_add_epi32(_mm_slli_epi32(high[k], 8), low[k]), WEIGHT_BITS);
-    return (bytes16)_mm_packus_epi16(_mm_packs_epi32(low[0], low[1]), _mm_packs_epi32(low[2], low[3]));
-}
-
-__attribute__((target("avx2"))) static inline bytes16 weigh_avx2(const u8 *in, ptrdiff_t step, const int32_t *words,
-                                                                 int32_t pairs)
-{
-    __m256i high[2], low[2];
-    for (int k = 0; k < 2; k++)
-        high[k] = _mm256_setzero_si256(), low[k] = _mm256_set1_epi32(1 << (WEIGHT_BITS - 1));
-    for (; pairs > 0; pairs--, in += 2 * step, words += 2) {
-        __m128i one = (__m128i)load16(in), two = (__m128i)load16(in + step);
-        __m256i both[2] = {_mm256_cvtepu8_epi16(_mm_unpacklo_epi8(one, two)),
-                           _mm256_cvtepu8_epi16(_mm_unpackhi_epi8(one, two))};
-        for (int k = 0; k < 2; k++) {
-            high[k] = _mm256_add_epi32(high[k], _mm256_madd_epi16(both[k], _mm256_set1_epi32(words[0])));
-            low[k] = _mm256_add_epi32(low[k], _mm256_madd_epi16(both[k], _mm256_set1_epi32(words[1])));
-        }
-    }
-    for (int k = 0; k < 2; k++)
-        low[k] = _mm256_srai_epi32(_mm256_add_epi32(_mm256_slli_epi32(high[k], 8), low[k]), WEIGHT_BITS);
-    __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(low[0], low[1]), 0xD8);
-    return (bytes16)_mm_packus_epi16(_mm256_castsi256_si128(packed), _mm256_extracti128_si256(packed, 1));
-}
+#define OP128(name) _mm_##name
+#define OP256(name) _mm256_##name
+#define OP512(name) _mm512_##name
+WEIGH(weigh16, , __m128i, OP128, _mm_loadu_si128, _mm_storeu_si128, _mm_setzero_si128)
+WEIGH(weigh32, __attribute__((target("avx2"))), __m256i, OP256, _mm256_loadu_si256, _mm256_storeu_si256,
+      _mm256_setzero_si256)
+WEIGH(weigh64, __attribute__((target("avx512f,avx512bw"))), __m512i, OP512, _mm512_loadu_si512, _mm512_storeu_si512,
+      _mm512_setzero_si512)
 #else
-static inline bytes16 weigh_baseline(const u8 *in, ptrdiff_t step, const int32_t *words, int32_t pairs)
+static inline void weigh16(const u8 *in, ptrdiff_t step, const int32_t *words, int32_t pairs, u8 *out)
 {
     uint32_t sum[16];
-    bytes16 out;
     for (int j = 0; j < 16; j++)
         sum[j] = 1 << (WEIGHT_BITS - 1);
     for (; pairs > 0; pairs--, in += 2 * step, words += 2) {
@@ -195,18 +185,27 @@ static inline bytes16 weigh_baseline(const u8 *in, ptrdiff_t step, const int32_t
         int32_t value = (int32_t)sum[j] >> WEIGHT_BITS;
         out[j] = (u8)(value < 0 ? 0 : value > 255 ? 255 : value);
     }
-    return out;
 }
+#define weigh32 weigh16
+#define weigh64 weigh16
 #endif
 
-INLINE bytes16 weigh(int level, const u8 *in, ptrdiff_t step, const Taps *taps, ptrdiff_t i)
+/* How many of `left` neighbours are weighed at once. */
+INLINE ptrdiff_t lanes(int level, ptrdiff_t left)
+{
+    return level >= AVX512 && left > 32 ? 64 : level >= AVX2 && left > 16 ? 32 : 16;
+}
+
+INLINE void weigh(ptrdiff_t num_lanes, const u8 *in, ptrdiff_t step, const Taps *taps, ptrdiff_t i, u8 *out)
 {
     const int32_t *words = taps->weights + i * taps->stride;
-#ifdef __x86_64__
-    if (level >= AVX2)
-        return weigh_avx2(in + taps->first[i] * step, step, words, taps->pairs[i]);
-#endif
-    return weigh_baseline(in + taps->first[i] * step, step, words, taps->pairs[i]);
+    in += taps->first[i] * step;
+    if (num_lanes == 64)
+        weigh64(in, step, words, taps->pairs[i], out);
+    else if (num_lanes == 32)
+        weigh32(in, step, words, taps->pairs[i], out);
+    else
+        weigh16(in, step, words, taps->pairs[i], out);
 }
 
 typedef struct {
@@ -222,38 +221,54 @@ typedef struct { /* memory that all views of an image share */
     int num_taken;
 } Scratch;
 
-#define ROWS_SIZE(height, size) ((ROUND_UP(height, 16) + 17) * ROUND_UP(size, 16)) /* from any row on; one of zeros */
+/* Bytes for the rows of a crop and for what is weighed beyond its end. */
+#define ROWS_SIZE(height, size) ((height + MAX_LANES) * ROUND_UP(size, MAX_LANES))
+
+/* The columns of one channel of the crop, weighed: `num_rows` rows of `size` bytes, `stride` apart. */
+INLINE void resize_across(int level, const Scratch *s, const u8 *columns, ptrdiff_t rows, ptrdiff_t num_rows, int flip,
+                          ptrdiff_t size, u8 *out, ptrdiff_t stride)
+{
+    u8 made[16][MAX_LANES];
+    for (ptrdiff_t x = 0; x < size; x += 16)
+        for (ptrdiff_t y = 0, num; y < num_rows; y += num) {
+            num = lanes(level, num_rows - y);
+            for (int j = 0; j < 16; j++) {
+                ptrdiff_t i = MIN(x + j, size - 1);
+                weigh(num, columns + y, rows, &s->across, flip ? size - 1 - i : i, made[j]);
+            }
+            for (ptrdiff_t part = 0; part < num; part += 16) {
+                bytes16 tile[16];
+                for (int j = 0; j < 16; j++)
+                    tile[j] = load16(made[j] + part);
+                turn(tile);
+                for (int j = 0; j < 16; j++)
+                    memcpy(out + (y + part + j) * stride + x, tile + j, 16);
+            }
+        }
+}
 
 /* The box becomes a view of size x size: columns first, a byte between the passes, as Pillow up to 12 has it. */
 INLINE void crop_and_resize(int level, Scratch *s, ptrdiff_t width, ptrdiff_t height, Box box, int flip, ptrdiff_t size,
                             u8 *out)
 {
-    ptrdiff_t stride = ROUND_UP(size, 16), first_row = box.top / 16 * 16, end = box.top + box.height;
-    ptrdiff_t rows_size = (ROUND_UP(end, 16) - first_row) * stride;
+    ptrdiff_t stride = ROUND_UP(size, MAX_LANES), end = box.top + box.height;
     make_taps(&s->across, box.width, size);
     make_taps(&s->down, box.height, size);
+    memset(s->rows + box.height * stride, 0, (size_t)stride); /* an odd last tap's partner */
     for (int c = 0; c < 3; c++) {
-        for (ptrdiff_t top = first_row / STRIP * STRIP; top < end; top += STRIP) {
-            ptrdiff_t rows = MIN(STRIP, height - top);
-            const u8 *strip = s->columns + (c * height + top) * width + box.left * rows;
-            for (ptrdiff_t x = 0; x < size; x += 16)
-                for (ptrdiff_t y = MAX(first_row, top); y < MIN(top + rows, end); y += 16) {
-                    bytes16 tile[16];
-                    for (int j = 0; j < 16; j++) {
-                        ptrdiff_t i = MIN(x + j, size - 1);
-                        tile[j] = weigh(level, strip + y - top, rows, &s->across, flip ? size - 1 - i : i);
-                    }
-                    turn(tile);
-                    for (int j = 0; j < 16; j++)
-                        memcpy(s->rows + (y - first_row + j) * stride + x, tile + j, 16);
-                }
+        for (ptrdiff_t y = box.top, num; y < end; y += num) {
+            ptrdiff_t top = y / STRIP * STRIP, rows = MIN(STRIP, height - top);
+            num = MIN(top + rows, end) - y;
+            const u8 *columns = s->columns + (c * height + top) * width + box.left * rows + y - top;
+            resize_across(level, s, columns, rows, num, flip, size, s->rows + (y - box.top) * stride, stride);
         }
-        memset(s->rows + rows_size, 0, stride + PADDING);
-        const u8 *top_row = s->rows + (box.top - first_row) * stride;
         for (ptrdiff_t y = 0; y < size; y++, out += size)
-            for (ptrdiff_t x = 0; x < size; x += 16) {
-                bytes16 made = weigh(level, top_row + x, stride, &s->down, y);
-                memcpy(out + x, &made, MIN(16, size - x));
+            for (ptrdiff_t x = 0, num; x < size; x += num) {
+                num = lanes(level, size - x);
+                u8 made[MAX_LANES], *to = x + num <= size ? out + x : made;
+                weigh(num, s->rows + x, stride, &s->down, y, to);
+                if (to == made)
+                    memcpy(out + x, made, size - x);
             }
     }
 }

@@ -89,13 +89,14 @@ INLINE void saturation(u8 *view, ptrdiff_t plane, float factor)
 #define BLOCK 256 /* pixels that go through one stage of hue() together: a compiler makes vectors of each loop */
 
 /* RGB to HSV bytes, hue + shift modulo 256, back to RGB. Source: Python's colorsys, as Pillow rounds it:
- *   hue = floor(255 (((sector + difference / chroma) / 6 + 1) mod 1)), saturation = floor(255 chroma / value),
- *   p, q, t = round(value (1 - s)), round(value (1 - s f)), round(value (1 - s (1 - f))), s = saturation / 255,
- *   with 6 hue / 255 = sector + f. Floats and doubles are where Pillow has them. */
+ *   hue = floor(255 (((base + plus - minus) / 6 + 1) mod 1)), saturation = floor(255 chroma / value),
+ *   6 hue / 255 = sector + f, s = saturation / 255, and of the three channels one is value, one p and one m:
+ *   p = round(value (1 - s)), m = round(value (1 - s f)) in odd sectors, round(value (1 - s (1 - f))) in even ones.
+ * Floats and doubles are where Pillow has them, but where the cheaper form gives the same byte for every colour: times
+ * 1/6 for / 6, and the two quotients of integers, of which no value lies near the next. */
 INLINE void hue(u8 *view, ptrdiff_t plane, int32_t shift)
 {
-    int32_t red[BLOCK], green[BLOCK], blue[BLOCK], value[BLOCK], chroma[BLOCK], sector[BLOCK];
-    int32_t p[BLOCK], q[BLOCK], t[BLOCK];
+    int32_t red[BLOCK], green[BLOCK], blue[BLOCK], value[BLOCK], chroma[BLOCK], sector[BLOCK], p[BLOCK], m[BLOCK];
     float plus[BLOCK], minus[BLOCK], base[BLOCK], f[BLOCK], s[BLOCK];
     for (ptrdiff_t start = 0; start < plane; start += BLOCK) {
         u8 *pixel = view + start;
@@ -105,45 +106,39 @@ INLINE void hue(u8 *view, ptrdiff_t plane, int32_t shift)
         for (int i = 0; i < count; i++)
             red[i] = pixel[i], green[i] = pixel[plane + i], blue[i] = pixel[2 * plane + i];
         for (int i = 0; i < BLOCK; i++) {
-            value[i] = MAX(red[i], MAX(green[i], blue[i]));
-            chroma[i] = value[i] - MIN(red[i], MIN(green[i], blue[i]));
-        }
-        for (int i = 0; i < BLOCK; i++) {
+            int32_t r = red[i], g = green[i], b = blue[i], top = MAX(r, MAX(g, b));
+            value[i] = top;
+            chroma[i] = top - MIN(r, MIN(g, b));
             float divisor = (float)MAX(chroma[i], 1);
-            float r = (float)(value[i] - red[i]) / divisor, g = (float)(value[i] - green[i]) / divisor;
-            float b = (float)(value[i] - blue[i]) / divisor;
-            int is_red = red[i] == value[i], is_green = green[i] == value[i];
-            base[i] = is_red ? 0.0f : is_green ? 2.0f : 4.0f;
-            plus[i] = is_red ? b : is_green ? r : g;
-            minus[i] = is_red ? g : is_green ? b : r;
+            base[i] = r == top ? 0.0f : g == top ? 2.0f : 4.0f;
+            plus[i] = (float)(top - (r == top ? b : g == top ? r : g)) / divisor;
+            minus[i] = (float)(top - (r == top ? g : g == top ? b : r)) / divisor;
         }
         for (int i = 0; i < BLOCK; i++)
             f[i] = (float)((double)base[i] + (double)plus[i] - (double)minus[i]);
         for (int i = 0; i < BLOCK; i++) {
-            double turns = (double)f[i] / 6.0 + 1.0;
+            double turns = (double)f[i] * (1.0 / 6.0) + 1.0;
             f[i] = (float)(turns >= 1.0 ? turns - 1.0 : turns);
         }
+        for (int i = 0; i < BLOCK; i++)
+            sector[i] = (int32_t)((double)f[i] * 255.0);
         for (int i = 0; i < BLOCK; i++) {
-            int32_t byte = chroma[i] > 0 ? (int32_t)((double)f[i] * 255.0) : 0, six = 6 * ((byte + shift) & 255);
-            int32_t whole = (six * 257 + 257) >> 16; /* six / 255 */
-            f[i] = (float)(six - 255 * whole) / 255.0f;
+            int32_t saturation = (int32_t)((float)(255 * chroma[i]) / (float)MAX(value[i], 1));
+            int32_t six = 6 * (((chroma[i] > 0 ? sector[i] : 0) + shift) & 255), whole = (six * 257 + 257) >> 16;
+            s[i] = (float)saturation / 255.0f;
+            f[i] = (float)(six - 255 * whole) / 255.0f; /* whole = six / 255 */
             sector[i] = whole == 6 ? 0 : whole;
+            p[i] = (int32_t)((float)(value[i] * (255 - saturation)) * (1.0f / 255.0f) + 0.5f);
         }
-        for (int i = 0; i < BLOCK; i++)
-            s[i] = (float)chroma[i] / (float)MAX(value[i], 1);
-        for (int i = 0; i < BLOCK; i++)
-            s[i] = (float)(int32_t)((double)s[i] * 255.0) / 255.0f;
         for (int i = 0; i < BLOCK; i++) {
-            double v = value[i], sat = s[i];
-            p[i] = (int32_t)(v * (1.0 - sat) + 0.5);
-            q[i] = (int32_t)(v * (1.0 - (double)(s[i] * f[i])) + 0.5);
-            t[i] = (int32_t)(v * (1.0 - sat * (1.0 - (double)f[i])) + 0.5);
+            double odd = (double)(s[i] * f[i]), even = (double)s[i] * (1.0 - (double)f[i]);
+            m[i] = (int32_t)((double)value[i] * (1.0 - (sector[i] & 1 ? odd : even)) + 0.5);
         }
         for (int i = 0; i < BLOCK; i++) {
             int32_t k = sector[i], v = value[i];
-            red[i] = k == 0 || k == 5 ? v : k == 1 ? q[i] : k == 4 ? t[i] : p[i];
-            green[i] = k == 1 || k == 2 ? v : k == 3 ? q[i] : k == 0 ? t[i] : p[i];
-            blue[i] = k == 3 || k == 4 ? v : k == 5 ? q[i] : k == 2 ? t[i] : p[i];
+            red[i] = k == 0 || k == 5 ? v : k == 1 || k == 4 ? m[i] : p[i];
+            green[i] = k == 1 || k == 2 ? v : k == 0 || k == 3 ? m[i] : p[i];
+            blue[i] = k == 3 || k == 4 ? v : k == 2 || k == 5 ? m[i] : p[i];
         }
         for (int i = 0; i < count; i++)
             pixel[i] = (u8)red[i], pixel[plane + i] = (u8)green[i], pixel[2 * plane + i] = (u8)blue[i];
