@@ -2,6 +2,7 @@
 
 commands:
   train RECIPE [flags]   train, or resume, a run:   fastdino train vit_small_16 --data.root /data/imagenet/train
+  shard SRC DST          pack images into tar shards, which load faster; --short-side 512 for large originals
   recipes [RECIPE]       list the recipes, or show one with all its settings
   bench RECIPE [flags]   images/s of a recipe on this machine, and what limits it
   eval knn PATH          weighted k-NN accuracy of a run's teacher, or of a file of weights
@@ -89,6 +90,8 @@ def _run(command: str, arguments: list[str]) -> None:
         {"train": train, "bench": bench}[command](config)
     elif command == "eval":
         evaluate(arguments)
+    elif command == "shard":
+        shard(arguments)
     elif command in COMMANDS:
         tyro.cli(COMMANDS[command], args=arguments, prog=f"fastdino {command}")
     else:
@@ -274,6 +277,26 @@ def _subject(weights: Weights, size: int | None) -> "Subject":
     backbone, config = any_backbone(path, weights.arch, size)
     place = "cuda" if has_gpu and weights.device != "cpu" else "cpu"
     return Subject(backbone.to(place), config, path if path.is_dir() else path.parent)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """What is packed, and where it goes."""
+
+    src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """Anything that --data.root takes."""
+    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    """A new folder, or that of a command that was stopped."""
+
+
+def shard(arguments: list[str]) -> None:
+    """``fastdino shard SRC DST``: the flags are the fields of Packing."""
+    from fastdino.data.sources.packed.shard import Packing
+
+    flat = tyro.conf.arg(name="")
+    asked: Any = tuple[Annotated[Places, flat], Annotated[Packing, flat]]
+    places, packing = tyro.cli(asked, args=arguments, prog="fastdino shard", description=inspect.getdoc(Packing))
+    print(packing(os.path.expanduser(places.src), places.dst.expanduser()))
 
 
 def demo(dir: Path = Path("runs/demo"), seed: int = 0) -> None:

@@ -1,6 +1,7 @@
 """Settings of images and of the views that are made of them."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from fastdino.config.group import Group
@@ -83,7 +84,10 @@ class DataConfig(Group):
     """Where images come from."""
 
     root: str = ""
-    """A folder of images, in any nesting; or the word shapes: rendered objects that need no download."""
+    """A folder of images, in any nesting; .tar shards (a folder, a glob or shards/{000..099}.tar); or the word shapes:
+    rendered objects that need no download."""
+    cache: Path = Path("~/.cache/fastdino")
+    """A folder for what is made once and read again: the indexes of shards."""
     num_images: int = 10000
     """Images per epoch of shapes; a folder has as many as it holds."""
     image_size: int = 256

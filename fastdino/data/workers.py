@@ -178,7 +178,7 @@ def _set_up_worker(note: mmap.mmap, trainer: int, _: int) -> None:
     failed = partial(_leave, note)
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(failed)  # type: ignore[attr-defined]
     sys.excepthook = partial(_leave_unless_hung_up, failed)
-    threading.Thread(target=_end_with, args=(trainer,), daemon=True).start()
+    threading.Thread(target=end_with, args=(trainer,), daemon=True).start()
 
 
 def _leave(note: mmap.mmap, error: BaseException, _: object = None) -> NoReturn:
@@ -198,7 +198,7 @@ def _leave_unless_hung_up(
         failed(error)
 
 
-def _end_with(trainer: int) -> NoReturn:
+def end_with(trainer: int) -> NoReturn:
     """A worker looks for its trainer between batches; one that hangs in a read never comes to it."""
     while os.getppid() == trainer:
         time.sleep(2)

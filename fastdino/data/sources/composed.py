@@ -1,4 +1,4 @@
-"""A part of a source."""
+"""Sources that are made of others."""
 
 import hashlib
 from collections.abc import Sequence
@@ -21,6 +21,10 @@ class Subset:
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Image and label, as in the source."""
         return self.source.read(self.indices[index])
+
+    def encoded(self, index: int) -> bytes:
+        """As in the source."""
+        return self.source.encoded(self.indices[index])
 
     def label(self, index: int) -> int:
         """As in the source."""

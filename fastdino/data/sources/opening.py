@@ -1,0 +1,134 @@
+"""What ``--data.root`` names becomes a source. Only here is it decided what is taken for what."""
+
+import glob
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastdino.config import ConfigError, DataConfig
+from fastdino.data.sources.folder import SPLITS, TAKEN, FolderSource, split_folders
+from fastdino.data.sources.packed.images import Archive
+from fastdino.data.sources.packed.tar import open_shards
+from fastdino.data.sources.shapes import ShapesSource
+from fastdino.data.sources.source import Source
+
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
+
+def open_source(root: str, config: DataConfig) -> Source:
+    """What to train on, as :func:`open_part` knows it, or the word ``shapes`` (``./shapes`` for a folder of that name).
+
+    Raises ConfigError for what is not there or is not taken, for a source without an image, and for a folder that holds
+    a data set's training images beside its others: they would be trained on as well.
+    """
+    if not root:
+        raise ConfigError("data.root is empty: point it at a folder of images, or use --data.root shapes")
+    if root == "shapes":
+        return ShapesSource(config.num_images, config.image_size)
+    parts = split_folders(root)
+    if len(parts) > 1:
+        raise ConfigError(
+            f"data.root={root!r} holds {' and '.join(f'{path.name}/' for path in parts.values())}: give "
+            f"{parts.get('train', next(iter(parts.values())))}. To train on all of them, give a folder of links to "
+            "them under other names"
+        )
+    return open_part(root, config)
+
+
+def open_part(root: str | Path, config: DataConfig) -> Source:
+    """A place that holds images of one data set, by what is there:
+
+    - a folder that holds .tar files, and neither an image nor a folder: those shards, by name;
+    - another folder: every image below it;
+    - a .tar, or several by a glob (``*?[``) or in braces (``{000..099}``, ``{a,b}``).
+
+    Raises ConfigError.
+    """
+    root = os.path.expanduser(root)
+    if os.path.isdir(root):
+        return _open_folder(root, config)
+    if os.path.isfile(root):
+        return _open_files([root], root, config)
+    if re.search(r"[*?\[{]", root):
+        return _open_files(_expanded(root), root, config)
+    return _images(root, config)  # which says what is wrong with it
+
+
+def _open_folder(root: str, config: DataConfig) -> Source:
+    """By what lies in it, hidden names apart."""
+    try:
+        with os.scandir(root) as entries:
+            names = sorted(e.name for e in entries if not e.name.startswith(".") and not e.is_dir())
+            plain = len(names) == sum(not name.startswith(".") for name in os.listdir(root))
+    except (OSError, ValueError):
+        return _images(root, config)
+    shards = [os.path.join(root, name) for name in names if _ending(name) == ".tar"]
+    if shards and plain:
+        return _open_files(shards, root, config)
+    return _images(root, config)
+
+
+def _images(root: str, config: DataConfig) -> FolderSource:
+    return FolderSource(root, max_pixels=config.max_pixels, bits=config.bits)
+
+
+def _open_files(files: Sequence[str], root: str, config: DataConfig) -> Source:
+    """Files of one kind, told by their endings."""
+    endings = {_ending(file) for file in files}
+    if found := endings.intersection(_COMPRESSED):
+        raise ConfigError(
+            f"data.root={root!r} names a {min(found)}, and images inside a compressed archive cannot be read one by "
+            "one: unpack it (images are compressed already)"
+        )
+    if endings == {".tar"}:
+        _check_one_split(files, root)
+        return open_shards([Archive(os.path.basename(file), Path(os.path.abspath(file))) for file in files], config)
+    kinds = " and ".join(sorted(ending or "no ending" for ending in endings)) or "nothing"
+    raise ConfigError(f"data.root={root!r} names {kinds}: give {TAKEN}")
+
+
+def _check_one_split(files: Sequence[str], root: str) -> None:
+    """Raises ConfigError for files that their names tell to be of different splits: test images would be trained on."""
+    splits: dict[str, str] = {}
+    for file in files:
+        for word in re.split(r"[^a-z]+", os.path.basename(file).lower()):
+            if word in SPLITS:
+                splits.setdefault(SPLITS[word], os.path.basename(file))
+    if len(splits) > 1:
+        raise ConfigError(
+            f"data.root={root!r} names files of several splits, such as {' and '.join(splits.values())}: give those of "
+            f"one, by a glob such as {os.path.join(os.path.dirname(files[0]), '*train*' + _ending(files[0]))}"
+        )
+
+
+def _ending(name: str) -> str:
+    """In lower case; that of a compressed archive has two parts."""
+    lower = name.lower()
+    return next((ending for ending in _COMPRESSED if lower.endswith(ending)), os.path.splitext(lower)[1])
+
+
+def _expanded(pattern: str) -> list[str]:
+    """The files that a pattern names, those of a glob by name. Raises ConfigError where a part of it names none."""
+    files = []
+    for path in braces(pattern):
+        found = sorted(glob.glob(path)) if re.search(r"[*?\[]", path) else [path] if os.path.isfile(path) else []
+        if not found:
+            raise ConfigError(f"data.root={pattern!r}: there is no file {path}. Give {TAKEN}")
+        files += found
+    return files
+
+
+def braces(pattern: str) -> list[str]:
+    """``a{0..2}`` is a0, a1, a2; ``{08..10}`` has as many digits throughout; ``{a,b}`` is a, b."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        return [pattern]
+    steps = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    if steps:
+        width = len(steps[1]) if steps[1].startswith("0") else 0
+        words = [f"{number:0{width}d}" for number in range(int(steps[1]), int(steps[2]) + 1)]
+    else:
+        words = match[1].split(",")
+    before, after = pattern[: match.start()], pattern[match.end() :]
+    return [before + word + rest for word in words for rest in braces(after)]
