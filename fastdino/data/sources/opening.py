@@ -1,17 +1,21 @@
 """What ``--data.root`` names becomes a source. Only here is it decided what is taken for what."""
 
 import glob
+import logging
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from fastdino.config import ConfigError, DataConfig
+from fastdino.data.sources.decode import extensions
 from fastdino.data.sources.folder import SPLITS, TAKEN, FolderSource, split_folders
 from fastdino.data.sources.packed.images import Archive
 from fastdino.data.sources.packed.tar import open_shards
 from fastdino.data.sources.shapes import ShapesSource
 from fastdino.data.sources.source import Source
+
+log = logging.getLogger(__name__)
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -59,14 +63,19 @@ def _open_folder(root: str, config: DataConfig) -> Source:
     """By what lies in it, hidden names apart."""
     try:
         with os.scandir(root) as entries:
-            names = sorted(e.name for e in entries if not e.name.startswith(".") and not e.is_dir())
-            plain = len(names) == sum(not name.startswith(".") for name in os.listdir(root))
+            visible = sorted((e.name, e.is_dir()) for e in entries if not e.name.startswith("."))
     except (OSError, ValueError):
-        return _images(root, config)
-    shards = [os.path.join(root, name) for name in names if _ending(name) == ".tar"]
-    if shards and plain:
+        return _images(root, config)  # which says why
+    shards = [os.path.join(root, name) for name, is_folder in visible if not is_folder and _ending(name) == ".tar"]
+    if shards and not any(is_folder or _ending(name) in extensions() for name, is_folder in visible):
         return _open_files(shards, root, config)
-    return _images(root, config)
+    images = _images(root, config)
+    if shards:
+        log.warning(
+            "data.root=%r: %d images are used, and not the %d .tar files beside them; for these give %s",
+            root, len(images), len(shards), os.path.join(root, "*.tar"),
+        )  # fmt: skip
+    return images
 
 
 def _images(root: str, config: DataConfig) -> FolderSource:
