@@ -84,8 +84,12 @@ class DataConfig(Group):
     """Where images come from."""
 
     root: str = ""
-    """A folder of images, in any nesting; .tar shards (a folder, a glob or shards/{000..099}.tar); or the word shapes:
-    rendered objects that need no download."""
+    """A folder of images, in any nesting; .tar shards (a folder, a glob or shards/{000..099}.tar); a .csv or .jsonl
+    with paths; or the word shapes: rendered objects that need no download."""
+    image_column: str = ""
+    """Column of a .csv or .jsonl that holds images. Default: path, file, image or a like name that is there."""
+    label_column: str = ""
+    """Column that holds classes. Default: label, class or a like name, if there is one."""
     cache: Path = Path("~/.cache/fastdino")
     """A folder for what is made once and read again: the indexes of shards."""
     num_images: int = 10000

@@ -10,6 +10,7 @@ from pathlib import Path
 from fastdino.config import ConfigError, DataConfig
 from fastdino.data.sources.decode import extensions
 from fastdino.data.sources.folder import SPLITS, TAKEN, FolderSource, split_folders
+from fastdino.data.sources.manifest import ManifestSource
 from fastdino.data.sources.packed.images import Archive
 from fastdino.data.sources.packed.tar import open_shards
 from fastdino.data.sources.shapes import ShapesSource
@@ -45,7 +46,8 @@ def open_part(root: str | Path, config: DataConfig) -> Source:
 
     - a folder that holds .tar files, and neither an image nor a folder: those shards, by name;
     - another folder: every image below it;
-    - a .tar, or several by a glob (``*?[``) or in braces (``{000..099}``, ``{a,b}``).
+    - a .tar, or several by a glob (``*?[``) or in braces (``{000..099}``, ``{a,b}``);
+    - a .csv or .jsonl.
 
     Raises ConfigError.
     """
@@ -90,6 +92,10 @@ def _open_files(files: Sequence[str], root: str, config: DataConfig) -> Source:
             f"data.root={root!r} names a {min(found)}, and images inside a compressed archive cannot be read one by "
             "one: unpack it (images are compressed already)"
         )
+    if endings in ({".csv"}, {".jsonl"}):
+        if len(files) > 1:
+            raise ConfigError(f"data.root={root!r} names {len(files)} manifests: give one, which lists all images")
+        return ManifestSource(files[0], config)
     if endings == {".tar"}:
         _check_one_split(files, root)
         return open_shards([Archive(os.path.basename(file), Path(os.path.abspath(file))) for file in files], config)
