@@ -138,7 +138,6 @@ def columns(found: Sequence[str], name: str, config: DataConfig, images: Sequenc
             raise ConfigError(f"{name} has no column data.{setting}={asked}: {have}")
     image = config.image_column or next((column for column in images if column in found), "")
     if not image:
-        raise ConfigError(
-            f"{name} has no column {' or '.join(images)}: {have}. Name that of the images: data.image_column"
-        )
+        usual = " or ".join(images)
+        raise ConfigError(f"{name} has no column {usual}: {have}. Name that of the images: data.image_column")
     return image, config.label_column or next((column for column in LABELS if column in found), "")

@@ -39,8 +39,15 @@ def test_csv_as_people_write_it(tmp_path):
     for name in ("a b,c.png", "\u00fcber.png", "plain.png"):
         write(tmp_path / "x" / name)
     write(tmp_path / "far.png", noise(7))
-    text = f'\ufeffid, file_name ,class\r\n1,"x/a b,c.png",cat\r\n\r\n2,x/\u00fcber.png,"a ""dog"""\r\n3,{tmp_path}/far.png,\r\n'
-    (tmp_path / "list.csv").write_text(text + '4,x/plain.png,"cat\n"\n5,x/plain.png,cat', newline="")
+    rows = [
+        "id, file_name ,class",
+        '1,"x/a b,c.png",cat',
+        "",
+        '2,x/\u00fcber.png,"a ""dog"""',
+        f"3,{tmp_path}/far.png,",
+    ]
+    text = "\ufeff" + "\r\n".join(rows) + '\r\n4,x/plain.png,"cat\n"\n5,x/plain.png,cat'
+    (tmp_path / "list.csv").write_text(text, newline="")
     source = opened(tmp_path / "list.csv", tmp_path / "cache")
     assert source.labels == ['a "dog"', "cat"]
     assert [source.label(i) for i in range(5)] == [1, 0, -1, 1, 1]
