@@ -31,6 +31,7 @@ setup(
         "timm>=1.0.20",
         "numpy>=2",
         "pillow>=10",
+        "fsspec>=2024.6",
         "safetensors>=0.5",
         "tyro>=1.0",
         "tqdm>=4.66",
@@ -42,7 +43,9 @@ setup(
             "fla-core>=0.6",
             "liger-kernel>=0.8",
         ],
+        "http": ["fsspec[http]>=2024.6"],  # --data.root https://...; other stores name their package when they are used
         "dev": [
+            "fsspec[http]>=2024.6",
             "lightly>=1.6",  # the peer that bench/ measures beside us
             "mypy",
             "pytest",

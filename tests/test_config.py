@@ -364,7 +364,7 @@ def test_settings_are_few_and_each_is_explained():
         f.name for f in dataclasses.fields(HeadConfig)
     }
     names = [f.name for kind in kinds.values() for f in dataclasses.fields(kind)]
-    assert len(names) == 90
+    assert len(names) == 91
     for name in set(names):
         assert f"    {name}: " in source
         after = source.split(f"    {name}: ")[1].split("\n", 1)[1].lstrip()

@@ -85,13 +85,15 @@ class DataConfig(Group):
 
     root: str = ""
     """A folder of images, in any nesting; .tar shards (a folder, a glob or shards/{000..099}.tar); a .csv or .jsonl
-    with paths; or the word shapes: rendered objects that need no download."""
+    with paths; .tar shards behind a URL (s3://..., https://...); or shapes, the word: rendered objects."""
     image_column: str = ""
     """Column of a .csv or .jsonl that holds images. Default: path, file, image or a like name that is there."""
     label_column: str = ""
     """Column that holds classes. Default: label, class or a like name, if there is one."""
     cache: Path = Path("~/.cache/fastdino")
-    """A folder for what is made once and read again: the indexes of shards."""
+    """A folder for what is made once and read again: indexes of shards, and shards that come from a URL."""
+    cache_gb: float = 100.0
+    """Size of the cache in GB, for all runs that share it; above it the least recently used files are removed."""
     num_images: int = 10000
     """Images per epoch of shapes; a folder has as many as it holds."""
     image_size: int = 256
@@ -114,6 +116,7 @@ class DataConfig(Group):
         self.require(self.image_size >= 8, "image_size", "at least 8 pixels", "objects must show")
         self.require(self.num_workers >= 0, "num_workers", "0 or more")
         self.require(0 < self.eval_crop <= 1, "eval_crop", "a share in (0, 1]")
+        self.require(self.cache_gb >= 0, "cache_gb", "0 or more")
         self.require(0 <= self.max_bad <= 1, "max_bad", "a share in [0, 1]")
         self.require(self.max_pixels >= 1, "max_pixels", "at least 1")
         self.require(8 <= self.bits <= 16, "bits", "in [8, 16]", "8 of them are kept")

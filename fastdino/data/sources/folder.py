@@ -22,7 +22,10 @@ from fastdino.data.sources.decode import (
 )
 from fastdino.data.sources.names import Names, printable
 
-TAKEN = "a folder of images, .tar shards (a folder, a glob or shards/{000..099}.tar), a .csv or .jsonl"
+TAKEN = (
+    "a folder of images, .tar shards (a folder, a glob or shards/{000..099}.tar), a .csv or .jsonl with paths, or "
+    "shards behind a URL"
+)
 """What ``--data.root`` takes, for a message about what it does not."""
 
 SPLITS = {

@@ -12,12 +12,14 @@ from fastdino.data.sources.decode import extensions
 from fastdino.data.sources.folder import SPLITS, TAKEN, FolderSource, split_folders
 from fastdino.data.sources.manifest import ManifestSource
 from fastdino.data.sources.packed.images import Archive
-from fastdino.data.sources.packed.tar import open_shards
+from fastdino.data.sources.packed.tar import CLASSES, open_shards
+from fastdino.data.sources.remote import fetched, is_url, listed, text
 from fastdino.data.sources.shapes import ShapesSource
 from fastdino.data.sources.source import Source
 
 log = logging.getLogger(__name__)
 
+_MANIFESTS = (".csv", ".jsonl")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
@@ -31,7 +33,7 @@ def open_source(root: str, config: DataConfig) -> Source:
         raise ConfigError("data.root is empty: point it at a folder of images, or use --data.root shapes")
     if root == "shapes":
         return ShapesSource(config.num_images, config.image_size)
-    parts = split_folders(root)
+    parts = {} if is_url(root) else split_folders(root)
     if len(parts) > 1:
         raise ConfigError(
             f"data.root={root!r} holds {' and '.join(f'{path.name}/' for path in parts.values())}: give "
@@ -47,11 +49,14 @@ def open_part(root: str | Path, config: DataConfig) -> Source:
     - a folder that holds .tar files, and neither an image nor a folder: those shards, by name;
     - another folder: every image below it;
     - a .tar, or several by a glob (``*?[``) or in braces (``{000..099}``, ``{a,b}``);
-    - a .csv or .jsonl.
+    - a .csv or .jsonl;
+    - a URL: one that ends in .tar, several by a glob or in braces, or that of a folder of .tar files.
 
     Raises ConfigError.
     """
     root = os.path.expanduser(root)
+    if is_url(root):
+        return _open_url(root, config)
     if os.path.isdir(root):
         return _open_folder(root, config)
     if os.path.isfile(root):
@@ -86,21 +91,45 @@ def _images(root: str, config: DataConfig) -> FolderSource:
 
 def _open_files(files: Sequence[str], root: str, config: DataConfig) -> Source:
     """Files of one kind, told by their endings."""
+    kind = _kind(files, root)
+    if kind in _MANIFESTS:
+        if len(files) > 1:
+            raise ConfigError(f"data.root={root!r} names {len(files)} manifests: give one, which lists all images")
+        return ManifestSource(files[0], config)
+    archives = [Archive(os.path.basename(file), Path(os.path.abspath(file))) for file in files]
+    return open_shards(archives, _text(archives[0].path.with_name(CLASSES)), config)
+
+
+def _open_url(root: str, config: DataConfig) -> Source:
+    """Whole shards out of the cache: single images, and the paths of a manifest, are not fetched."""
+    files = listed(braces(root), (".tar", *_COMPRESSED))
+    _kind([file.plain for file in files], root)
+    return open_shards(fetched(files, config), text(f"{files[0].plain.rpartition('/')[0]}/{CLASSES}"), config)
+
+
+def _kind(files: Sequence[str], root: str) -> str:
+    """The ending of all the files. Raises ConfigError where it is none of a source, or theirs differ, or splits do."""
     endings = {_ending(file) for file in files}
     if found := endings.intersection(_COMPRESSED):
         raise ConfigError(
             f"data.root={root!r} names a {min(found)}, and images inside a compressed archive cannot be read one by "
             "one: unpack it (images are compressed already)"
         )
-    if endings in ({".csv"}, {".jsonl"}):
-        if len(files) > 1:
-            raise ConfigError(f"data.root={root!r} names {len(files)} manifests: give one, which lists all images")
-        return ManifestSource(files[0], config)
-    if endings == {".tar"}:
-        _check_one_split(files, root)
-        return open_shards([Archive(os.path.basename(file), Path(os.path.abspath(file))) for file in files], config)
-    kinds = " and ".join(sorted(ending or "no ending" for ending in endings)) or "nothing"
-    raise ConfigError(f"data.root={root!r} names {kinds}: give {TAKEN}")
+    if len(endings) != 1 or not endings.issubset((*_MANIFESTS, ".tar")):
+        kinds = " and ".join(sorted(ending or "no ending" for ending in endings)) or "nothing"
+        raise ConfigError(f"data.root={root!r} names {kinds}: give {TAKEN}")
+    _check_one_split(files, root)
+    return endings.pop()
+
+
+def _text(path: Path) -> str | None:
+    """What a small file holds; None where there is none."""
+    try:
+        return path.read_text("utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
 
 
 def _check_one_split(files: Sequence[str], root: str) -> None:

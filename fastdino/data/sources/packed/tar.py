@@ -31,15 +31,13 @@ CLASSES = "classes.txt"
 """A file beside shards: the names of the classes that KEY.cls counts, a line each."""
 
 
-def open_shards(shards: Sequence[Archive], config: DataConfig) -> PackedSource:
-    """The images of the shards, in their order; the classes are named by CLASSES beside the first, if it is there."""
-    try:
-        classes = shards[0].path.with_name(CLASSES).read_text("utf-8").rstrip("\n").split("\n")
-    except FileNotFoundError:
-        classes = None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {shards[0].path.with_name(CLASSES)}: {error}") from error
-    return PackedSource(shards, index_tar, "tar", config, classes)
+def open_shards(shards: Sequence[Archive], classes: str | None, config: DataConfig) -> PackedSource:
+    """The images of the shards, in their order. ``classes`` is what the file CLASSES beside them holds, if it is there.
+
+    Raises ConfigError for a shard that is none, and shards without an image.
+    """
+    names = None if classes is None else classes.rstrip("\n").split("\n")
+    return PackedSource(shards, index_tar, "tar", config, names)
 
 
 def index_tar(path: Path) -> Index:
