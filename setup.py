@@ -32,6 +32,7 @@ setup(
         "numpy>=2",
         "pillow>=10",
         "fsspec>=2024.6",
+        "pyyaml>=6",
         "safetensors>=0.5",
         "tyro>=1.0",
         "tqdm>=4.66",

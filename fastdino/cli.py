@@ -22,6 +22,7 @@ import json
 import logging
 import os
 import select
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -111,11 +112,21 @@ def _config(command: str, arguments: list[str]) -> Config:
 
 def configured(recipe: str, flags: list[str], command: str = "train") -> Config:
     """A recipe with what the flags of ``fastdino COMMAND RECIPE`` say, checked; exits where tyro cannot read them."""
-    flags = _plain_switches(flags)
+    flags = _plain_switches(_one_root(flags))
     base, flags = _patch_head(recipes.get(recipe, _global_size(flags)), flags)
     kind: Any = tyro.conf.AvoidSubcommands[Config]
     about = inspect.getdoc(recipes.RECIPES[recipe])
     return tyro.cli(kind, default=base, args=flags, prog=f"fastdino {command} {recipe}", description=about)
+
+
+def _one_root(flags: list[str]) -> list[str]:
+    """``--data.root a:0.7 b:0.3`` as one word, split again where it is read."""
+    if "--data.root" not in flags:
+        return flags
+    first = flags.index("--data.root") + 1
+    last = next((i for i in range(first, len(flags)) if flags[i].startswith("--")), len(flags))
+    words = flags[first:last]
+    return [*flags[:first], *([shlex.join(words)] if len(words) > 1 else words), *flags[last:]]
 
 
 def _global_size(flags: list[str]) -> int | None:

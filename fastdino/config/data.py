@@ -1,9 +1,11 @@
 """Settings of images and of the views that are made of them."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fastdino.config.errors import ConfigError
 from fastdino.config.group import Group
 
 MAX_VIEWS = 32  # S, student views of one image that the fused loss takes
@@ -85,7 +87,8 @@ class DataConfig(Group):
 
     root: str = ""
     """A folder of images, in any nesting; .tar shards (a folder, a glob or shards/{000..099}.tar); a .csv or .jsonl
-    with paths; .tar shards behind a URL (s3://..., https://...); or shapes, the word: rendered objects."""
+    with paths; .tar shards behind a URL (s3://..., https://...); or shapes, the word: rendered objects.
+    Several with weights, a:0.7 b:0.3, are mixed: shares of the images that are seen."""
     image_column: str = ""
     """Column of a .csv or .jsonl that holds images. Default: path, file, image or a like name that is there."""
     label_column: str = ""
@@ -120,3 +123,36 @@ class DataConfig(Group):
         self.require(0 <= self.max_bad <= 1, "max_bad", "a share in [0, 1]")
         self.require(self.max_pixels >= 1, "max_pixels", "at least 1")
         self.require(8 <= self.bits <= 16, "bits", "in [8, 16]", "8 of them are kept")
+
+    @property
+    def renders(self) -> bool:
+        """True when shapes are trained on, alone or in a mixture."""
+        return "shapes" in (self.root, *(root for root, _ in mixture(self.root)))
+
+
+def mixture(root: str) -> list[tuple[str, float]]:
+    """Roots and weights of ``a:0.7 b:0.3``, split as by a shell; none for what names one source.
+
+    Raises ConfigError for weights that cannot be, and when only some have one.
+    """
+    try:
+        words = shlex.split(root)
+    except ValueError:  # a quote in the name of a folder
+        return []
+    parts = [(word.rpartition(":")[0], _number(word.rpartition(":")[2])) for word in words]
+    weights = [weight for _, weight in parts if weight is not None]
+    if len(parts) < 2 or not weights:
+        return []
+    if len(weights) < len(parts):
+        without = next(word for word, (_, weight) in zip(words, parts, strict=True) if weight is None)
+        raise ConfigError(f"data.root={root!r} mixes sources, and {without} has no weight: write a:0.7 b:0.3")
+    if not all(0 < weight < float("inf") for weight in weights):
+        raise ConfigError(f"data.root={root!r} mixes sources: their weights must be positive")
+    return list(zip((part for part, _ in parts), weights, strict=True))
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from fastdino.data.batch import Batch, Masks
 from fastdino.data.draws import Purpose, random_bits
 from fastdino.data.masks import check_masks, masks_of, sample_masks
 from fastdino.data.sampler import Key, Plan
+from fastdino.data.sources.composed import Mixture
 from fastdino.data.sources.decode import BadImage
 from fastdino.data.sources.source import Source
 from fastdino.data.workers import MadeAhead, affordable
@@ -171,6 +173,7 @@ def train_batches(
         world_size=world_size,
         accumulate=config.engine.accumulate,
         seed=config.run.seed,
+        order=lru_cache(maxsize=2)(source.order) if isinstance(source, Mixture) else None,
     )
     keys = plan.micro_batches(rank, start_step)
     num_workers = affordable(config.data.num_workers)

@@ -24,7 +24,7 @@ from fastdino.data.sources.names import Names, printable
 
 TAKEN = (
     "a folder of images, .tar shards (a folder, a glob or shards/{000..099}.tar), a .csv or .jsonl with paths, or "
-    "shards behind a URL"
+    "shards behind a URL; several with weights, a:0.7 b:0.3, or a .yaml of them"
 )
 """What ``--data.root`` takes, for a message about what it does not."""
 

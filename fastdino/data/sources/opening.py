@@ -7,7 +7,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from fastdino.config import ConfigError, DataConfig
+from fastdino.config.data import mixture
+from fastdino.data.sources.composed import Mixture
 from fastdino.data.sources.decode import extensions
 from fastdino.data.sources.folder import SPLITS, TAKEN, FolderSource, split_folders
 from fastdino.data.sources.manifest import ManifestSource
@@ -24,13 +28,51 @@ _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 def open_source(root: str, config: DataConfig) -> Source:
-    """What to train on, as :func:`open_part` knows it, or the word ``shapes`` (``./shapes`` for a folder of that name).
+    """What to train on: one source, several that are mixed as ``a:0.7 b:0.3``, or a .yaml of them.
 
-    Raises ConfigError for what is not there or is not taken, for a source without an image, and for a folder that holds
-    a data set's training images beside its others: they would be trained on as well.
+    Raises ConfigError for what is not there or is not taken, for a source without an image, and for weights that are
+    not positive.
     """
     if not root:
         raise ConfigError("data.root is empty: point it at a folder of images, or use --data.root shapes")
+    path = os.path.expanduser(root)
+    if os.path.isfile(path) and _ending(path) in (".yaml", ".yml"):
+        parts = _listed_mixture(path)
+    else:
+        parts = [] if os.path.exists(path) else mixture(root)
+    if not parts:
+        return _open_one(root, config)
+    names = [part for part, _ in parts]
+    if len({*names}) < len(names):
+        raise ConfigError(f"data.root={root!r} names a source twice: add its weights")
+    return Mixture({part: _open_one(part, config) for part in names}, [weight for _, weight in parts])
+
+
+def _listed_mixture(path: str) -> list[tuple[str, float]]:
+    """What a .yaml lists as ``SOURCE: WEIGHT``, a line each; a path is relative to the file."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            listed = yaml.safe_load(file)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(listed, dict) or len(listed) < 2:
+        raise ConfigError(f"{path} lists no mixture: write two lines or more such as /data/photos: 0.7")
+    parts = []
+    for name, weight in listed.items():
+        if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < float("inf"):
+            raise ConfigError(f"{path}: the weight of {name} is {weight!r}, and it must be a positive number")
+        here = str(name) == "shapes" or is_url(str(name))
+        place = str(name) if here else os.path.join(os.path.dirname(path), os.path.expanduser(str(name)))
+        parts.append((place, float(weight)))
+    return parts
+
+
+def _open_one(root: str, config: DataConfig) -> Source:
+    """As :func:`open_part` knows it, or the word ``shapes`` (``./shapes`` for a folder of that name).
+
+    Raises ConfigError, also for a folder that holds a data set's training images beside its others: they would be
+    trained on as well.
+    """
     if root == "shapes":
         return ShapesSource(config.num_images, config.image_size)
     parts = {} if is_url(root) else split_folders(root)
