@@ -86,15 +86,15 @@ class DataConfig(Group):
     """Where images come from."""
 
     root: str = ""
-    """A folder of images, in any nesting; .tar shards (a folder, a glob or shards/{000..099}.tar); a .csv or .jsonl
-    with paths; .tar shards behind a URL (s3://..., https://...); or shapes, the word: rendered objects.
+    """A folder of images, in any nesting; .tar shards or .parquet files (a folder, a glob, shards/{000..099}.tar), also
+    behind a URL; a folder of datasets.save_to_disk; a .csv or .jsonl with paths; the word shapes: rendered objects.
     Several with weights, a:0.7 b:0.3, are mixed: shares of the images that are seen."""
     image_column: str = ""
-    """Column of a .csv or .jsonl that holds images. Default: path, file, image or a like name that is there."""
+    """Column of a table that holds images, or their paths. Default: image, path, file or a like name that is there."""
     label_column: str = ""
     """Column that holds classes. Default: label, class or a like name, if there is one."""
     cache: Path = Path("~/.cache/fastdino")
-    """A folder for what is made once and read again: indexes of shards, and shards that come from a URL."""
+    """A folder for what is made once and read again: indexes of shards, shards from a URL, parquet unpacked."""
     cache_gb: float = 100.0
     """Size of the cache in GB, for all runs that share it; above it the least recently used files are removed."""
     num_images: int = 10000

@@ -113,6 +113,8 @@ def _open(file: File, max_pixels: int) -> Image.Image:
     """The file's header, before any pixel is decoded. Raises ValueError for an image of more than ``max_pixels``."""
     if isinstance(file, Path):
         _check_regular(file)
+    elif not file:
+        raise ValueError("it is null, or holds no bytes")
     if Image.MAX_IMAGE_PIXELS is not None:  # Pillow's own limit, of the whole process, may not be the lower one
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
     image = Image.open(_Bytes(file) if isinstance(file, bytes) else file, formats=formats())

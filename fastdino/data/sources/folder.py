@@ -23,8 +23,8 @@ from fastdino.data.sources.decode import (
 from fastdino.data.sources.names import Names, printable
 
 TAKEN = (
-    "a folder of images, .tar shards (a folder, a glob or shards/{000..099}.tar), a .csv or .jsonl with paths, or "
-    "shards behind a URL; several with weights, a:0.7 b:0.3, or a .yaml of them"
+    "a folder of images, .tar shards or .parquet files (a folder, a glob or shards/{000..099}.tar), also behind a URL, "
+    "a folder of datasets.save_to_disk, a .csv or .jsonl with paths; several with weights as a:0.7 b:0.3, or a .yaml"
 )
 """What ``--data.root`` takes, for a message about what it does not."""
 

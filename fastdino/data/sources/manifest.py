@@ -90,7 +90,7 @@ def _csv(file: Iterator[str], name: str, config: DataConfig) -> Iterator[tuple[i
     rows = csv.reader(file, strict=True)
     try:
         header = [column.strip() for column in next(rows, [])]
-        image, label = columns(header, name, config)
+        image, label = _columns(header, name, config)
         first, second = header.index(image), header.index(label) if label else -1
         for row in rows:
             if not row:
@@ -116,7 +116,7 @@ def _jsonl(file: Iterator[str], name: str, config: DataConfig) -> Iterator[tuple
         if not isinstance(row, dict):
             raise ConfigError(f'{name}, line {number}: not an object such as {{"path": "cat/1.jpg"}}')
         if not image:
-            image, label = columns(list(row), name, config)
+            image, label = _columns(list(row), name, config)
         path, word = row.get(image), row.get(label)
         if not isinstance(path, str):
             raise ConfigError(f"{name}, line {number}: the row names no file: {image} is {json.dumps(path)}")
@@ -125,19 +125,21 @@ def _jsonl(file: Iterator[str], name: str, config: DataConfig) -> Iterator[tuple
         yield number, path, "" if word is None else str(word)
 
 
-def columns(found: Sequence[str], name: str, config: DataConfig, images: Sequence[str] = PATHS) -> tuple[str, str]:
-    """The columns of images and classes ("": none) among those ``found``: those that the settings name, or the first of
-    the usual names that is there, ``images`` and LABELS.
+def _columns(found: Sequence[str], name: str, config: DataConfig) -> tuple[str, str]:
+    """The columns of paths and classes ("": none) among those ``found``: those that the settings name, or the first of
+    PATHS and LABELS that is there. Raises ConfigError, which names those that are there."""
+    have = f"it has {', '.join(found) or 'none'}"
+    check_columns(found, name, have, config)
+    image = config.image_column or next((column for column in PATHS if column in found), "")
+    if not image:
+        usual = " or ".join(PATHS)
+        raise ConfigError(f"{name} has no column {usual}: {have}. Name that of the images: data.image_column")
+    return image, config.label_column or next((column for column in LABELS if column in found), "")
 
-    Raises ConfigError, which names those that are there.
-    """
-    have = f"it has {', '.join(found)}" if found else "it has none"
+
+def check_columns(found: Sequence[str], name: str, have: str, config: DataConfig) -> None:
+    """Raises ConfigError for a column that the settings name and that is not among those ``found``."""
     for setting in ("image_column", "label_column"):
         asked = getattr(config, setting)
         if asked and asked not in found:
             raise ConfigError(f"{name} has no column data.{setting}={asked}: {have}")
-    image = config.image_column or next((column for column in images if column in found), "")
-    if not image:
-        usual = " or ".join(images)
-        raise ConfigError(f"{name} has no column {usual}: {have}. Name that of the images: data.image_column")
-    return image, config.label_column or next((column for column in LABELS if column in found), "")

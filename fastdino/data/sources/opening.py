@@ -15,6 +15,7 @@ from fastdino.data.sources.composed import Mixture
 from fastdino.data.sources.decode import extensions
 from fastdino.data.sources.folder import SPLITS, TAKEN, FolderSource, split_folders
 from fastdino.data.sources.manifest import ManifestSource
+from fastdino.data.sources.packed.arrow import open_parquet, open_saved
 from fastdino.data.sources.packed.images import Archive
 from fastdino.data.sources.packed.tar import CLASSES, open_shards
 from fastdino.data.sources.remote import fetched, is_url, listed, text
@@ -23,7 +24,7 @@ from fastdino.data.sources.source import Source
 
 log = logging.getLogger(__name__)
 
-_MANIFESTS = (".csv", ".jsonl")
+_MANIFESTS, _PACKED = (".csv", ".jsonl"), (".tar", ".parquet")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
@@ -88,11 +89,12 @@ def _open_one(root: str, config: DataConfig) -> Source:
 def open_part(root: str | Path, config: DataConfig) -> Source:
     """A place that holds images of one data set, by what is there:
 
-    - a folder that holds .tar files, and neither an image nor a folder: those shards, by name;
+    - a folder that ``datasets.save_to_disk`` wrote;
+    - a folder that holds .tar or .parquet files, and neither an image nor a folder: those files, by name;
     - another folder: every image below it;
-    - a .tar, or several by a glob (``*?[``) or in braces (``{000..099}``, ``{a,b}``);
+    - a .tar or .parquet, or several by a glob (``*?[``) or in braces (``{000..099}``, ``{a,b}``);
     - a .csv or .jsonl;
-    - a URL: one that ends in .tar, several by a glob or in braces, or that of a folder of .tar files.
+    - a URL of such files: one, several by a glob (``*[``) or in braces, or a folder that holds some.
 
     Raises ConfigError.
     """
@@ -115,14 +117,19 @@ def _open_folder(root: str, config: DataConfig) -> Source:
             visible = sorted((e.name, e.is_dir()) for e in entries if not e.name.startswith("."))
     except (OSError, ValueError):
         return _images(root, config)  # which says why
-    shards = [os.path.join(root, name) for name, is_folder in visible if not is_folder and _ending(name) == ".tar"]
+    names = {name for name, _ in visible}
+    if names >= {"state.json", "dataset_info.json"}:
+        return open_saved(root, config)
+    if "dataset_dict.json" in names:
+        raise ConfigError(f"data.root={root!r} holds splits of a dataset: give the folder of one, such as {root}/train")
+    shards = [os.path.join(root, name) for name, is_folder in visible if not is_folder and _ending(name) in _PACKED]
     if shards and not any(is_folder or _ending(name) in extensions() for name, is_folder in visible):
         return _open_files(shards, root, config)
     images = _images(root, config)
     if shards:
         log.warning(
-            "data.root=%r: %d images are used, and not the %d .tar files beside them; for these give %s",
-            root, len(images), len(shards), os.path.join(root, "*.tar"),
+            "data.root=%r: %d images are used, and not the %d %s files beside them; for these give %s",
+            root, len(images), len(shards), _ending(shards[0]), os.path.join(root, "*" + _ending(shards[0])),
         )  # fmt: skip
     return images
 
@@ -139,13 +146,16 @@ def _open_files(files: Sequence[str], root: str, config: DataConfig) -> Source:
             raise ConfigError(f"data.root={root!r} names {len(files)} manifests: give one, which lists all images")
         return ManifestSource(files[0], config)
     archives = [Archive(os.path.basename(file), Path(os.path.abspath(file))) for file in files]
+    if kind == ".parquet":
+        return open_parquet(archives, config)
     return open_shards(archives, _text(archives[0].path.with_name(CLASSES)), config)
 
 
 def _open_url(root: str, config: DataConfig) -> Source:
     """Whole shards out of the cache: single images, and the paths of a manifest, are not fetched."""
-    files = listed(braces(root), (".tar", *_COMPRESSED))
-    _kind([file.plain for file in files], root)
+    files = listed(braces(root), (*_PACKED, *_COMPRESSED))
+    if _kind([file.plain for file in files], root) == ".parquet":
+        return open_parquet(fetched(files, config), config)
     return open_shards(fetched(files, config), text(f"{files[0].plain.rpartition('/')[0]}/{CLASSES}"), config)
 
 
@@ -157,7 +167,7 @@ def _kind(files: Sequence[str], root: str) -> str:
             f"data.root={root!r} names a {min(found)}, and images inside a compressed archive cannot be read one by "
             "one: unpack it (images are compressed already)"
         )
-    if len(endings) != 1 or not endings.issubset((*_MANIFESTS, ".tar")):
+    if len(endings) != 1 or not endings.issubset((*_MANIFESTS, *_PACKED)):
         kinds = " and ".join(sorted(ending or "no ending" for ending in endings)) or "nothing"
         raise ConfigError(f"data.root={root!r} names {kinds}: give {TAKEN}")
     _check_one_split(files, root)

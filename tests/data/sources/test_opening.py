@@ -70,7 +70,7 @@ def test_a_folder_of_folders_of_shards_says_what_it_holds(shards, tmp_path):
 @pytest.mark.parametrize(
     ("root", "says"),
     [
-        ("{}/nowhere", r"/nowhere' does not exist: give a folder of images, \.tar shards"),
+        ("{}/nowhere", r"/nowhere' does not exist: give a folder of images, \.tar shards or \.parquet"),
         ("{}/nowhere.tar", r"/nowhere\.tar' does not exist: give"),
         ("{}/*.bin", r"there is no file .*/\*\.bin. Give a folder"),
         ("{}/*.tgz", r"names a \.tgz"),

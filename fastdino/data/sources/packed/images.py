@@ -31,7 +31,7 @@ class Archive:
         The file is opened for each read, so there is nothing to share between threads and processes. What a read costs
         beside decoding an image is little, and the bytes of a file that was replaced are never taken for an image.
         """
-        file = self._open()
+        file = os.open(self.here(), os.O_RDONLY)
         try:
             found = Stamp.of(os.fstat(file))
             if found != stamp:
@@ -42,14 +42,11 @@ class Archive:
         finally:
             os.close(file)
 
-    def _open(self) -> int:
-        try:
-            return os.open(self.path, os.O_RDONLY)
-        except FileNotFoundError:
-            if self.restore is None:
-                raise
+    def here(self) -> Path:
+        """The path, of a file that is there if it can be. Raises ConfigError when it cannot be made again."""
+        if self.restore and not self.path.exists():
             self.restore()
-            return os.open(self.path, os.O_RDONLY)
+        return self.path
 
 
 class PackedSource:
