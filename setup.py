@@ -46,6 +46,8 @@ setup(
         "timm>=1.0.20",
         "numpy>=2",
         "pillow>=11.3",
+        "fsspec>=2024.6",
+        "pyyaml>=6",
         "safetensors>=0.5",
         "tyro>=1.0",
         "tqdm>=4.66",
@@ -57,9 +59,15 @@ setup(
             "fla-core>=0.6",
             "liger-kernel>=0.8",
         ],
+        "parquet": ["pyarrow>=16"],  # --data.root of .parquet, and of a folder of datasets.save_to_disk
+        "hf": ["pyarrow>=16", "huggingface_hub"],  # also --data.root hf://datasets/...
+        "http": ["fsspec[http]>=2024.6"],  # --data.root https://...; other stores name their package when they are used
         "dev": [
+            "datasets>=4",  # what writes the folders that are read
+            "fsspec[http]>=2024.6",
             "lightly>=1.6",  # the peer that bench/ measures beside us
             "mypy",
+            "pyarrow>=16",
             "pytest",
             "pytest-benchmark",
             "pytest-timeout",

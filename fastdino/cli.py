@@ -2,6 +2,7 @@
 
 commands:
   train RECIPE [flags]   train, or resume, a run:   fastdino train vit_small_16 --data.root /data/imagenet/train
+  shard SRC DST          pack images into tar shards, which load faster; --short-side 512 for large originals
   recipes [RECIPE]       list the recipes, or show one with all its settings
   bench RECIPE [flags]   images/s of a recipe on this machine, and what limits it
   eval knn PATH          weighted k-NN accuracy of a run's teacher, or of a file of weights
@@ -21,6 +22,7 @@ import json
 import logging
 import os
 import select
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -89,6 +91,8 @@ def _run(command: str, arguments: list[str]) -> None:
         {"train": train, "bench": bench}[command](config)
     elif command == "eval":
         evaluate(arguments)
+    elif command == "shard":
+        shard(arguments)
     elif command in COMMANDS:
         tyro.cli(COMMANDS[command], args=arguments, prog=f"fastdino {command}")
     else:
@@ -108,11 +112,21 @@ def _config(command: str, arguments: list[str]) -> Config:
 
 def configured(recipe: str, flags: list[str], command: str = "train") -> Config:
     """A recipe with what the flags of ``fastdino COMMAND RECIPE`` say, checked; exits where tyro cannot read them."""
-    flags = _plain_switches(flags)
+    flags = _plain_switches(_one_root(flags))
     base, flags = _patch_head(recipes.get(recipe, _global_size(flags)), flags)
     kind: Any = tyro.conf.AvoidSubcommands[Config]
     about = inspect.getdoc(recipes.RECIPES[recipe])
     return tyro.cli(kind, default=base, args=flags, prog=f"fastdino {command} {recipe}", description=about)
+
+
+def _one_root(flags: list[str]) -> list[str]:
+    """``--data.root a:0.7 b:0.3`` as one word, split again where it is read."""
+    if "--data.root" not in flags:
+        return flags
+    first = flags.index("--data.root") + 1
+    last = next((i for i in range(first, len(flags)) if flags[i].startswith("--")), len(flags))
+    words = flags[first:last]
+    return [*flags[:first], *([shlex.join(words)] if len(words) > 1 else words), *flags[last:]]
 
 
 def _global_size(flags: list[str]) -> int | None:
@@ -274,6 +288,26 @@ def _subject(weights: Weights, size: int | None) -> "Subject":
     backbone, config = any_backbone(path, weights.arch, size)
     place = "cuda" if has_gpu and weights.device != "cpu" else "cpu"
     return Subject(backbone.to(place), config, path if path.is_dir() else path.parent)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """What is packed, and where it goes."""
+
+    src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """Anything that --data.root takes."""
+    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    """A new folder, or that of a command that was stopped."""
+
+
+def shard(arguments: list[str]) -> None:
+    """``fastdino shard SRC DST``: the flags are the fields of Packing."""
+    from fastdino.data.sources.packed.shard import Packing
+
+    flat = tyro.conf.arg(name="")
+    asked: Any = tuple[Annotated[Places, flat], Annotated[Packing, flat]]
+    places, packing = tyro.cli(asked, args=arguments, prog="fastdino shard", description=inspect.getdoc(Packing))
+    print(packing(os.path.expanduser(places.src), places.dst.expanduser()))
 
 
 def demo(dir: Path = Path("runs/demo"), seed: int = 0) -> None:

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from fastdino.data.batch import Batch, Masks
 from fastdino.data.draws import Purpose, random_bits
 from fastdino.data.masks import check_masks, masks_of, sample_masks
 from fastdino.data.sampler import Key, Plan
+from fastdino.data.sources.composed import Mixture
 from fastdino.data.sources.decode import BadImage
 from fastdino.data.sources.source import Source
 from fastdino.data.views import reference
@@ -193,6 +195,7 @@ def train_batches(
         world_size=world_size,
         accumulate=config.engine.accumulate,
         seed=config.run.seed,
+        order=lru_cache(maxsize=2)(source.order) if isinstance(source, Mixture) else None,
     )
     num_workers = affordable(config.data.num_workers)
     if num_workers < config.data.num_workers and rank == 0:

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterator
@@ -279,13 +280,14 @@ class _Workshop(Generic[Key]):
             signal.signal(notice, signal.SIG_IGN)
         for end in theirs:
             end.close()
+        threading.Thread(target=end_with, args=(trainer,), daemon=True).start()
         torch.set_num_threads(1)  # the threads that torch had are not in this process, and it would wait for them
         self.lock = threading.Lock()
         for thread in range(len(self.held)):
             threading.Thread(target=self._work, args=(thread,), daemon=True).start()
         number = 0
         while True:
-            slot = _next_slot(free, trainer)
+            slot = _next_slot(free)
             try:
                 keys = next(batches)
             except Exception as error:
@@ -327,16 +329,19 @@ class _Workshop(Generic[Key]):
             os._exit(0)
 
 
-def _next_slot(free: "Connection[Any, Any]", trainer: int) -> int:
-    """Waits until one is free. Ends this process when its trainer has ended."""
-    while True:
-        try:
-            if free.poll(2):
-                return free.recv_bytes()[0]
-        except (EOFError, OSError):
-            os._exit(0)
-        if os.getppid() != trainer:  # another process may still hold the other end
-            os._exit(0)
+def _next_slot(free: "Connection[Any, Any]") -> int:
+    """Waits until one is free."""
+    try:
+        return free.recv_bytes()[0]
+    except (EOFError, OSError):  # the trainer is gone
+        os._exit(0)
+
+
+def end_with(parent: int) -> NoReturn:
+    """Ends this process soon after its parent, whatever its other threads wait for: a read may never come back."""
+    while os.getppid() == parent:
+        time.sleep(2)
+    os._exit(1)
 
 
 def _told(error: Exception) -> Exception:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastdino.config import ConfigError, DataConfig
 from fastdino.data import BadImage, FolderSource, ShapesSource, open_source, split_folders
-from fastdino.data.sources.subset import Subset
+from fastdino.data.sources.composed import Subset
 from tests.data.pictures import noise, write
 
 
