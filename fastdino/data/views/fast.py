@@ -16,7 +16,7 @@ from fastdino.data.views import reference
 from fastdino.data.views.params import crop_boxes
 
 try:
-    from fastdino.data.views import _fast
+    import fastdino.data.views._fast as _fast
 except ImportError as error:
     _REASON = f"it is not built ({error})"
 else:
