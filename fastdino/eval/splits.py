@@ -28,9 +28,9 @@ def bank_and_test(root: str, data: DataConfig) -> Sets:
     """Bank and test images of ``root``, checked so that an evaluation of them begins.
 
     Args:
-        root: the word shapes, or a folder of class folders. Its subfolders train/ and val/ (valid/, validation/), or
-            train/ and test/ (testing/), in any case, are the two sets; without them every fifth image is judged by the
-            rest. The name of a split is never taken for that of a class.
+        root: the word shapes, or a folder of class folders, or shards and the like. Its subfolders train/ and val/
+            (valid/, validation/), or train/ and test/ (testing/), in any case, are the two sets; without them every
+            fifth image is judged by the rest. The name of a split is never taken for that of a class.
         data: how images are opened: as those that the weights were trained on.
 
     Raises ConfigError for a split without its other half, for sets without labels or with different classes, and for

@@ -4,6 +4,7 @@ import glob
 import logging
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -107,7 +108,18 @@ def open_part(root: str | Path, config: DataConfig) -> Source:
         return _open_files([root], root, config)
     if re.search(r"[*?\[{]", root):
         return _open_files(_expanded(root), root, config)
+    if files := _files_of_a_shell(root):
+        return _open_files(files, root, config)
     return _images(root, config)  # which says what is wrong with it
+
+
+def _files_of_a_shell(root: str) -> list[str]:
+    """What a shell made of a pattern that was not quoted: several words, each a file; else none."""
+    try:
+        words = [os.path.expanduser(word) for word in shlex.split(root)]
+    except ValueError:  # a quote in a name
+        return []
+    return words if len(words) > 1 and all(map(os.path.isfile, words)) else []
 
 
 def _open_folder(root: str, config: DataConfig) -> Source:

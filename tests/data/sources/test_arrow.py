@@ -126,6 +126,11 @@ def test_rows_without_an_image(tmp_path, kind):
     with pytest.raises(BadImage, match=r"row 0.*null"):
         source.read(0)
     assert source.encoded(1) == png()
+    masked = pa.StructArray.from_arrays([pa.array([png(), png()])], ["bytes"], mask=pa.array([True, False]))
+    source = opened(written(tmp_path, pa.table({"image": masked}), kind), tmp_path / "cache")
+    with pytest.raises(BadImage, match=r"row 0.*null"):
+        source.read(0)
+    assert source.encoded(1) == png()
 
 
 def written(folder: Path, whole: Any, kind: str, name: str = "a") -> Path:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from fastdino.cli import configured
 from fastdino.config import ConfigError, DataConfig
 from fastdino.data import FolderSource
 from fastdino.data.sources.opening import braces
@@ -32,6 +33,8 @@ def test_shards_are_named_in_any_way(shards, tmp_path, monkeypatch):
     assert names(opened(f"{shards}/a-00[12].tar", cache)) == every[1:]
     assert names(opened(f"{shards}/{{*1,*0}}.tar", cache)) == [every[1], every[0]]
     assert names(opened(shards / "a-001.tar", cache)) == every[1:2]
+    words = ["--data.root", *sorted(map(str, shards.glob("*.tar"))), "--run.seed", "1"]
+    assert names(opened(configured("vit_small_16", words).data.root, cache)) == every, "expanded by the shell"
     monkeypatch.setenv("HOME", str(tmp_path))
     assert names(opened("~/shards/a-*.tar", cache)) == every
     monkeypatch.chdir(shards)

@@ -11,7 +11,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from fastdino.config import ConfigError
+from fastdino.config import ConfigError, DataConfig
 from fastdino.data import BadImage, FolderSource
 from fastdino.data.sources import remote
 from fastdino.data.sources.packed.shard import Packing
@@ -39,16 +39,18 @@ def shards(tmp_path: Path) -> Path:
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    """Serves a folder; ``asked`` has the requests, ``cut`` the bytes after which an answer ends."""
+    """Serves a folder; ``asked`` has the requests, ``cut`` the bytes after which an answer ends, ``delay`` seconds."""
 
     asked: list[str] = []  # noqa: RUF012
     cut: int | None = None
+    delay = 0.0
 
     def log_message(self, *_: object) -> None:
         pass
 
     def do_GET(self) -> None:
         self.asked.append(self.path)
+        time.sleep(self.delay)
         super().do_GET()
 
     def copyfile(self, source, outputfile) -> None:
@@ -147,8 +149,9 @@ def test_the_least_recently_used_go(memory, shards, tmp_path):
     assert len(kept()) == 9, "nothing went for what does not fit"
 
 
-def test_several_processes_fetch_once(server, tmp_path):
+def test_several_processes_fetch_once(server, tmp_path, monkeypatch):
     """As the ranks of a machine do."""
+    monkeypatch.setattr(Quiet, "delay", 0.3)
     children = []
     for _ in range(3):
         child = os.fork()
@@ -206,6 +209,26 @@ def test_a_download_that_ends_early_is_tried_again_and_never_kept(server, tmp_pa
     assert not list((tmp_path / "cache/files").glob("*.partial"))
     monkeypatch.setattr(Quiet, "cut", None)
     assert len(opened(f"{server}/{{0..3}}.tar", tmp_path / "cache")) == 4
+
+
+def test_a_file_that_changed_between_its_listing_and_its_fetching(memory, shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "_PAUSE", 0.0)
+    store(memory, shards)
+    files = remote.listed(["memory://bucket/shards/0.tar"], (".tar",))
+    memory.pipe("/bucket/shards/0.tar", b"short")
+    with pytest.raises(ConfigError, match=r"0\.tar: EOFError: 5 bytes came of 10240"):
+        remote.fetched(files, DataConfig(cache=tmp_path / "cache"))
+
+
+def test_what_a_killed_process_left_makes_room(memory, shards, tmp_path):
+    store(memory, shards)
+    files, size = tmp_path / "cache/files", (shards / "0.tar").stat().st_size
+    files.mkdir(parents=True)
+    for name, age in (("old", 2 * 24 * 3600), ("new", 60)):
+        (files / f"{name}.partial").write_bytes(bytes(size))
+        os.utime(files / f"{name}.partial", (time.time() - age, time.time() - age))
+    opened("memory://bucket/shards", tmp_path / "cache", cache_gb=5.5 * size / 1e9)
+    assert [path.name for path in files.glob("*.partial")] == ["new.partial"]
 
 
 def test_a_store_that_is_gone_when_a_shard_is_needed_again_is_a_bad_image(memory, shards, tmp_path, monkeypatch):

@@ -105,6 +105,7 @@ def test_folders_and_links_are_passed_over(tmp_path):
 
 @pytest.mark.parametrize(("words", "labels", "ids"), [
     (["10", "9", "-1"], ["9", "10"], [1, 0, -1]),
+    (["\n", "9", " 8 "], ["8", "9"], [-1, 1, 0]),
     (["dog", "cat", "10"], ["10", "cat", "dog"], [2, 1, 0]),
 ])  # fmt: skip
 def test_words_of_classes(tmp_path, words, labels, ids):

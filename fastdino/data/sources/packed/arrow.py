@@ -84,7 +84,7 @@ def index_arrow(path: Path, image: str, label: str) -> Index:
                 column = _encoded(arrow, batch.column(image))
                 _, ends, data = column.buffers()
                 kind = np.int64 if arrow.types.is_large_binary(column.type) else np.int32
-                at = np.frombuffer(ends, kind)[column.offset : column.offset + len(column) + 1].astype(np.int64)
+                at = np.frombuffer(ends, kind)[: len(column) + 1].astype(np.int64)
                 start = data.address - whole.address if data else 0
                 if not 0 <= start <= whole.size:
                     raise ConfigError(f"{path} is compressed: save the dataset again, with datasets.save_to_disk")

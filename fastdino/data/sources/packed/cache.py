@@ -3,6 +3,7 @@
 import hashlib
 import os
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,6 +18,7 @@ from fastdino.data.sources.packed.images import Archive
 from fastdino.data.sources.packed.index import locked
 
 _AT_ONCE = 8  # files that are made at once
+_ABANDONED = 24 * 3600  # seconds after which a partial file is nobody's
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def _make(item: Item, path: Path) -> None:
     with locked(path):
         if _touch(path):
             return
-        work = path.with_name(f"{path.name}.partial")
+        work = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")  # a lock may not reach other machines
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             item.make(work)
@@ -96,14 +98,18 @@ def _make_again(item: Item, path: Path, keep: set[Path], limit: int) -> None:
 
 
 def _make_room(folder: Path, limit: int, keep: set[Path]) -> None:
-    """Removes the least recently used files, none of ``keep``, until the others take ``limit`` bytes at most."""
+    """Removes the least recently used files, none of ``keep``, until the others take ``limit`` bytes at most.
+
+    What is being written stays, but not what was left by a process that was killed long ago.
+    """
     with locked(folder / "room"):
         files = _listed(folder)
         total = sum(status.st_size for _, status in files)
         for path, status in sorted(files, key=lambda file: file[1].st_atime_ns):
             if total <= limit:
                 break
-            if path not in keep and path.suffix not in (".lock", ".partial"):
+            written = path.suffix == ".partial" and time.time() - status.st_mtime < _ABANDONED
+            if path not in keep and path.suffix != ".lock" and not written:
                 with suppress(OSError):
                     path.unlink()
                 total -= status.st_size

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
@@ -109,7 +110,7 @@ def _save(path: Path, known: list[tuple[Stamp, Index]]) -> None:
     arrays |= {"named": np.array([len(i.names) for i in every]), "stamp": np.array([stamp for stamp, _ in known])}
     arrays["block"] = np.frombuffer(b"".join(i.names.block for i in every), np.uint8)
     arrays["words"] = np.frombuffer(json.dumps([i.words for i in every]).encode(), np.uint8)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")  # a lock may not reach other machines
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:

@@ -86,7 +86,8 @@ class _Shard:
             return
         key, ending = name[:dot], name[dot:].lower()
         if ending == b".cls":
-            self.word_of[key] = window.at(offset, min(size, _BLOCK)).strip().decode("utf-8", "backslashreplace")
+            if word := window.at(offset, min(size, _BLOCK)).strip():
+                self.word_of[key] = word.decode("utf-8", "backslashreplace")
         elif ending in image_endings():
             self._add_image(key, name, offset, size)
         elif ending[ending.rfind(b".") :] in image_endings():
