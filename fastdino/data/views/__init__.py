@@ -2,7 +2,17 @@
 
 from fastdino.data.views.evaluation import center_view, normalize
 from fastdino.data.views.fast import Write, implementation
-from fastdino.data.views.params import Column, groups, sample_params
+from fastdino.data.views.params import Column, groups, sample_params, sample_params_of_many
 from fastdino.data.views.reference import apply
 
-__all__ = ["Column", "Write", "apply", "center_view", "groups", "implementation", "normalize", "sample_params"]
+__all__ = [
+    "Column",
+    "Write",
+    "apply",
+    "center_view",
+    "groups",
+    "implementation",
+    "normalize",
+    "sample_params",
+    "sample_params_of_many",
+]
