@@ -5,6 +5,7 @@ commands:
   shard SRC DST          pack images into tar shards, which load faster; --short-side 512 for large originals
   recipes [RECIPE]       list the recipes, or show one with all its settings
   bench RECIPE [flags]   images/s of a recipe on this machine, and what limits it
+  bench data SRC         images/s per core of reading, decoding and making views, and what would make them faster
   eval knn PATH          weighted k-NN accuracy of a run's teacher, or of a file of weights
   eval attention PATH    pictures of where each head of the last block looks
   eval patches PATH      patch mIoU of a linear probe on rendered shapes, and the tokens of patches as colours
@@ -35,6 +36,7 @@ import tyro
 
 from fastdino import __version__, recipes
 from fastdino.config import Config, ConfigError, PatchHeadConfig, UserError, group_kinds
+from fastdino.config.errors import require
 from fastdino.launch import launched_rank, without_local_rank
 
 if TYPE_CHECKING:
@@ -86,7 +88,9 @@ def _main(argv: Sequence[str]) -> None:
 
 
 def _run(command: str, arguments: list[str]) -> None:
-    if command in ("train", "bench"):
+    if command == "bench" and arguments[:1] == ["data"]:
+        tyro.cli(bench_data, args=arguments[1:], prog="fastdino bench data")
+    elif command in ("train", "bench"):
         config = _config(command, arguments)
         {"train": train, "bench": bench}[command](config)
     elif command == "eval":
@@ -206,6 +210,24 @@ def bench(config: Config) -> None:
     measured = measure(config)
     if launched_rank(os.environ) == 0:
         print(measured.table())
+
+
+def bench_data(
+    src: Annotated[str, tyro.conf.Positional], /, recipe: str = "vit_small_16", wanted: float = 3500
+) -> None:
+    """Times reading, decoding and making views of 64 images of SRC, each implementation, and says what to do.
+
+    Args:
+        src: anything that --data.root takes.
+        recipe: whose views are made.
+        wanted: images/s that one GPU trains on; `fastdino bench RECIPE` says how many yours does.
+    """
+    from fastdino.data.speed import measure
+
+    require(wanted > 0, "--wanted", wanted, "a positive number of images per second")
+    config = configured(recipe, ["--data.root", src])
+    shown = f"2 x {config.views.global_size} + {config.views.num_local} x {config.views.local_size} pixels"
+    print(measure(config).table(wanted, f"views of {shown} ({recipe})"))
 
 
 def show_recipes(name: Annotated[str, tyro.conf.Positional] = "", /) -> None:

@@ -56,12 +56,16 @@ class _Views:
             for name, x in self._masks(keys)._asdict().items():
                 out[name].copy_(x)
 
-    def make(self, out: Tensors, place: int, key: Key, hold: Hold) -> list[str]:
-        """The views of one image. Returns the name and reason of each that could not be read in its place."""
-        (epoch, index), bad = key, list[str]()
-        image = self._read(epoch, index, bad, hold)
-        params = views.sample_params(self.seed, epoch, index, self.views, image.size)
-        self.write(image, params, {name: out[name][:, place] for name in views.groups(self.views)})
+    def make(self, out: Tensors, first: int, keys: list[Key], hold: Hold) -> list[list[str]]:
+        """The views of some images. Returns the name and reason of each that could not be read in its place."""
+        bad = [list[str]() for _ in keys]
+        images = [self._read(epoch, index, told, hold) for (epoch, index), told in zip(keys, bad, strict=True)]
+        (epoch,) = {epoch for epoch, _ in keys}  # a step lies within one
+        sizes = [image.size for image in images]
+        params = views.sample_params_of_many(self.seed, epoch, [index for _, index in keys], self.views, sizes)
+        for place, image in enumerate(images):
+            here = {name: out[name][:, first + place] for name in views.groups(self.views)}
+            self.write(image, params[place], here)
         return bad
 
     def name(self, index: int) -> str:
@@ -70,7 +74,7 @@ class _Views:
 
     def _masks(self, keys: list[Key]) -> Masks:
         assert self.grid is not None
-        (epoch,) = {epoch for epoch, _ in keys}  # a step lies within one
+        (epoch,) = {epoch for epoch, _ in keys}
         return masks_of(sample_masks(self.seed, epoch, [index for _, index in keys], self.views, self.grid))
 
     def _read(self, epoch: int, index: int, bad: list[str], hold: Hold) -> Image.Image:
@@ -228,11 +232,14 @@ class _Labelled:
     def prepare(self, out: Tensors, keys: list[int]) -> None:
         """Nothing belongs to the batch as a whole."""
 
-    def make(self, out: Tensors, place: int, key: int, hold: Hold) -> list[str]:
-        """One image's view and label. Returns why it could not be read, if it could not."""
-        hold(key)
+    def make(self, out: Tensors, first: int, keys: list[int], hold: Hold) -> list[list[str]]:
+        """Views and labels of some images. Returns why each could not be read, if it could not."""
+        return [self._make(out, place, index, hold) for place, index in enumerate(keys, first)]
+
+    def _make(self, out: Tensors, place: int, index: int, hold: Hold) -> list[str]:
+        hold(index)
         try:
-            image, label = self.source.read(key)
+            image, label = self.source.read(index)
         except BadImage as error:
             return [str(error)]
         out["pixels"][place] = views.center_view(image, self.size, self.crop)

@@ -1,7 +1,7 @@
 """Processes that make batches ahead of the training process, in memory that both hold.
 
-A batch is made place by place in a slot, a piece of shared memory; only the numbers of slots and messages cross between
-the processes. The order is that of the keys, whichever place is finished first.
+A batch is made in a slot, a piece of shared memory, some places at a time; only the numbers of slots and messages cross
+between the processes. The order is that of the keys, whichever place is finished first.
 """
 
 import logging
@@ -35,6 +35,7 @@ Key = TypeVar("Key")
 Tensors = dict[str, Tensor]
 Hold = Callable[[int], None]  # called with the index of the image that is read next, so that a message can name it
 
+_TOGETHER = 4  # places that are made together: what numpy does for each of them costs less
 _LONG = 60  # seconds without a batch that are worth a warning
 _ALIGNED = 64  # bytes, of a tensor's place in a slot
 _NOTHING = -1  # is held
@@ -61,7 +62,7 @@ def affordable(wanted: int) -> int:
 
 
 class Maker(Protocol[Key]):
-    """Makes batches, place by place: a pure function of the keys, wherever and in whatever order it runs."""
+    """Makes batches, some places at a time: a pure function of the keys, wherever and in whatever order it runs."""
 
     @property
     def fields(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -70,8 +71,8 @@ class Maker(Protocol[Key]):
     def prepare(self, out: Tensors, keys: list[Key]) -> None:
         """Writes what belongs to a batch as a whole."""
 
-    def make(self, out: Tensors, place: int, key: Key, hold: Hold) -> list[str]:
-        """Writes what belongs to one place of a batch, and returns what is to be told of it.
+    def make(self, out: Tensors, first: int, keys: list[Key], hold: Hold) -> list[list[str]]:
+        """Writes what belongs to the places from ``first`` on, and returns what is to be told of each.
 
         A UserError that it raises reaches the training process as it is.
         """
@@ -133,8 +134,7 @@ class MadeAhead(Generic[Key]):
     def _make(self, keys: list[Key]) -> Made:
         out = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in self._maker.fields.items()}
         self._maker.prepare(out, keys)
-        notes = [self._maker.make(out, place, key, lambda _: None) for place, key in enumerate(keys)]
-        return Made(out, notes, lambda: None)
+        return Made(out, self._maker.make(out, 0, keys, lambda _: None), lambda: None)
 
 
 def _end(children: "list[_Child[Any]]") -> None:
@@ -257,7 +257,7 @@ class _Batch(Generic[Key]):
 
     keys: list[Key]
     report: _Report
-    left: int  # places that are not done
+    left: int  # parts that are not done
 
 
 class _Workshop(Generic[Key]):
@@ -265,7 +265,7 @@ class _Workshop(Generic[Key]):
 
     def __init__(self, maker: Maker[Key], slots: list[_Slot], held: np.ndarray, ready: "Connection[Any, Any]") -> None:
         self.maker, self.slots, self.held, self.ready = maker, slots, held, ready
-        self.jobs = SimpleQueue[tuple[_Batch[Key], int | None]]()
+        self.jobs = SimpleQueue[tuple[_Batch[Key], slice | None]]()
 
     def run(
         self,
@@ -294,25 +294,26 @@ class _Workshop(Generic[Key]):
                 with self.lock:
                     self._report(_Report(number, slot, error=_told(error)))
                 continue
-            batch = _Batch(keys, _Report(number, slot, [[] for _ in keys]), 1 + len(keys))
-            for place in (None, *range(len(keys))):
-                self.jobs.put((batch, place))
+            parts = [slice(first, first + _TOGETHER) for first in range(0, len(keys), _TOGETHER)]
+            batch = _Batch(keys, _Report(number, slot, [[] for _ in keys]), 1 + len(parts))
+            for part in (None, *parts):
+                self.jobs.put((batch, part))
             number += 1
 
     def _work(self, thread: int) -> NoReturn:
-        """Takes one place after another, of whatever batch comes next."""
+        """Takes one part after another, of whatever batch comes next."""
 
         def hold(index: int) -> None:
             self.held[thread] = index
 
         while True:
-            batch, place = self.jobs.get()
+            batch, part = self.jobs.get()
             out, report = self.slots[batch.report.slot].tensors, batch.report
             try:
-                if place is None:
+                if part is None:
                     self.maker.prepare(out, batch.keys)
                 else:
-                    report.notes[place] = self.maker.make(out, place, batch.keys[place], hold)
+                    report.notes[part] = self.maker.make(out, part.start, batch.keys[part], hold)
             except Exception as error:
                 report.error = _told(error)
             hold(_NOTHING)

@@ -53,24 +53,25 @@ def limited(what: int, soft: int) -> Iterator[None]:
 class Numbers:
     """A batch holds its keys. What is odd happens at key 7."""
 
-    def __init__(self, size: int = 4, odd: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, size: int = 9, odd: Callable[[], None] = lambda: None) -> None:
         self.fields, self.odd = {"keys": ((size,), torch.int64), "first": ((1,), torch.int64)}, odd
 
     def prepare(self, out: dict[str, Tensor], keys: list[int]) -> None:
         out["first"][0] = keys[0]
 
-    def make(self, out: dict[str, Tensor], place: int, key: int, hold: Callable[[int], None]) -> list[str]:
-        hold(key)
-        if key == 7:
-            self.odd()
-        out["keys"][place] = key
-        return [f"note of {key}"] if key % 3 == 0 else []
+    def make(self, out: dict[str, Tensor], first: int, keys: list[int], hold: Callable[[int], None]) -> list[list[str]]:
+        for place, key in enumerate(keys, first):
+            hold(key)
+            if key == 7:
+                self.odd()
+            out["keys"][place] = key
+        return [[f"note of {key}"] if key % 3 == 0 else [] for key in keys]
 
     def name(self, index: int) -> str:
         return f"file {index}"
 
 
-def batches_of(count: int, size: int = 4) -> Iterator[list[int]]:
+def batches_of(count: int, size: int = 9) -> Iterator[list[int]]:
     """The last one is not full."""
     return (list(range(start, min(start + size, count))) for start in range(0, count, size))
 
@@ -91,13 +92,13 @@ def test_the_order_is_that_of_the_keys(processes, threads):
 
 
 def test_a_batch_stands_until_it_is_given_back():
-    made = MadeAhead(Numbers(), batches_of(40), 1)
+    made = MadeAhead(Numbers(), batches_of(90), 1)
     first = next(made)
     for _ in range(5):
         batch = next(made)
         batch.free()
     time.sleep(0.2)
-    assert first.tensors["keys"].tolist() == [0, 1, 2, 3]
+    assert first.tensors["keys"].tolist() == list(range(9))
     first.free()
     made.close()
 
@@ -142,7 +143,7 @@ def test_memory_does_not_grow():
         return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * resource.getpagesize()
 
     before = children()
-    made = MadeAhead(Numbers(), batches_of(80_000), 1, threads=2)
+    made = MadeAhead(Numbers(), batches_of(180_000), 1, threads=2)
     (child,) = children() - before
     at = []
     for number, batch in enumerate(made):
