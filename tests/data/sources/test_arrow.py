@@ -11,6 +11,7 @@ import pytest
 
 from fastdino.config import ConfigError, DataConfig
 from fastdino.data import BadImage, FolderSource
+from fastdino.data.sources.packed.shard import Packing
 from fastdino.eval.splits import bank_and_test
 from tests.data.batches import assert_equal, make_config, take
 from tests.data.pictures import noise, photos
@@ -256,6 +257,15 @@ def test_parquet_is_unpacked_once_and_again_when_it_changed_or_was_pushed_out(tm
     assert [opened(path, tmp_path / "cache").encoded(i) for i in range(2)] == [png(5), png(6)]
     with pytest.raises(ConfigError, match=r"a\.parquet and the files with it take .* GB, and data\.cache_gb=0"):
         opened(path, tmp_path / "cache", cache_gb=0)
+
+
+def test_parquet_is_packed(tmp_path):
+    path = written(tmp_path, table(a=[png(i) for i in range(5)], b=[png(9)] * 5, kind=list("yxyxy")), "parquet")
+    packing = {"workers": 1, "cache": tmp_path / "cache", "image_column": "a", "label_column": "kind"}
+    Packing(per_shard=2, **packing)(str(path), tmp_path / "out")
+    source = opened(tmp_path / "out", tmp_path / "cache")
+    assert [source.encoded(i) for i in range(5)] == [png(i) for i in range(5)]
+    assert [source.labels[source.label(i)] for i in range(5)] == list("yxyxy")
 
 
 def test_parquet_behind_a_url(tmp_path):

@@ -74,8 +74,14 @@ class Packing:
     """Larger images count as unreadable."""
     bits: int = DataConfig.bits
     """Bits that 16-bit gray images use."""
+    image_column: str = ""
+    """Of a table: the column of images, as --data.image-column."""
+    label_column: str = ""
+    """Of a table: the column of classes."""
     cache: Path = DataConfig.cache
-    """A folder for what is made once and read again: the indexes of shards."""
+    """As --data.cache: where indexes of shards, and what comes from a URL, are kept."""
+    cache_gb: float = DataConfig.cache_gb
+    """Size of the cache in GB."""
 
     def __post_init__(self) -> None:
         require(self.short_side is None or self.short_side >= 1, "--short-side", self.short_side, "at least 1")
@@ -91,7 +97,8 @@ class Packing:
 
         Raises ConfigError, and BadShards for too many bad images or a shard that reads back differently.
         """
-        source = open_source(src, DataConfig(root=src, max_pixels=self.max_pixels, bits=self.bits, cache=self.cache))
+        names = "max_pixels", "bits", "image_column", "label_column", "cache", "cache_gb"
+        source = open_source(src, DataConfig(root=src, **{name: getattr(self, name) for name in names}))
         with _Journal(dst, self._what(source)) as journal:
             if source.labels:
                 with whole_file(dst / CLASSES, _REMEDY) as path:

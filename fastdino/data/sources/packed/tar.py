@@ -24,7 +24,7 @@ _BLOCK = 512
 _WINDOW = 2048  # bytes read at once: a small member and the next header come along
 _STRETCH = 1 << 20  # bytes searched at once for the header after a damaged one
 _MAX_NAME = 1 << 20  # bytes of a long name, above which its header is damaged
-_BLANKS, _ZEROS = b" " * 8, bytes(_BLOCK)
+_BLANKS, _ZEROS = 8 * ord(" "), bytes(_BLOCK)
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 CLASSES = "classes.txt"
@@ -194,8 +194,8 @@ def _size(header: bytes) -> int | None:
         return None
     try:
         stated = int(header[148:156].partition(b"\0")[0], 8)
-        # The sum of all bytes, the checksum's own taken as blanks: the low half of Adler-32 is 1 + sum, modulo 65521.
-        if zlib.adler32(b"".join((header[:148], _BLANKS, header[156:]))) & 0xFFFF != (stated + 1) % 65521:
+        # The sum of all bytes, the checksum's own taken as blanks. The low half of Adler-32 is 1 + sum, modulo 65521.
+        if ((zlib.adler32(header) & 0xFFFF) - 1 - sum(header[148:156]) + _BLANKS - stated) % 65521:
             return None
         if header[124] & 0x80:  # above 8 GB: a number of 11 bytes
             return int.from_bytes(header[125:136], "big")
