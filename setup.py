@@ -49,6 +49,7 @@ setup(
         "fsspec>=2024.6",
         "pyyaml>=6",
         "safetensors>=0.5",
+        "simplejpeg>=1.9",
         "tyro>=1.0",
         "tqdm>=4.66",
         "tensorboard>=2.18",

@@ -111,7 +111,7 @@ def check(paths: list[Path], config: ViewsConfig) -> None:
         params = sample_params(0, 0, index, config, image.size)
         theirs = peers.same_draws(image, params, config)
         for name in ("reference", "fast"):
-            ours[index:] = [_views(implementation(name)[0], image, params, config)]
+            ours[index:] = [_views(implementation(name)[0], np.asarray(image), params, config)]
             for number, (a, b) in enumerate(zip(ours[index], theirs, strict=True)):
                 assert torch.equal(a, b), f"no figure: view {number} of image {index} by {name} is not torchvision's"
     peers.seed_all(0)
@@ -129,7 +129,7 @@ def check(paths: list[Path], config: ViewsConfig) -> None:
             )
 
 
-def _views(write: Write, image: Image.Image, params: Tensor, config: ViewsConfig) -> list[Tensor]:
+def _views(write: Write, image: np.ndarray, params: Tensor, config: ViewsConfig) -> list[Tensor]:
     out = {name: torch.empty((n, 3, size, size), dtype=torch.uint8) for name, (n, size) in groups(config).items()}
     write(image, params, out)
     return [view for group in out.values() for view in group]
@@ -142,14 +142,14 @@ def stage_ways(folder: Path, paths: list[Path], config: ViewsConfig) -> dict[str
     """The ways to go through each stage, which one process goes alone."""
     source, count = FolderSource(folder), len(paths)
     images = [peers.read_pil(path) for path in paths]
-    pixels = [peers.read_tensor(path) for path in paths]
+    arrays, pixels = [np.asarray(image) for image in images], [peers.read_tensor(path) for path in paths]
     on_pil, on_tensors = (peers.multi_crop(config, tensors=tensors) for tensors in (False, True))
     ours = {OURS: implementation("fast")[0], REFERENCE: implementation("reference")[0]}
 
     def params(index: int) -> Tensor:
         return sample_params(0, index // count, index % count, config, images[index % count].size)
 
-    def make(write: Write, image: Image.Image, index: int) -> list[Tensor]:
+    def make(write: Write, image: np.ndarray, index: int) -> list[Tensor]:
         return _views(write, image, params(index), config)
 
     return {
@@ -159,7 +159,7 @@ def stage_ways(folder: Path, paths: list[Path], config: ViewsConfig) -> dict[str
             TENSORS: lambda i: peers.read_tensor(paths[i % count]),
         },
         "views": {
-            **{name: lambda i, write=write: make(write, images[i % count], i) for name, write in ours.items()},
+            **{name: lambda i, write=write: make(write, arrays[i % count], i) for name, write in ours.items()},
             SAME: lambda i: peers.same_draws(images[i % count], params(i), config),
             PEER: lambda i: on_pil(images[i % count]),
             TENSORS: lambda i: on_tensors(pixels[i % count]),

@@ -15,6 +15,7 @@ HOME = {
     "xformers": ["fastdino/model/attention.py"],
     "deepspeed": ["fastdino/engine/zero"],
     "PIL": ["fastdino/data/", "fastdino/eval/attention_maps.py"],
+    "simplejpeg": ["fastdino/data/sources/decode.py"],
     "timm": ["fastdino/model/"],
     "pyarrow": ["fastdino/data/sources/packed/arrow.py"],
     "fsspec": ["fastdino/data/sources/remote.py"],

@@ -7,7 +7,6 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fastdino.config import Config, UserError
@@ -61,7 +60,7 @@ class _Views:
         bad = [list[str]() for _ in keys]
         images = [self._read(epoch, index, told, hold) for (epoch, index), told in zip(keys, bad, strict=True)]
         (epoch,) = {epoch for epoch, _ in keys}  # a step lies within one
-        sizes = [image.size for image in images]
+        sizes = [(image.shape[1], image.shape[0]) for image in images]
         params = views.sample_params_of_many(self.seed, epoch, [index for _, index in keys], self.views, sizes)
         for place, image in enumerate(images):
             here = {name: out[name][:, first + place] for name in views.groups(self.views)}
@@ -77,7 +76,7 @@ class _Views:
         (epoch,) = {epoch for epoch, _ in keys}
         return masks_of(sample_masks(self.seed, epoch, [index for _, index in keys], self.views, self.grid))
 
-    def _read(self, epoch: int, index: int, bad: list[str], hold: Hold) -> Image.Image:
+    def _read(self, epoch: int, index: int, bad: list[str], hold: Hold) -> np.ndarray:
         """Image ``index``, or the first readable one of a random row; what was not readable is added to ``bad``.
 
         Raises BadData when none is.

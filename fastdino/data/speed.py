@@ -11,7 +11,6 @@ from typing import Literal, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 
 from fastdino.config import Config, ConfigError
 from fastdino.data import views
@@ -138,24 +137,24 @@ def measure(config: Config, seconds: float = SECONDS) -> Speed:
         fast=None if fast.why_not() else _views(config, "fast", images, seconds),
         loader=_loader(config, source, workers, seconds),
         num_workers=workers,
-        shorter=round(median(min(image.size) for image in images)),
+        shorter=round(median(min(image.shape[:2]) for image in images)),
         bytes=median(map(len, files.values())),
     )
 
 
-def _decode(config: Config, data: bytes) -> Image.Image:
+def _decode(config: Config, data: bytes) -> np.ndarray:
     return decode(data, "", config.data.max_pixels, config.data.bits)
 
 
-def _views(config: Config, by: Literal["reference", "fast"], images: Sequence[Image.Image], seconds: float) -> float:
+def _views(config: Config, by: Literal["reference", "fast"], images: Sequence[np.ndarray], seconds: float) -> float:
     write, _ = views.implementation(by)
     out = {
         name: torch.empty((number, 3, side, side), dtype=torch.uint8)
         for name, (number, side) in views.groups(config.views).items()
     }
 
-    def work(turn: int, image: Image.Image) -> None:
-        write(image, views.sample_params(config.run.seed, 0, turn, config.views, image.size), out)
+    def work(turn: int, image: np.ndarray) -> None:
+        write(image, views.sample_params(config.run.seed, 0, turn, config.views, (image.shape[1], image.shape[0])), out)
 
     return _each(images, work, seconds)
 

@@ -162,6 +162,6 @@ class AttentionMaps(Evaluation):
         return {} if masks is None else {"attention_iou": best_head_iou(maps, masks, self.mass)}
 
 
-def _resized(image: Image.Image, size: int) -> Image.Image:
+def _resized(image: np.ndarray, size: int) -> Image.Image:
     """The whole image at size x size, so that its mask still fits."""
-    return image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+    return Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)

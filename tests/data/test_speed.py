@@ -58,7 +58,7 @@ def test_a_source_is_measured(tmp_path):
     assert found.shorter == 60
     assert found.num_workers == 1
     assert 0 < found.packed < found.decode, "of the large one"
-    assert 0 < found.loader
+    assert found.loader > 0
     assert (found.fast is None) == bool(fast.why_not())
     assert found.fast is None or 0 < found.fast < found.reference
 

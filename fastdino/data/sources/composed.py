@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image
 
 from fastdino.data.draws import Purpose, random_bits, uniform
 from fastdino.data.sources.decode import BadImage
@@ -21,7 +20,7 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
+    def read(self, index: int) -> tuple[np.ndarray, int]:
         """Image and label, as in the source."""
         return self.source.read(self.indices[index])
 
@@ -81,7 +80,7 @@ class Mixture:
                 order[some] = turn * len(self) + start + np.argsort(bits, kind="stable")[: len(some)]
         return order
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
+    def read(self, index: int) -> tuple[np.ndarray, int]:
         """Image and label, as in its source; the label counts the labels of all."""
         number, place = self._place(index)
         with self._named(index):

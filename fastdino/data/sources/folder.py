@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image
 
 from fastdino.config import ConfigError
 from fastdino.data.sources.decode import (
@@ -90,14 +89,14 @@ class FolderSource:
         label = {name: i for i, name in enumerate(names)} | {None: -1}
         self._labels = np.fromiter((label[name] for name in classes), np.int32, len(paths))
         self.labels = [printable(name) for name in names]
-        warn_of_unused_bits(printable(self.root), len(self), self._path, bits)
+        warn_of_unused_bits(printable(self.root), len(self), self.encoded, bits)
 
     def __len__(self) -> int:
         return len(self._paths)
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        """RGB image and label (-1: directly under the root); raises BadImage."""
-        image = decode(self._path(index), self.name(index), self._max_pixels, self._bits)
+    def read(self, index: int) -> tuple[np.ndarray, int]:
+        """RGB bytes (height, width, 3) and label (-1: directly under the root); raises BadImage."""
+        image = decode(self.encoded(index), self.name(index), self._max_pixels, self._bits)
         return image, self.label(index)
 
     def encoded(self, index: int) -> bytes:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from fastdino.config import ConfigError, DataConfig
 from fastdino.data.sources.decode import decode, file_bytes, warn_of_unused_bits
@@ -47,14 +46,14 @@ class ManifestSource:
         self.labels = classes.labels
         label = dict(zip([*different, ""], classes.of(different).tolist(), strict=True))
         self._labels = np.fromiter((label[word] for word in words), np.int32, len(words))
-        warn_of_unused_bits(str(self._path), len(self), self._file, self._bits)
+        warn_of_unused_bits(str(self._path), len(self), self.encoded, self._bits)
 
     def __len__(self) -> int:
         return len(self._paths)
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        """RGB image and label (-1: the row states none); raises BadImage."""
-        image = decode(self._file(index), self.name(index), self._max_pixels, self._bits)
+    def read(self, index: int) -> tuple[np.ndarray, int]:
+        """RGB bytes (height, width, 3) and label (-1: the row states none); raises BadImage."""
+        image = decode(self.encoded(index), self.name(index), self._max_pixels, self._bits)
         return image, self.label(index)
 
     def encoded(self, index: int) -> bytes:

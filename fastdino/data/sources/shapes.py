@@ -53,15 +53,15 @@ class ShapesSource:
     def __len__(self) -> int:
         return self.num_images
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        """RGB image (image_size, image_size) and its label."""
+    def read(self, index: int) -> tuple[np.ndarray, int]:
+        """RGB bytes (image_size, image_size, 3) and its label."""
         pixels, _ = self._render(index)
-        return Image.fromarray(pixels), self.label(index)
+        return pixels, self.label(index)
 
     def encoded(self, index: int) -> bytes:
         """The image as a PNG."""
         buffer = io.BytesIO()
-        self.read(index)[0].save(buffer, "PNG")
+        Image.fromarray(self.read(index)[0]).save(buffer, "PNG")
         return buffer.getvalue()
 
     def label(self, index: int) -> int:

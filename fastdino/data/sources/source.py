@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from PIL import Image
+import numpy as np
 
 
 class Source(Protocol):
@@ -14,8 +14,8 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        """RGB image and class (-1: none). Raises BadImage when the image cannot be read."""
+    def read(self, index: int) -> tuple[np.ndarray, int]:
+        """RGB bytes (height, width, 3) and class (-1: none). Raises BadImage when the image cannot be read."""
 
     def encoded(self, index: int) -> bytes:
         """The image as it is stored, or as a PNG where it is rendered. Raises BadImage when it is not there."""

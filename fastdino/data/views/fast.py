@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from fastdino.config import ConfigError
@@ -22,7 +21,7 @@ except ImportError as error:
 else:
     _REASON = ""
 
-Write = Callable[[Image.Image, Tensor, dict[str, Tensor]], None]
+Write = Callable[[np.ndarray, Tensor, dict[str, Tensor]], None]
 """Makes the views of an image that its parameters describe, in place; see :func:`reference.write`."""
 
 SIMD = "FASTDINO_SIMD"
@@ -52,11 +51,11 @@ def implementation(wanted: Literal["auto", "reference", "fast"]) -> tuple[Write,
     return partial(write, level=levels().index(level)), f"fast, {level}"
 
 
-def write(image: Image.Image, params: Tensor, out: dict[str, Tensor], level: int = -1) -> None:
+def write(image: np.ndarray, params: Tensor, out: dict[str, Tensor], level: int = -1) -> None:
     """As :func:`reference.write`, to the byte; ``level`` indexes the instruction sets, :func:`levels`."""
     views = [view for group in out.values() for view in group.numpy()]
-    boxes = crop_boxes(params, image.size)
-    _fast.make_views(np.asarray(image), boxes, params.numpy(), views, level % len(_fast.LEVELS))
+    boxes = crop_boxes(params, (image.shape[1], image.shape[0]))
+    _fast.make_views(image, boxes, params.numpy(), views, level % len(_fast.LEVELS))
 
 
 def levels() -> tuple[str, ...]:

@@ -12,8 +12,9 @@ from fastdino.config import ViewsConfig
 from fastdino.data.views.params import JITTER_ORDERS, SOLARIZE_THRESHOLD, Column, crop_boxes, groups
 
 
-def apply(image: Image.Image, params: Tensor, config: ViewsConfig) -> dict[str, Tensor]:
-    """The views that ``params`` (num_views, len(Column)) describe: uint8 global (2, 3, G, G) and local (L, 3, l, l).
+def apply(image: np.ndarray, params: Tensor, config: ViewsConfig) -> dict[str, Tensor]:
+    """The views of ``image``, uint8 RGB (h, w, 3), that ``params`` (num_views, len(Column)) describe: uint8 global
+    (2, 3, G, G) and local (L, 3, l, l).
 
     Same library calls, and so the same pixels, as DINO v1's torchvision pipeline on Pillow images; see :func:`resize`.
     """
@@ -23,14 +24,14 @@ def apply(image: Image.Image, params: Tensor, config: ViewsConfig) -> dict[str, 
     return out
 
 
-def write(image: Image.Image, params: Tensor, out: dict[str, Tensor]) -> None:
+def write(image: np.ndarray, params: Tensor, out: dict[str, Tensor]) -> None:
     """As :func:`apply`, into ``out``: views of one size together, whose order is that of the rows of ``params``.
 
     A view has to be contiguous, but its neighbours may be anywhere: those of one image lie apart in a batch.
     """
-    views = [view for group in out.values() for view in group.numpy()]
-    for view, box, row in zip(views, crop_boxes(params, image.size).tolist(), params.tolist(), strict=True):
-        pixels = np.asarray(_view(image, box, row, view.shape[-1]))
+    views, picture = [view for group in out.values() for view in group.numpy()], Image.fromarray(image)
+    for view, box, row in zip(views, crop_boxes(params, picture.size).tolist(), params.tolist(), strict=True):
+        pixels = np.asarray(_view(picture, box, row, view.shape[-1]))
         view[:] = pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels
 
 

@@ -124,7 +124,7 @@ def test_sources_of_any_kind(folders, tmp_path):
     config = {"num_images": 5, "image_size": 8}
     source = opened(f"shapes:1 {tmp_path}/t:1 '{folders[0]}':1", tmp_path / "cache", **config)
     assert len(source) == 46
-    assert source.read(5)[0].size == (16, 16)
+    assert source.read(5)[0].shape == (16, 16, 3)
     assert Config(data=DataConfig(root="shapes:1 /x:1", num_images=5)).ignored() == []
 
 

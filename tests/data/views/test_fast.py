@@ -44,12 +44,12 @@ def level(request) -> int:
 
 def by_fast(image: Image.Image, params: Tensor, like: dict[str, Tensor], level: int) -> dict[str, Tensor]:
     out = {name: torch.full_like(group, 77) for name, group in like.items()}
-    fast.write(image, params, out, level)
+    fast.write(np.asarray(image), params, out, level)
     return out
 
 
 def assert_equal(image: Image.Image, params: Tensor, config: ViewsConfig, level: int) -> None:
-    want = reference.apply(image, params, config)
+    want = reference.apply(np.asarray(image), params, config)
     got = by_fast(image, params, want, level)
     for name, group in want.items():
         for view, (a, b) in enumerate(zip(group, got[name], strict=True)):
@@ -142,8 +142,8 @@ def test_views_go_to_their_places_in_a_batch(level):
     params, image = sample_params(0, 0, 0, config, (60, 50)), photo(60, 50)
     batch = {"global": torch.full((2, 5, 3, 20, 20), 9, dtype=torch.uint8)}
     batch["local"] = torch.full((3, 5, 3, 9, 9), 9, dtype=torch.uint8)
-    want = reference.apply(image, params, config)
-    fast.write(image, params, {name: group[:, 2] for name, group in batch.items()}, level)
+    want = reference.apply(np.asarray(image), params, config)
+    fast.write(np.asarray(image), params, {name: group[:, 2] for name, group in batch.items()}, level)
     for name, group in batch.items():
         assert torch.equal(group[:, 2], want[name])
         assert (group[:, [0, 1, 3, 4]] == 9).all(), "other images of the batch stay as they are"
@@ -153,7 +153,7 @@ def test_threads_make_what_one_makes(level):
     config = ViewsConfig(global_size=64, local_size=32, num_local=2)
     images = [photo(100 + 9 * i, 80, seed=i) for i in range(6)]
     params = [sample_params(0, 0, i, config, image.size) for i, image in enumerate(images)]
-    want = [reference.apply(image, p, config) for image, p in zip(images, params, strict=True)]
+    want = [reference.apply(np.asarray(image), p, config) for image, p in zip(images, params, strict=True)]
 
     def work(i: int) -> bool:
         got = by_fast(images[i % 6], params[i % 6], want[i % 6], level)
@@ -166,12 +166,12 @@ def test_threads_make_what_one_makes(level):
 def test_the_interpreter_is_free_meanwhile(level):
     image, config = photo(2000, 1500), ViewsConfig(global_size=224, num_local=30)
     params = sample_params(0, 0, 0, config, image.size)
-    out = reference.apply(photo(4, 4), params, config)
+    out = reference.apply(np.asarray(photo(4, 4)), params, config)
     begins, ended = threading.Event(), []
 
     def work() -> None:
         begins.set()
-        fast.write(image, params, out, level)
+        fast.write(np.asarray(image), params, out, level)
         ended.append(True)
 
     interval = sys.getswitchinterval()
@@ -345,7 +345,9 @@ def test_sanitizers_find_nothing(tmp_path):
         image = Image.fromarray(pixels)
         arrays |= {f"{count} pixels": pixels, f"{count} boxes": crop_boxes(params, image.size)}
         arrays[f"{count} params"] = params.numpy()
-        views = [view for group in reference.apply(image, params, config).values() for view in group.numpy()]
+        views = [
+            view for group in reference.apply(np.asarray(image), params, config).values() for view in group.numpy()
+        ]
         arrays |= {f"{count} view {v}": view for v, view in enumerate(views)}
     np.savez(tmp_path / "cases.npz", **arrays)
     script = Path(__file__).with_name("sanitized.py")

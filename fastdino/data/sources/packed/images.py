@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from fastdino.config import ConfigError, DataConfig
 from fastdino.data.sources.decode import BadImage, decode, warn_of_unused_bits
@@ -88,8 +87,8 @@ class PackedSource:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        """RGB image and label (-1: none is stated); raises BadImage."""
+    def read(self, index: int) -> tuple[np.ndarray, int]:
+        """RGB bytes (height, width, 3) and label (-1: none is stated); raises BadImage."""
         return decode(self.encoded(index), self.name(index), self._max_pixels, self._bits), self.label(index)
 
     def encoded(self, index: int) -> bytes:

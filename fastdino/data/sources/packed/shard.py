@@ -141,11 +141,12 @@ class Packing:
         """Ending and bytes under which an image is stored. Raises BadImage when it cannot be decoded."""
         data, name = source.encoded(index), source.name(index)
         image = decode(data, name, self.max_pixels, self.bits)
-        shorter = min(image.size)
+        height, width = image.shape[:2]
+        shorter = min(height, width)
         if self.short_side is None or shorter <= self.short_side:
             return ending(data), data
-        width, height = (max(1, round(side * self.short_side / shorter)) for side in image.size)
-        buffer, small = io.BytesIO(), image.resize((width, height), Image.Resampling.BICUBIC)
+        width, height = (max(1, round(side * self.short_side / shorter)) for side in (width, height))
+        buffer, small = io.BytesIO(), Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
         try:
             small.save(buffer, "JPEG", quality=self.quality or _QUALITY)
         except (OSError, ValueError) as error:
