@@ -10,5 +10,10 @@ SOURCES: str
 """Digest of the C files it was built from, as setup.py takes it."""
 
 def make_views(
-    pixels: np.ndarray, boxes: np.ndarray, params: np.ndarray, views: Sequence[np.ndarray], level: int
+    pixels: np.ndarray,
+    boxes: np.ndarray,
+    params: np.ndarray,
+    turns: np.ndarray,
+    views: Sequence[np.ndarray],
+    level: int,
 ) -> None: ...

@@ -13,10 +13,13 @@
 
 #include <float.h>
 #include <math.h>
+#include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef __x86_64__
+#if defined(__x86_64__) && !defined(FASTDINO_PORTABLE) /* which tests define, to see the code of other processors run */
+#define X86
 #include <immintrin.h>
 #endif
 
@@ -49,11 +52,11 @@ static const u8 ORDERS[24][4] = { /* params.py: JITTER_ORDERS; 0 brightness, 1 c
 };
 
 /* What follows the resizing, in the order of params.py: Column. */
-INLINE void finish_view(u8 *view, ptrdiff_t size, const float *param, Scratch *s)
+INLINE void finish_view(u8 *view, ptrdiff_t size, const float *param, const double *turn, Scratch *s)
 {
     ptrdiff_t plane = size * size;
     if (param[ROTATE] != 0)
-        rotate(view, size, param[ROTATE], s->work[0]);
+        rotate(view, size, turn[0], turn[1], s->work[0]);
     for (int k = 0; k < 4; k++) {
         int step = BRIGHTNESS + ORDERS[(int)param[ORDER]][k];
         float strength = param[step];
@@ -83,6 +86,7 @@ typedef struct {
     ptrdiff_t height, width, num_views;
     const int32_t *boxes; /* (num_views, 4): left, top, width, height */
     const float *params;  /* (num_views, NUM_COLUMNS) */
+    const double *turns;  /* (num_views, 2): cosine and sine of the rotation */
     Py_buffer *views;     /* (3, size, size) each */
 } Job;
 
@@ -96,14 +100,14 @@ INLINE void make_views(int level, const Job *job, Scratch *s)
         ptrdiff_t size = job->views[v].shape[1];
         crop_and_resize(level, s, job->width, job->height, (Box){box[0], box[1], box[2], box[3]}, param[FLIP] != 0, size,
                         view);
-        finish_view(view, size, param, s);
+        finish_view(view, size, param, job->turns + 2 * v, s);
     }
 }
 
 /* The same source for each instruction set, of which a processor runs the widest that it has. None has a fused
  * multiply-add, nor would it be used: setup.py says -ffp-contract=off. */
 static void make_views_baseline(const Job *job, Scratch *s) { make_views(BASELINE, job, s); }
-#ifdef __x86_64__
+#ifdef X86
 __attribute__((target("avx2"))) static void make_views_avx2(const Job *job, Scratch *s) { make_views(AVX2, job, s); }
 __attribute__((target("avx2,avx512f,avx512bw,avx512dq,avx512vl"))) static void make_views_avx512(const Job *job,
                                                                                                 Scratch *s)
@@ -172,6 +176,7 @@ static int check(const Job *job)
     for (ptrdiff_t v = 0; v < job->num_views; v++) {
         const int32_t *box = job->boxes + 4 * v;
         const float *param = job->params + NUM_COLUMNS * v;
+        const double *turn = job->turns + 2 * v;
         const Py_ssize_t *shape = job->views[v].shape;
         if (shape[0] != 3 || shape[1] != shape[2] || shape[1] < 1) {
             PyErr_Format(PyExc_ValueError, "view %zd: must be (3, size, size), not (%zd, %zd, %zd)", v, shape[0], shape[1],
@@ -182,6 +187,10 @@ static int check(const Job *job)
             box[1] > job->height - box[3]) {
             PyErr_Format(PyExc_ValueError, "view %zd: box (%i, %i, %i, %i) is not within %zd x %zd pixels", v, box[0],
                          box[1], box[2], box[3], job->width, job->height);
+            return 0;
+        }
+        if (!(fabs(turn[0]) <= 1 && fabs(turn[1]) <= 1)) {
+            PyErr_Format(PyExc_ValueError, "view %zd: its cosine and sine are not within [-1, 1]", v);
             return 0;
         }
         for (int i = ROTATE; i < NUM_COLUMNS; i++)
@@ -227,18 +236,19 @@ static PyObject *run(Job *job, int level)
 }
 
 PyDoc_STRVAR(MAKE_VIEWS_DOC,
-             "make_views(pixels, boxes, params, views, level)\n\n"
-             "pixels uint8 (h, w, 3); boxes int32 (V, 4): left, top, width, height; params fp32 (V, NUM_COLUMNS); views:\n"
-             "V writable buffers, uint8 (3, size, size), which are filled. All contiguous; level: index into LEVELS.\n"
+             "make_views(pixels, boxes, params, turns, views, level)\n\n"
+             "pixels uint8 (h, w, 3); boxes int32 (V, 4): left, top, width, height; params fp32 (V, NUM_COLUMNS); turns\n"
+             "fp64 (V, 2): cosine and sine of the rotation, as the reference has them; views: V writable buffers, uint8\n"
+             "(3, size, size), which are filled. All contiguous; level: index into LEVELS.\n"
              "Without the interpreter's lock. Raises TypeError, ValueError, MemoryError.");
 
 static PyObject *py_make_views(PyObject *module, PyObject *args)
 {
     (void)module;
-    PyObject *given[3], *sequence, *made = NULL;
-    Py_buffer pixels, boxes, params;
+    PyObject *given[4], *sequence, *made = NULL;
+    Py_buffer pixels, boxes, params, turns;
     int level;
-    if (!PyArg_ParseTuple(args, "OOOOi", &given[0], &given[1], &given[2], &sequence, &level))
+    if (!PyArg_ParseTuple(args, "OOOOOi", &given[0], &given[1], &given[2], &given[3], &sequence, &level))
         return NULL;
     if (level < 0 || level > widest_level())
         return PyErr_Format(PyExc_ValueError, "level %i: this processor has 0 to %i", level, widest_level());
@@ -257,22 +267,27 @@ static PyObject *py_make_views(PyObject *module, PyObject *args)
         goto no_boxes;
     if (!get(given[2], &params, "params", "f", 2, 0))
         goto no_params;
+    if (!get(given[3], &turns, "turns", "d", 2, 0))
+        goto no_turns;
     for (; held < num_views; held++)
         if (!get(PySequence_Fast_GET_ITEM(views, held), &buffers[held], "views", "B", 3, PyBUF_WRITABLE))
             goto done;
     if (pixels.shape[2] != 3 || pixels.shape[0] > INT32_MAX || pixels.shape[1] > INT32_MAX)
         PyErr_SetString(PyExc_ValueError, "pixels: must be (height, width, 3)");
-    else if (boxes.shape[0] != num_views || params.shape[0] != num_views)
-        PyErr_Format(PyExc_ValueError, "%zd boxes and %zd rows of parameters for %zd views", boxes.shape[0],
-                     params.shape[0], num_views);
-    else if (boxes.shape[1] != 4 || params.shape[1] != NUM_COLUMNS)
-        PyErr_Format(PyExc_ValueError, "a box has 4 columns, not %zd; parameters have %i, not %zd", boxes.shape[1],
-                     NUM_COLUMNS, params.shape[1]);
+    else if (boxes.shape[0] != num_views || params.shape[0] != num_views || turns.shape[0] != num_views)
+        PyErr_Format(PyExc_ValueError, "%zd boxes, %zd rows of parameters and %zd turns for %zd views", boxes.shape[0],
+                     params.shape[0], turns.shape[0], num_views);
+    else if (boxes.shape[1] != 4 || params.shape[1] != NUM_COLUMNS || turns.shape[1] != 2)
+        PyErr_Format(PyExc_ValueError, "a box has 4 columns, not %zd; parameters have %i, not %zd; a turn has 2, not %zd",
+                     boxes.shape[1], NUM_COLUMNS, params.shape[1], turns.shape[1]);
     else
-        made = run(&(Job){pixels.buf, pixels.shape[0], pixels.shape[1], num_views, boxes.buf, params.buf, buffers}, level);
+        made = run(&(Job){.pixels = pixels.buf, .height = pixels.shape[0], .width = pixels.shape[1], .views = buffers,
+                          .num_views = num_views, .boxes = boxes.buf, .params = params.buf, .turns = turns.buf}, level);
 done:
     while (held > 0)
         PyBuffer_Release(&buffers[--held]);
+    PyBuffer_Release(&turns);
+no_turns:
     PyBuffer_Release(&params);
 no_params:
     PyBuffer_Release(&boxes);

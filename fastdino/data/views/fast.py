@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdino.config import ConfigError
 from fastdino.data.views import reference
-from fastdino.data.views.params import crop_boxes
+from fastdino.data.views.params import Column, crop_boxes
 
 try:
     import fastdino.data.views._fast as _fast
@@ -54,8 +54,13 @@ def implementation(wanted: Literal["auto", "reference", "fast"]) -> tuple[Write,
 def write(image: np.ndarray, params: Tensor, out: dict[str, Tensor], level: int = -1) -> None:
     """As :func:`reference.write`, to the byte; ``level`` indexes the instruction sets, :func:`levels`."""
     views = [view for group in out.values() for view in group.numpy()]
-    boxes = crop_boxes(params, (image.shape[1], image.shape[0]))
-    _fast.make_views(image, boxes, params.numpy(), views, level % len(_fast.LEVELS))
+    boxes, turns = crop_boxes(params, (image.shape[1], image.shape[0])), turns_of(params)
+    _fast.make_views(image, boxes, params.numpy(), turns, views, level % len(_fast.LEVELS))
+
+
+def turns_of(params: Tensor) -> np.ndarray:
+    """(V, 2) fp64 cosine and sine of each view's rotation, as the reference has them: another library's may differ."""
+    return np.array([reference.turn(degrees) for degrees in params[:, Column.ROTATE].tolist()])
 
 
 def levels() -> tuple[str, ...]:

@@ -136,7 +136,7 @@ INLINE void make_taps(Taps *taps, ptrdiff_t from, ptrdiff_t to)
 
 /* out[j] = clip8((2^21 + sum of in[tap * step + j] * weight of tap) >> 22) for 16, 32 or 64 neighbours j. Sums are
  * modulo 2^32, which their true value fits into; so they may be taken of high and low parts apart, and in any order. */
-#ifdef __x86_64__
+#ifdef X86
 /* Interleaved by tap and widened, bytes of two taps stand side by side: madd weighs them with a pair of weights. Within
  * each 16 bytes of a vector the unpacking orders the sums as the packing wants them. */
 #define WEIGH(NAME, TARGET, VECTOR, OP, LOAD, STORE, ZERO)                                                             \

@@ -9,10 +9,9 @@ INLINE ptrdiff_t mirrored(ptrdiff_t i, ptrdiff_t size) /* numpy's "reflect", whi
 }
 
 /* Bilinear, from the view continued by its mirror image: out(x, y) = in(R (x, y)), R the rotation about the center. */
-INLINE void rotate(u8 *view, ptrdiff_t size, double degrees, u8 *in)
+INLINE void rotate(u8 *view, ptrdiff_t size, double cosine, double sine, u8 *in)
 {
     ptrdiff_t margin = MIN(size / 4 + 2, size - 1), side = size + 2 * margin, plane = size * size;
-    double angle = degrees * (3.141592653589793 / 180.0), cosine = cos(angle), sine = sin(angle);
     double center = (double)side / 2, middle = (double)size / 2;
     double shift_x = center - (cosine - sine) * middle, shift_y = center - (sine + cosine) * middle;
     memcpy(in, view, 3 * plane);
@@ -92,8 +91,8 @@ INLINE void saturation(u8 *view, ptrdiff_t plane, float factor)
  *   hue = floor(255 (((base + plus - minus) / 6 + 1) mod 1)), saturation = floor(255 chroma / value),
  *   6 hue / 255 = sector + f, s = saturation / 255, and of the three channels one is value, one p and one m:
  *   p = round(value (1 - s)), m = round(value (1 - s f)) in odd sectors, round(value (1 - s (1 - f))) in even ones.
- * Floats and doubles are where Pillow has them, but where the cheaper form gives the same byte for every colour: times
- * 1/6 for / 6, and the two quotients of integers, of which no value lies near the next. */
+ * Floats and doubles are where Pillow has them, or where the cheaper form gives the same byte for every colour: times
+ * 1/6 for / 6, 255 h in floats, and the two quotients of integers. */
 INLINE void hue(u8 *view, ptrdiff_t plane, int32_t shift)
 {
     int32_t red[BLOCK], green[BLOCK], blue[BLOCK], value[BLOCK], chroma[BLOCK], sector[BLOCK], p[BLOCK], m[BLOCK];
@@ -121,7 +120,7 @@ INLINE void hue(u8 *view, ptrdiff_t plane, int32_t shift)
             f[i] = (float)(turns >= 1.0 ? turns - 1.0 : turns);
         }
         for (int i = 0; i < BLOCK; i++)
-            sector[i] = (int32_t)((double)f[i] * 255.0);
+            sector[i] = (int32_t)(f[i] * 255.0f);
         for (int i = 0; i < BLOCK; i++) {
             int32_t saturation = (int32_t)((float)(255 * chroma[i]) / (float)MAX(value[i], 1));
             int32_t six = 6 * (((chroma[i] > 0 ? sector[i] : 0) + shift) & 255), whole = (six * 257 + 257) >> 16;

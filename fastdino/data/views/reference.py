@@ -72,10 +72,15 @@ def _rotate(view: Image.Image, degrees: float) -> Image.Image:
     size = view.width
     mirror = _mirror(size)
     padded = Image.fromarray(np.asarray(view).take(mirror, axis=0).take(mirror, axis=1))
-    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    cos, sin = turn(degrees)
     center, middle = len(mirror) / 2, size / 2
     matrix = (cos, -sin, center - (cos - sin) * middle, sin, cos, center - (sin + cos) * middle)
     return padded.transform((size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+
+
+def turn(degrees: float) -> tuple[float, float]:
+    """Cosine and sine."""
+    return math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
 
 
 @lru_cache(maxsize=4)

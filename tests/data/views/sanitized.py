@@ -1,4 +1,4 @@
-"""Makes the views of a file of cases by the extension at a path: run as a process with the sanitizers' library loaded.
+"""Makes the views of a file of cases by the extension at a path: run as a process, perhaps with a sanitizer.
 
 Neither torch nor Pillow is imported, so that what a sanitizer finds is ours.
 """
@@ -16,16 +16,16 @@ def main(extension: str, cases: str) -> None:
     stored = np.load(cases)
     count = 0
     while f"{count} pixels" in stored:
-        pixels, boxes, params = (stored[f"{count} {name}"] for name in ("pixels", "boxes", "params"))
+        pixels, boxes, params, turns = (stored[f"{count} {name}"] for name in ("pixels", "boxes", "params", "turns"))
         wanted = [stored[f"{count} view {v}"] for v in range(len(boxes))]
         for level in range(len(fast.LEVELS)):
             # Memory of its own for each, so that its ends are watched.
             views = [np.zeros_like(view) for view in wanted]
-            fast.make_views(pixels.copy(), boxes, params, views, level)
+            fast.make_views(pixels.copy(), boxes, params, turns, views, level)
             for v, (view, want) in enumerate(zip(views, wanted, strict=True)):
                 assert np.array_equal(view, want), (count, v, fast.LEVELS[level])
         count += 1
-    print(count, "cases,", len(fast.LEVELS), "instruction sets")
+    print(f"{count} cases by {', '.join(fast.LEVELS)}")
 
 
 if __name__ == "__main__":

@@ -166,12 +166,13 @@ def test_threads_make_what_one_makes(level):
 def test_the_interpreter_is_free_meanwhile(level):
     image, config = photo(2000, 1500), ViewsConfig(global_size=224, num_local=30)
     params = sample_params(0, 0, 0, config, image.size)
-    out = reference.apply(np.asarray(photo(4, 4)), params, config)
+    views = [np.zeros((3, 224, 224), np.uint8) for _ in params]
+    pixels, boxes, turns = np.asarray(image), crop_boxes(params, image.size), fast.turns_of(params)
     begins, ended = threading.Event(), []
 
     def work() -> None:
-        begins.set()
-        fast.write(np.asarray(image), params, out, level)
+        begins.set()  # and nothing more before the call that would let the other thread run
+        fast._fast.make_views(pixels, boxes, params.numpy(), turns, views, level)
         ended.append(True)
 
     interval = sys.getswitchinterval()
@@ -180,8 +181,6 @@ def test_the_interpreter_is_free_meanwhile(level):
         thread = threading.Thread(target=work)
         thread.start()
         begins.wait()
-        while not ended and not thread.is_alive():
-            pass
         assert not ended
     finally:
         sys.setswitchinterval(interval)
@@ -197,6 +196,7 @@ def arguments() -> dict[str, object]:
         "pixels": np.zeros((6, 5, 3), np.uint8),
         "boxes": np.array([[0, 0, 5, 6], [1, 2, 3, 4]], np.int32),
         "params": one_step({}, num_views=2).numpy(),
+        "turns": np.array([[1.0, 0.0], [0.0, -1.0]]),
         "views": [np.zeros((3, 4, 4), np.uint8) for _ in range(2)],
         "level": 0,
     }
@@ -226,7 +226,7 @@ BAD = [
     ("pixels", lambda x: x[:0], ValueError, "view 0: box .* is not within 5 x 0 pixels"),
     ("pixels", lambda x: None, TypeError, "buffer|bytes-like"),
     ("boxes", lambda x: x.astype(np.int64), TypeError, "boxes: must have 2 dimensions of format i, not 2 of l"),
-    ("boxes", lambda x: x[:1], ValueError, "1 boxes and 2 rows of parameters for 2 views"),
+    ("boxes", lambda x: x[:1], ValueError, "1 boxes, 2 rows of parameters and 2 turns for 2 views"),
     ("boxes", lambda x: np.zeros((2, 5), np.int32), ValueError, "a box has 4 columns, not 5"),
     ("boxes", put(1, 0, 3), ValueError, r"view 1: box \(3, 2, 3, 4\) is not within 5 x 6 pixels"),
     ("boxes", put(1, 1, 3), ValueError, r"view 1: box \(1, 3, 3, 4\) is not within 5 x 6 pixels"),
@@ -243,12 +243,17 @@ BAD = [
     ("params", put(0, Column.HUE, 3e9), ValueError, "column 10 of its parameters cannot be 3e"),
     ("params", put(0, Column.BLUR, -1), ValueError, "column 12 of its parameters cannot be -1"),
     ("params", put(0, Column.BLUR, 1e30), ValueError, "column 12 of its parameters cannot be 1e"),
+    ("turns", lambda x: x.astype(np.float32), TypeError, "turns: must have 2 dimensions of format d, not 2 of f"),
+    ("turns", lambda x: x[:1], ValueError, "2 boxes, 2 rows of parameters and 1 turns for 2 views"),
+    ("turns", lambda x: np.zeros((2, 3)), ValueError, "a turn has 2, not 3"),
+    ("turns", put(1, 0, np.nan), ValueError, r"view 1: its cosine and sine are not within \[-1, 1\]"),
+    ("turns", put(0, 1, 1.5), ValueError, r"view 0: its cosine and sine are not within \[-1, 1\]"),
     ("views", lambda x: [x[0], np.zeros((3, 4, 5), np.uint8)], ValueError, r"view 1: must be \(3, size, size\), not"),
     ("views", lambda x: [x[0], np.zeros((3, 0, 0), np.uint8)], ValueError, r"view 1: must be \(3, size, size\), not"),
     ("views", lambda x: [x[0], np.zeros((1, 4, 4), np.uint8)], ValueError, r"view 1: must be \(3, size, size\), not"),
     ("views", lambda x: [x[0], np.zeros((3, 4, 8), np.uint8)[:, :, ::2]], ValueError, "not C-contiguous"),
     ("views", lambda x: [x[0], READ_ONLY], ValueError, "read-only"),
-    ("views", lambda x: [*x, x[0]], ValueError, "2 boxes and 2 rows of parameters for 3 views"),
+    ("views", lambda x: [*x, x[0]], ValueError, "2 boxes, 2 rows of parameters and 2 turns for 3 views"),
     ("views", lambda x: 5, TypeError, "views: must be a sequence of buffers"),
     ("level", lambda x: 9, ValueError, "level 9: this processor has 0 to"),
     ("level", lambda x: -1, ValueError, "level -1: this processor has 0 to"),
@@ -259,10 +264,10 @@ BAD = [
 @pytest.mark.parametrize(("name", "change", "kind", "says"), BAD)
 def test_bad_input_is_an_error_and_not_a_crash(name, change, kind, says):
     given = changed(name, change)
-    before = [sys.getrefcount(x) for x in given[:4]]
+    before = [sys.getrefcount(x) for x in given[:5]]
     with pytest.raises(kind, match=says):
         fast._fast.make_views(*given)
-    assert [sys.getrefcount(x) for x in given[:4]] == before, "nothing is held"
+    assert [sys.getrefcount(x) for x in given[:5]] == before, "nothing is held"
 
 
 @built
@@ -331,30 +336,42 @@ def test_flags_that_change_pixels_are_refused(tmp_path):
     assert not list(tmp_path.rglob("*.so"))
 
 
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory) -> Path:
+    """150 of them with their views, for tests.data.views.sanitized."""
+    arrays = {}
+    for count, (pixels, params, config) in enumerate(random_cases(100, 150, longest=300)):
+        arrays |= {f"{count} pixels": pixels, f"{count} boxes": crop_boxes(params, pixels.shape[1::-1])}
+        arrays |= {f"{count} params": params.numpy(), f"{count} turns": fast.turns_of(params)}
+        views = [view for group in reference.apply(pixels, params, config).values() for view in group.numpy()]
+        arrays |= {f"{count} view {v}": view for v, view in enumerate(views)}
+    path = tmp_path_factory.mktemp("cases") / "cases.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+def in_a_child(folder: Path, cases: Path, **variables: str) -> str:
+    """What tests.data.views.sanitized prints of the extension that was built below ``folder``."""
+    (extension,) = folder.rglob("*.so")
+    command = [sys.executable, str(Path(__file__).with_name("sanitized.py")), str(extension), str(cases)]
+    done = subprocess.run(command, env=environment(**variables), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 @can_build
-def test_sanitizers_find_nothing(tmp_path):
+def test_the_code_for_other_processors_makes_the_same_bytes(tmp_path, cases):
+    build(tmp_path, CFLAGS="-DFASTDINO_PORTABLE")
+    assert in_a_child(tmp_path, cases) == "150 cases by baseline\n"
+
+
+@can_build
+def test_sanitizers_find_nothing(tmp_path, cases):
     """Of addresses and of undefined behaviour, over random cases, whose every byte is compared as well."""
     library = subprocess.run([COMPILER, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     if not Path(library).is_absolute():
         pytest.skip("no address sanitizer")
     checks = "address,undefined,float-cast-overflow"
     build(tmp_path, CFLAGS=f"-fsanitize={checks} -fno-sanitize-recover=all -g", LDFLAGS=f"-fsanitize={checks}")
-    (extension,) = tmp_path.rglob("*.so")
-    arrays = {}
-    for count, (pixels, params, config) in enumerate(random_cases(100, 150, longest=300)):
-        image = Image.fromarray(pixels)
-        arrays |= {f"{count} pixels": pixels, f"{count} boxes": crop_boxes(params, image.size)}
-        arrays[f"{count} params"] = params.numpy()
-        views = [
-            view for group in reference.apply(np.asarray(image), params, config).values() for view in group.numpy()
-        ]
-        arrays |= {f"{count} view {v}": view for v, view in enumerate(views)}
-    np.savez(tmp_path / "cases.npz", **arrays)
-    script = Path(__file__).with_name("sanitized.py")
-    env = environment(LD_PRELOAD=library, ASAN_OPTIONS="detect_leaks=0", PYTHONMALLOC="malloc")
-    done = subprocess.run(
-        [sys.executable, str(script), str(extension), str(tmp_path / "cases.npz")],
-        env=env, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.startswith("150 cases")
+    options = {"ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"}  # every buffer with ends of its own
+    assert in_a_child(tmp_path, cases, LD_PRELOAD=library, **options).startswith("150 cases")
