@@ -123,15 +123,12 @@ def test_a_published_recipe(level):
 
 
 def test_boxes_stay_within_images_whose_sides_fp32_cannot_hold():
-    for index in range(50):
-        side = 100_000_001 + index
-        params = sample_params(0, 0, index, ViewsConfig(), (side, 1))
-        left, top, width, height = crop_boxes(params, (side, 1)).astype(np.int64).T
-        assert (left >= 0).all()
-        assert (width >= 1).all()
-        assert (left + width <= side).all()
-        assert (top == 0).all()
-        assert (height == 1).all()
+    """The last pixels of 100,000,001 are all at the share 1."""
+    side = 100_000_001
+    params = one_step({Column.LEFT: (side - 2) / side, Column.WIDTH: 2 / side})
+    assert params[0, Column.LEFT] == 1
+    assert crop_boxes(params, (side, 1)).tolist() == [[side - 1, 0, 1, 1]]
+    assert crop_boxes(params[:, [1, 0, 3, 2, *range(4, len(Column))]], (1, side)).tolist() == [[0, side - 1, 1, 1]]
 
 
 # ----------------------------------------------------------------------------------------- where and how it writes

@@ -75,16 +75,16 @@ def test_the_horizontal_pass_comes_first_at_every_size():
 
 def test_the_pixels_never_change():
     """A run goes on with another Pillow, and two runs with two Pillows compare: this digest is for good."""
-    y, x = np.mgrid[0:331, 0:227].astype(np.uint32)
+    y, x = np.mgrid[0:331, 0:97].astype(np.uint32)
     red, noise = x * y // 9, (x * 2654435761 + y * 40503 + x * x * y * 97) >> 7
     pixels = np.stack([red, 2 * x + 3 * y + noise % 40, noise], axis=-1).astype(np.uint8)
-    config = ViewsConfig(global_size=64, local_size=33, num_local=6, rotate=20, solarize=1)
+    config = ViewsConfig(global_size=90, local_size=50, num_local=6, rotate=20, solarize=1)
     digest = hashlib.sha256()
     for index in range(8):
-        params = sample_params(0, 0, index, config, (227, 331))
+        params = sample_params(0, 0, index, config, (97, 331))
         for group in apply(pixels, params, config).values():
             digest.update(group.numpy().tobytes())
-    assert digest.hexdigest()[:16] == "faf22fb62e415dae"
+    assert digest.hexdigest()[:16] == "f44012cfc3f3bbfb"
 
 
 @pytest.mark.parametrize("name", ONE_STEP)
