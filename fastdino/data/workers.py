@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -35,7 +35,7 @@ Key = TypeVar("Key")
 Tensors = dict[str, Tensor]
 Hold = Callable[[int], None]  # called with the index of the image that is read next, so that a message can name it
 
-_TOGETHER = 4  # places that are made together: what numpy does for each of them costs less
+_TOGETHER = 4  # places that are made together: numpy's part of each costs less, and few images are held decoded
 _LONG = 60  # seconds without a batch that are worth a warning
 _ALIGNED = 64  # bytes, of a tensor's place in a slot
 _NOTHING = -1  # is held
@@ -134,7 +134,13 @@ class MadeAhead(Generic[Key]):
     def _make(self, keys: list[Key]) -> Made:
         out = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in self._maker.fields.items()}
         self._maker.prepare(out, keys)
-        return Made(out, self._maker.make(out, 0, keys, lambda _: None), lambda: None)
+        made = (self._maker.make(out, part.start, keys[part], lambda _: None) for part in _parts(keys))
+        return Made(out, [notes for part in made for notes in part], lambda: None)
+
+
+def _parts(keys: Sized) -> list[slice]:
+    """The places of a batch, _TOGETHER at a time."""
+    return [slice(first, first + _TOGETHER) for first in range(0, len(keys), _TOGETHER)]
 
 
 def _end(children: "list[_Child[Any]]") -> None:
@@ -294,7 +300,7 @@ class _Workshop(Generic[Key]):
                 with self.lock:
                     self._report(_Report(number, slot, error=_told(error)))
                 continue
-            parts = [slice(first, first + _TOGETHER) for first in range(0, len(keys), _TOGETHER)]
+            parts = _parts(keys)
             batch = _Batch(keys, _Report(number, slot, [[] for _ in keys]), 1 + len(parts))
             for part in (None, *parts):
                 self.jobs.put((batch, part))
