@@ -13,7 +13,7 @@ BENCHES := compile ceilings kernels attention step data
 
 install: .venv/installed
 
-.venv/installed: setup.py constraints.txt
+.venv/installed: setup.py constraints.txt $(wildcard fastdino/data/views/fast*.[ch])
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'

@@ -1,13 +1,27 @@
 """The only packaging metadata of fastdino; tool settings are in pyproject.toml."""
 
+import zlib
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 VERSION = next(
     line.split('"')[1]
     for line in Path("fastdino/__init__.py").read_text().splitlines()
     if line.startswith("__version__")
+)
+
+# Views by C, see fastdino/data/views/fast.py. Optional: where it does not compile, Pillow makes the same pixels.
+C_FILES = sorted(str(path) for path in Path("fastdino/data/views").glob("fast*.[ch]"))
+DIGEST = zlib.crc32(b"".join(Path(file).read_bytes() for file in C_FILES))
+FAST_VIEWS = Extension(
+    "fastdino.data.views._fast",
+    ["fastdino/data/views/fast.c"],
+    depends=C_FILES,
+    define_macros=[("SOURCES", f'"{DIGEST:08x}"')],
+    # Last on the command line, so before all else that a user sets: a fused multiply-add would change pixels.
+    extra_compile_args=["-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
+    optional=True,
 )
 
 setup(
@@ -22,7 +36,8 @@ setup(
     packages=find_packages(include=["fastdino", "fastdino.*"])
     + find_packages("kernels", include=["fastdino_kernels", "fastdino_kernels.*"]),
     package_dir={"fastdino_kernels": "kernels/fastdino_kernels"},
-    package_data={"fastdino": ["py.typed"], "fastdino_kernels": ["py.typed"]},
+    ext_modules=[FAST_VIEWS],
+    package_data={"fastdino": ["py.typed", "data/views/*.[ch]", "data/views/*.pyi"], "fastdino_kernels": ["py.typed"]},
     install_requires=[
         "torch>=2.11,<2.13",
         'triton>=3.6; platform_system == "Linux"',
@@ -30,8 +45,11 @@ setup(
         "xformers>=0.0.34,<0.0.36",
         "timm>=1.0.20",
         "numpy>=2",
-        "pillow>=10",
+        "pillow>=11.3",
+        "fsspec>=2024.6",
+        "pyyaml>=6",
         "safetensors>=0.5",
+        "simplejpeg>=1.9",
         "tyro>=1.0",
         "tqdm>=4.66",
         "tensorboard>=2.18",
@@ -42,9 +60,15 @@ setup(
             "fla-core>=0.6",
             "liger-kernel>=0.8",
         ],
+        "parquet": ["pyarrow>=16"],  # --data.root of .parquet, and of a folder of datasets.save_to_disk
+        "hf": ["pyarrow>=16", "huggingface_hub"],  # also --data.root hf://datasets/...
+        "http": ["fsspec[http]>=2024.6"],  # --data.root https://...; other stores name their package when they are used
         "dev": [
+            "datasets>=4",  # what writes the folders that are read
+            "fsspec[http]>=2024.6",
             "lightly>=1.6",  # the peer that bench/ measures beside us
             "mypy",
+            "pyarrow>=16",
             "pytest",
             "pytest-benchmark",
             "pytest-timeout",

@@ -1,7 +1,8 @@
 """Images per second and core: reading a JPEG, making its views, both, and a loader with workers; torchvision v2 beside.
 
 The files are made here: photographs they are not, but as large and as hard to decode. ``python -m bench.data`` writes
-bench/results/data-cpu.json. Ours must equal torchvision's pixels, drawn alike, before anything is timed.
+bench/results/data-cpu.json. Both of our implementations must equal torchvision's pixels, drawn alike, before anything
+is timed. FASTDINO_SIMD=avx2 measures the fast one with a narrower instruction set than the processor's widest.
 """
 
 import argparse
@@ -28,9 +29,10 @@ from bench.record import provenance, result_path, write
 from bench.timing import Clock, Work, interleave, paired_ratio
 from fastdino.config import Config, DataConfig, RunConfig, ViewsConfig
 from fastdino.data import FolderSource, train_batches
-from fastdino.data.views import apply, sample_params
+from fastdino.data.views import Write, groups, implementation, sample_params
 
-OURS, SAME, PEER, TENSORS = "fastdino", "torchvision, same draws", "torchvision", "torchvision, tensors"
+OURS, REFERENCE = "fastdino", "fastdino, reference"
+SAME, PEER, TENSORS = "torchvision, same draws", "torchvision", "torchvision, tensors"
 CPU = torch.device("cpu")
 QUALITY = 90
 DEVIATIONS = 5.0  # by which the averages over our views and a peer's, whose draws are others, may differ
@@ -60,7 +62,8 @@ def main() -> int:
     cores = len(os.sched_getaffinity(0))
     workers = options.workers or sorted({min(2**i, cores) for i in range(cores.bit_length() + 1)})
     document = measure(Sizes(rounds=options.rounds), ViewsConfig(), workers)
-    write(options.out or result_path("data", CPU), {"provenance": provenance(CPU, "bench.data"), **document})
+    where = {**provenance(CPU, "bench.data"), "views": implementation("fast")[1]}
+    write(options.out or result_path("data", CPU), {"provenance": where, **document})
     for stage, contenders in document["stages"].items():
         for name, f in contenders.items():
             print(f"{stage:18} {name:26} {f['images_per_second']:8.1f} images/s  x {f['times_ours']['median']:.3f}")
@@ -68,7 +71,7 @@ def main() -> int:
 
 
 def measure(sizes: Sizes, views: ViewsConfig, workers: list[int]) -> dict[str, Any]:
-    """All figures. Raises AssertionError, and times nothing, when pixels differ."""
+    """All figures. Raises AssertionError, and times nothing, where pixels differ; ConfigError if fast is not built."""
     with tempfile.TemporaryDirectory() as folder:
         paths = make_files(Path(folder), sizes)
         check(paths, views)
@@ -106,9 +109,11 @@ def check(paths: list[Path], config: ViewsConfig) -> None:
     for index, path in enumerate(paths):
         image = peers.read_pil(path)
         params = sample_params(0, 0, index, config, image.size)
-        ours.append([view for group in apply(image, params, config).values() for view in group])
-        for number, (a, b) in enumerate(zip(ours[-1], peers.same_draws(image, params, config), strict=True)):
-            assert torch.equal(a, b), f"no figure: view {number} of image {index} differs from torchvision's"
+        theirs = peers.same_draws(image, params, config)
+        for name in ("reference", "fast"):
+            ours[index:] = [_views(implementation(name)[0], np.asarray(image), params, config)]
+            for number, (a, b) in enumerate(zip(ours[index], theirs, strict=True)):
+                assert torch.equal(a, b), f"no figure: view {number} of image {index} by {name} is not torchvision's"
     peers.seed_all(0)
     for name, read, tensors in ((PEER, peers.read_pil, False), (TENSORS, peers.read_tensor, True)):
         transform = peers.multi_crop(config, tensors=tensors)
@@ -124,6 +129,12 @@ def check(paths: list[Path], config: ViewsConfig) -> None:
             )
 
 
+def _views(write: Write, image: np.ndarray, params: Tensor, config: ViewsConfig) -> list[Tensor]:
+    out = {name: torch.empty((n, 3, size, size), dtype=torch.uint8) for name, (n, size) in groups(config).items()}
+    write(image, params, out)
+    return [view for group in out.values() for view in group]
+
+
 Way = Callable[[int], object]  # what is done with image number ``index``, counted without end
 
 
@@ -131,11 +142,15 @@ def stage_ways(folder: Path, paths: list[Path], config: ViewsConfig) -> dict[str
     """The ways to go through each stage, which one process goes alone."""
     source, count = FolderSource(folder), len(paths)
     images = [peers.read_pil(path) for path in paths]
-    pixels = [peers.read_tensor(path) for path in paths]
+    arrays, pixels = [np.asarray(image) for image in images], [peers.read_tensor(path) for path in paths]
     on_pil, on_tensors = (peers.multi_crop(config, tensors=tensors) for tensors in (False, True))
+    ours = {OURS: implementation("fast")[0], REFERENCE: implementation("reference")[0]}
 
     def params(index: int) -> Tensor:
         return sample_params(0, index // count, index % count, config, images[index % count].size)
+
+    def make(write: Write, image: np.ndarray, index: int) -> list[Tensor]:
+        return _views(write, image, params(index), config)
 
     return {
         "decode": {
@@ -144,13 +159,13 @@ def stage_ways(folder: Path, paths: list[Path], config: ViewsConfig) -> dict[str
             TENSORS: lambda i: peers.read_tensor(paths[i % count]),
         },
         "views": {
-            OURS: lambda i: apply(images[i % count], params(i), config),
+            **{name: lambda i, write=write: make(write, arrays[i % count], i) for name, write in ours.items()},
             SAME: lambda i: peers.same_draws(images[i % count], params(i), config),
             PEER: lambda i: on_pil(images[i % count]),
             TENSORS: lambda i: on_tensors(pixels[i % count]),
         },
         "decode and views": {
-            OURS: lambda i: apply(source.read(i % count)[0], params(i), config),
+            **{name: lambda i, write=write: make(write, source.read(i % count)[0], i) for name, write in ours.items()},
             PEER: lambda i: on_pil(peers.read_pil(paths[i % count])),
             TENSORS: lambda i: on_tensors(peers.read_tensor(paths[i % count])),
         },

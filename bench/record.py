@@ -103,7 +103,8 @@ def add(path: Path, part: dict[str, Any], name: Callable[[dict[str, Any]], Hasha
 def _sources() -> str:
     """Digest of the code that figures depend on: equal trees have equal ones, with or without git."""
     digest = hashlib.sha256()
-    for path in sorted(path for folder in ("fastdino", "kernels", "bench") for path in (ROOT / folder).rglob("*.py")):
+    files = (path for folder in ("fastdino", "kernels", "bench") for path in (ROOT / folder).rglob("*.*"))
+    for path in sorted(path for path in files if path.suffix in (".py", ".c", ".h")):
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 

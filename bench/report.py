@@ -179,8 +179,10 @@ def data_table(results: Path) -> str:
     files, where = document["files"], document["provenance"]
     versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "torchvision", "pillow"))
     what = f"{files['width']} x {files['height']} pixels in {1e-3 * files['mean_bytes']:.0f} kB"
+    by = f"; views by {where['views']}" if "views" in where else ""
     caption = (
-        f"{where['device']}; {versions}; {_state(where)}. JPEG files of {what}; views of {document['views']} pixels."
+        f"{where['device']}{by}; {versions}; {_state(where)}. "
+        f"JPEG files of {what}; views of {document['views']} pixels."
     )
     return f"{caption}\n\n{_table(['stage', 'by', 'images/s', 'per core', 'time / ours'], rows)}"
 

@@ -2,8 +2,10 @@
 
 commands:
   train RECIPE [flags]   train, or resume, a run:   fastdino train vit_small_16 --data.root /data/imagenet/train
+  shard SRC DST          pack images into tar shards, which load faster; --short-side 512 for large originals
   recipes [RECIPE]       list the recipes, or show one with all its settings
   bench RECIPE [flags]   images/s of a recipe on this machine, and what limits it
+  bench data SRC         images/s per core of reading, decoding and making views, and what would make them faster
   eval knn PATH          weighted k-NN accuracy of a run's teacher, or of a file of weights
   eval attention PATH    pictures of where each head of the last block looks
   eval patches PATH      patch mIoU of a linear probe on rendered shapes, and the tokens of patches as colours
@@ -21,6 +23,7 @@ import json
 import logging
 import os
 import select
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -33,6 +36,7 @@ import tyro
 
 from fastdino import __version__, recipes
 from fastdino.config import Config, ConfigError, PatchHeadConfig, UserError, group_kinds
+from fastdino.config.errors import require
 from fastdino.launch import launched_rank, without_local_rank
 
 if TYPE_CHECKING:
@@ -84,11 +88,15 @@ def _main(argv: Sequence[str]) -> None:
 
 
 def _run(command: str, arguments: list[str]) -> None:
-    if command in ("train", "bench"):
+    if command == "bench" and arguments[:1] == ["data"]:
+        tyro.cli(bench_data, args=arguments[1:], prog="fastdino bench data")
+    elif command in ("train", "bench"):
         config = _config(command, arguments)
         {"train": train, "bench": bench}[command](config)
     elif command == "eval":
         evaluate(arguments)
+    elif command == "shard":
+        shard(arguments)
     elif command in COMMANDS:
         tyro.cli(COMMANDS[command], args=arguments, prog=f"fastdino {command}")
     else:
@@ -108,11 +116,21 @@ def _config(command: str, arguments: list[str]) -> Config:
 
 def configured(recipe: str, flags: list[str], command: str = "train") -> Config:
     """A recipe with what the flags of ``fastdino COMMAND RECIPE`` say, checked; exits where tyro cannot read them."""
-    flags = _plain_switches(flags)
+    flags = _plain_switches(_one_root(flags))
     base, flags = _patch_head(recipes.get(recipe, _global_size(flags)), flags)
     kind: Any = tyro.conf.AvoidSubcommands[Config]
     about = inspect.getdoc(recipes.RECIPES[recipe])
     return tyro.cli(kind, default=base, args=flags, prog=f"fastdino {command} {recipe}", description=about)
+
+
+def _one_root(flags: list[str]) -> list[str]:
+    """``--data.root a:0.7 b:0.3`` as one word, split again where it is read."""
+    if "--data.root" not in flags:
+        return flags
+    first = flags.index("--data.root") + 1
+    last = next((i for i in range(first, len(flags)) if flags[i].startswith("--")), len(flags))
+    words = flags[first:last]
+    return [*flags[:first], *([shlex.join(words)] if len(words) > 1 else words), *flags[last:]]
 
 
 def _global_size(flags: list[str]) -> int | None:
@@ -192,6 +210,24 @@ def bench(config: Config) -> None:
     measured = measure(config)
     if launched_rank(os.environ) == 0:
         print(measured.table())
+
+
+def bench_data(
+    src: Annotated[str, tyro.conf.Positional], /, recipe: str = "vit_small_16", wanted: float = 3500
+) -> None:
+    """Times reading, decoding and making views of 64 images of SRC, each implementation, and says what to do.
+
+    Args:
+        src: anything that --data.root takes.
+        recipe: whose views are made.
+        wanted: images/s that one GPU trains on; `fastdino bench RECIPE` says how many yours does.
+    """
+    from fastdino.data.speed import measure
+
+    require(wanted > 0, "--wanted", wanted, "a positive number of images per second")
+    config = configured(recipe, ["--data.root", src])
+    shown = f"2 x {config.views.global_size} + {config.views.num_local} x {config.views.local_size} pixels"
+    print(measure(config).table(wanted, f"views of {shown} ({recipe})"))
 
 
 def show_recipes(name: Annotated[str, tyro.conf.Positional] = "", /) -> None:
@@ -274,6 +310,26 @@ def _subject(weights: Weights, size: int | None) -> "Subject":
     backbone, config = any_backbone(path, weights.arch, size)
     place = "cuda" if has_gpu and weights.device != "cpu" else "cpu"
     return Subject(backbone.to(place), config, path if path.is_dir() else path.parent)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """What is packed, and where it goes."""
+
+    src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """Anything that --data.root takes."""
+    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    """A new folder, or that of a command that was stopped."""
+
+
+def shard(arguments: list[str]) -> None:
+    """``fastdino shard SRC DST``: the flags are the fields of Packing."""
+    from fastdino.data.sources.packed.shard import Packing
+
+    flat = tyro.conf.arg(name="")
+    asked: Any = tuple[Annotated[Places, flat], Annotated[Packing, flat]]
+    places, packing = tyro.cli(asked, args=arguments, prog="fastdino shard", description=inspect.getdoc(Packing))
+    print(packing(os.path.expanduser(places.src), places.dst.expanduser()))
 
 
 def demo(dir: Path = Path("runs/demo"), seed: int = 0) -> None:

@@ -15,7 +15,10 @@ HOME = {
     "xformers": ["fastdino/model/attention.py"],
     "deepspeed": ["fastdino/engine/zero"],
     "PIL": ["fastdino/data/", "fastdino/eval/attention_maps.py"],
+    "simplejpeg": ["fastdino/data/sources/decode.py"],
     "timm": ["fastdino/model/"],
+    "pyarrow": ["fastdino/data/sources/packed/arrow.py"],
+    "fsspec": ["fastdino/data/sources/remote.py"],
 }
 MAY_IMPORT = {  # rooms of fastdino, or files in them, that a room may import, besides itself, config and distributed
     "config": set(),

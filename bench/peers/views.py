@@ -64,14 +64,18 @@ def _pillow_blur(image: Image.Image) -> Image.Image:
 
 
 def same_draws(image: Image.Image, params: Tensor, config: ViewsConfig) -> list[Tensor]:
-    """The views that our ``params`` describe, by torchvision's functions on Pillow images: the same pixels as ours."""
+    """The views that our ``params`` describe, by torchvision's functions on Pillow images: the same pixels as ours.
+
+    Each pass of the resizing is a call of its own, because Pillow 13 changes the order of two.
+    """
     sizes = [config.global_size] * 2 + [config.local_size] * config.num_local
     return [_view(image, row, size) for row, size in zip(params.tolist(), sizes, strict=True)]
 
 
 def _view(image: Image.Image, row: list[float], size: int) -> Tensor:
     left, top, width, height = (round(row[i] * side) for i, side in enumerate(image.size * 2))
-    view = F.resized_crop(image, top, left, height, width, [size, size], BICUBIC)
+    view = F.resize(F.crop(image, top, left, height, width), [height, size], BICUBIC)
+    view = F.resize(view, [size, size], BICUBIC)
     if row[Column.FLIP]:
         view = F.horizontal_flip(view)
     adjust = dict(zip(JITTER, (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue), strict=True))

@@ -106,7 +106,7 @@ class Config:
             (self.model.drop_path == 0, "model", "drop_path_rule", "model.drop_path is 0"),
             (self.model.pos_embed == "rope", "model", "interpolation image_size", "rope has no position embeddings"),
             (self.model.pos_embed != "rope", "model", "rope_scale", f"model.pos_embed is {self.model.pos_embed}"),
-            (self.data.root != "shapes", "data", "num_images", "a folder has as many as it holds"),
+            (not self.data.renders, "data", "num_images", "a folder has as many as it holds"),
             (self.data.root == "shapes", "data", "max_pixels bits", "shapes are rendered"),
             (self.views.num_local == 0, "views", "local_size local_scale", "views.num_local is 0"),
             (self.head.num_layers == 1, "head", "hidden_dim", "head.num_layers is 1"),

@@ -1,8 +1,11 @@
 """Settings of images and of the views that are made of them."""
 
+import shlex
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from fastdino.config.errors import ConfigError
 from fastdino.config.group import Group
 
 MAX_VIEWS = 32  # S, student views of one image that the fused loss takes
@@ -83,7 +86,17 @@ class DataConfig(Group):
     """Where images come from."""
 
     root: str = ""
-    """A folder of images, in any nesting; or the word shapes: rendered objects that need no download."""
+    """A folder of images, in any nesting; .tar shards or .parquet files (a folder, a glob, shards/{000..099}.tar), also
+    behind a URL; a folder of datasets.save_to_disk; a .csv or .jsonl with paths; the word shapes: rendered objects.
+    Several with weights, a:0.7 b:0.3, are mixed: shares of the images that are seen."""
+    image_column: str = ""
+    """Column of a table that holds images, or their paths. Default: image, path, file or a like name that is there."""
+    label_column: str = ""
+    """Column that holds classes. Default: label, class or a like name, if there is one."""
+    cache: Path = Path("~/.cache/fastdino")
+    """A folder for what is made once and read again: indexes of shards, shards from a URL, parquet unpacked."""
+    cache_gb: float = 100.0
+    """Size of the cache in GB, for all runs that share it; above it the least recently used files are removed."""
     num_images: int = 10000
     """Images per epoch of shapes; a folder has as many as it holds."""
     image_size: int = 256
@@ -92,8 +105,11 @@ class DataConfig(Group):
     """Subtract ImageNet's mean and divide by its deviation, or those of each channel of each view (short runs)."""
     eval_crop: float = 0.875
     """Share of an image's shorter side that evaluations see, in the middle. DINO v1: 224 / 256; 1 sees it all."""
+    views: Literal["auto", "reference", "fast"] = "auto"
+    """What makes the views: Pillow (reference), or our C with the same pixels (fast); auto: fast where it is built."""
     num_workers: int = 10
-    """Processes per rank that decode and augment; 0 works in the training process."""
+    """What reads, decodes and makes views, per rank: threads of one process where views are fast, else a process each;
+    0 works in the training process."""
     max_bad: float = 0.01
     """Largest share of an epoch's images that may be unreadable; above it the run stops."""
     max_pixels: int = 178956970
@@ -106,6 +122,40 @@ class DataConfig(Group):
         self.require(self.image_size >= 8, "image_size", "at least 8 pixels", "objects must show")
         self.require(self.num_workers >= 0, "num_workers", "0 or more")
         self.require(0 < self.eval_crop <= 1, "eval_crop", "a share in (0, 1]")
+        self.require(self.cache_gb >= 0, "cache_gb", "0 or more")
         self.require(0 <= self.max_bad <= 1, "max_bad", "a share in [0, 1]")
         self.require(self.max_pixels >= 1, "max_pixels", "at least 1")
         self.require(8 <= self.bits <= 16, "bits", "in [8, 16]", "8 of them are kept")
+
+    @property
+    def renders(self) -> bool:
+        """True when shapes are trained on, alone or in a mixture."""
+        return "shapes" in (self.root, *(root for root, _ in mixture(self.root)))
+
+
+def mixture(root: str) -> list[tuple[str, float]]:
+    """Roots and weights of ``a:0.7 b:0.3``, split as by a shell; none for what names one source.
+
+    Raises ConfigError for weights that cannot be, and when only some have one.
+    """
+    try:
+        words = shlex.split(root)
+    except ValueError:  # a quote in the name of a folder
+        return []
+    parts = [(word.rpartition(":")[0], _number(word.rpartition(":")[2])) for word in words]
+    weights = [weight for _, weight in parts if weight is not None]
+    if len(parts) < 2 or not weights:
+        return []
+    if len(weights) < len(parts):
+        without = next(word for word, (_, weight) in zip(words, parts, strict=True) if weight is None)
+        raise ConfigError(f"data.root={root!r} mixes sources, and {without} has no weight: write a:0.7 b:0.3")
+    if not all(0 < weight < float("inf") for weight in weights):
+        raise ConfigError(f"data.root={root!r} mixes sources: their weights must be positive")
+    return list(zip((part for part, _ in parts), weights, strict=True))
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -31,7 +31,7 @@ class RunConfig(Group):
     knn_every: int = 10
     """Epochs between k-NN evaluations of the teacher; 0: never."""
     knn_root: str = ""
-    """Class folders for the k-NN, or shapes. Default: shapes when training on shapes, else no k-NN."""
+    """Class folders or shards for the k-NN, or shapes. Default: shapes when training on shapes, else no k-NN."""
     max_nonfinite: int = 10
     """Skipped steps in a row (non-finite loss or gradient) after which the run stops."""
 

@@ -4,8 +4,9 @@ from fastdino.data.batch import Batch, Masks
 from fastdino.data.loader import BadData, TrainBatches, labelled_batches, train_batches
 from fastdino.data.sources.decode import BadImage
 from fastdino.data.sources.folder import FolderSource, split_folders
+from fastdino.data.sources.opening import open_source
 from fastdino.data.sources.shapes import ShapesSource
-from fastdino.data.sources.source import Source, open_source
+from fastdino.data.sources.source import Source
 from fastdino.data.views import normalize
 from fastdino.data.workers import WorkerDied
 

@@ -38,9 +38,9 @@ class Batch:
     bad: list[str] = field(default_factory=list)
     """Name and reason of each image that could not be read; others stand in for them."""
 
-    def pin_memory(self) -> "Batch":
-        """The same in page-locked memory, from which a GPU copies while it computes. DataLoader calls this."""
-        return self._each(lambda x: x.pin_memory())
+    def clone(self) -> "Batch":
+        """The same in memory of its own."""
+        return self._each(Tensor.clone)
 
     def to(self, device: torch.device) -> "Batch":
         """The same on ``device``; from page-locked memory the copy does not wait."""

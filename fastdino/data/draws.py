@@ -16,6 +16,7 @@ class Purpose(IntEnum):
     REPLACEMENT = 3
     SHAPES = 4
     MASKS = 5
+    MIXTURE = 6
 
 
 def random_bits(purpose: Purpose, seed: int, first: int, second: int, count: int) -> np.ndarray:

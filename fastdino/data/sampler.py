@@ -1,6 +1,6 @@
 """Which image comes when: a pure function of seed and step, so that a run resumes exactly with no state to save."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -37,6 +37,8 @@ class Plan:
     world_size: int = 1
     accumulate: int = 1
     seed: int = 0
+    order: Callable[[int, int], np.ndarray] | None = None
+    """(seed, epoch) -> (num_images,) int64, the order of an epoch; None: a random permutation of the images."""
 
     def __post_init__(self) -> None:
         if self.num_images < self.global_batch:
@@ -60,7 +62,7 @@ class Plan:
         """The ``local_batch`` images of a micro batch of ``step``, counted from the run's start, on ``rank``."""
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
         start = step_of_epoch * self.global_batch + (micro * self.world_size + rank) * self.local_batch
-        order = epoch_order(self.seed, epoch, self.num_images)
+        order = self.order(self.seed, epoch) if self.order else epoch_order(self.seed, epoch, self.num_images)
         return [(epoch, index) for index in order[start : start + self.local_batch].tolist()]
 
     def micro_batches(self, rank: int, start_step: int) -> Iterator[list[Key]]:

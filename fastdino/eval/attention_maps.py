@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fastdino.config.errors import require
 from fastdino.data.sources.decode import BadImage
-from fastdino.data.sources.source import Source, open_folder
+from fastdino.data.sources.opening import open_part
+from fastdino.data.sources.source import Source
 from fastdino.data.views import normalize
 from fastdino.eval.evaluation import Evaluation, Subject
 from fastdino.eval.features import EvaluationError, Reading, check_size, device_and_dtype, evaluating, our_vit
@@ -130,7 +131,7 @@ class AttentionMaps(Evaluation):
         if self.data == "shapes":
             source: Source = bank_and_test(self.data, subject.config.data).test
         else:
-            source = open_folder(self.data, subject.config.data)
+            source = open_part(self.data, subject.config.data)
         with whole_file(sheet) as path:
             found = self.overlap(subject.backbone, source, reading, path)
         num_images = min(self.num_images, len(source))
@@ -161,6 +162,6 @@ class AttentionMaps(Evaluation):
         return {} if masks is None else {"attention_iou": best_head_iou(maps, masks, self.mass)}
 
 
-def _resized(image: Image.Image, size: int) -> Image.Image:
+def _resized(image: np.ndarray, size: int) -> Image.Image:
     """The whole image at size x size, so that its mask still fits."""
-    return image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+    return Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)

@@ -29,7 +29,7 @@ class Evaluation(ABC):
     """The base of all evaluations: which images are read, and how."""
 
     data: str = "shapes"
-    """A folder of images, or shapes."""
+    """Images, as --data.root of fastdino train takes them but for mixtures; or shapes."""
     size: int | None = None
     """Side in pixels that the backbone sees; default: that of its global views."""
     normalize: Literal["imagenet", "image"] | None = None

@@ -85,8 +85,8 @@ class KNeighbors:
 class Knn(Evaluation):
     """Weighted k-NN accuracy on frozen features, in percent, printed as JSON with the protocol.
 
-    --data is a folder of class folders. train/ and val/ (or test/) below it are bank and test; without them every fifth
-    image is test. --data shapes needs no folder.
+    --data is a folder of class folders, or other images with classes. train/ and val/ (or test/) below it are bank and
+    test; without them every fifth image is test. --data shapes needs no folder.
     """
 
     neighbors: tuple[int, ...] = DEFAULT_NEIGHBORS

@@ -57,7 +57,7 @@ def render(num_images: int, size: int, patch: int, seed: int) -> Patches:
     source = ShapesSource(num_images, size, seed)
     images, masks = [], []
     for index in tqdm(range(num_images), desc="rendering", unit="image", leave=False, disable=None):
-        images.append(np.asarray(source.read(index)[0]))
+        images.append(source.read(index)[0])
         masks.append(source.mask(index))
     covered = F.avg_pool2d(torch.from_numpy(np.stack(masks)).double().unsqueeze(1), patch).squeeze(1) > 0.5
     labels = torch.tensor([source.label(index) for index in range(num_images)]).view(-1, 1, 1)

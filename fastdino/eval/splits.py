@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastdino.config import ConfigError, DataConfig
+from fastdino.data.sources.composed import Subset
 from fastdino.data.sources.decode import BadImage
 from fastdino.data.sources.folder import SPLITS, split_folders
+from fastdino.data.sources.opening import open_part
 from fastdino.data.sources.shapes import ShapesSource
-from fastdino.data.sources.source import Source, open_folder
-from fastdino.data.sources.subset import Subset
+from fastdino.data.sources.source import Source
 
 BANK_SEED, TEST_SEED = 2**31 + 101, 2**31 + 102  # of shapes that are rendered for nothing else
 NUM_SHAPES = 1000  # in each of the two sets
@@ -27,9 +28,9 @@ def bank_and_test(root: str, data: DataConfig) -> Sets:
     """Bank and test images of ``root``, checked so that an evaluation of them begins.
 
     Args:
-        root: the word shapes, or a folder of class folders. Its subfolders train/ and val/ (valid/, validation/), or
-            train/ and test/ (testing/), in any case, are the two sets; without them every fifth image is judged by the
-            rest. The name of a split is never taken for that of a class.
+        root: the word shapes, or a folder of class folders, or shards and the like. Its subfolders train/ and val/
+            (valid/, validation/), or train/ and test/ (testing/), in any case, are the two sets; without them every
+            fifth image is judged by the rest. The name of a split is never taken for that of a class.
         data: how images are opened: as those that the weights were trained on.
 
     Raises ConfigError for a split without its other half, for sets without labels or with different classes, and for
@@ -45,14 +46,14 @@ def bank_and_test(root: str, data: DataConfig) -> Sets:
     elif folders:
         raise ConfigError(_unpaired(root, list(folders.values())))
     else:
-        sets = _strided(open_folder(root, data))
+        sets = _strided(open_part(root, data))
     _check(sets, root)
     return sets
 
 
 def _pair(train: Path, judged: Path, data: DataConfig) -> Sets:
     rule = f"{train.name}/ is the bank, {judged.name}/ is judged"
-    return Sets(open_folder(train, data), open_folder(judged, data), rule)
+    return Sets(open_part(train, data), open_part(judged, data), rule)
 
 
 def _strided(whole: Source) -> Sets:

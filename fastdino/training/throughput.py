@@ -28,7 +28,7 @@ class Throughput:
     pipeline: float
     """The input pipeline alone, nothing consuming it."""
     num_workers: int
-    """Worker processes per rank that the pipeline had; 0 worked in the training process."""
+    """Workers per rank that the pipeline had; 0 worked in the training process."""
     peak_memory_gb: float
     """Largest allocation on the device, in 1e9 bytes; 0 on a CPU, where it is not counted."""
 

@@ -13,7 +13,9 @@ from bench import data, report
 from bench.peers import views as peers
 from bench.record import write
 from fastdino.config import ViewsConfig
+from fastdino.data.views import fast
 
+pytestmark = pytest.mark.skipif(bool(fast.why_not()), reason=f"fast: {fast.why_not()}")
 SIZES = data.Sizes(images=8, width=60, height=45, rounds=3, per_round=2, batch=2, loader_rounds=3, batches=2)
 VIEWS = ViewsConfig(global_size=32, local_size=16, num_local=2)
 
@@ -42,8 +44,20 @@ def test_files_are_made_alike_and_differ(paths: list[Path], tmp_path: Path) -> N
 def test_no_figure_when_a_pixel_differs(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     data.check(paths, VIEWS)
     monkeypatch.setattr(peers, "SOLARIZE_THRESHOLD", 127)
-    with pytest.raises(AssertionError, match="no figure: view 1 of image"):
+    with pytest.raises(AssertionError, match=r"no figure: view 1 of image . by reference is not torchvision's"):
         data.check(paths, ViewsConfig(global_size=32, local_size=16, num_local=2, solarize=1.0))
+
+
+def test_no_figure_when_fast_views_differ(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    right = data.implementation
+
+    def wrong(name: str) -> tuple[data.Write, str]:
+        write, said = right(name)
+        return (lambda image, params, out: write(image, params.flip(0), out)) if name == "fast" else write, said
+
+    monkeypatch.setattr(data, "implementation", wrong)
+    with pytest.raises(AssertionError, match="no figure: view 0 of image 0 by fast is not torchvision's"):
+        data.check(paths, VIEWS)
 
 
 def test_no_figure_beside_a_peer_that_makes_other_views(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,12 +89,16 @@ def test_random_transforms_act_as_often_as_ours(paths: list[Path]) -> None:
 def test_measure_and_table(tmp_path: Path) -> None:
     document = data.measure(SIZES, VIEWS, [1])
     assert set(document["stages"]) == {"decode", "views", "decode and views", "loader, 1 worker"}
+    assert data.REFERENCE in document["stages"]["views"]
+    assert data.REFERENCE in document["stages"]["decode and views"]
     for contenders in document["stages"].values():
         assert contenders[data.OURS]["times_ours"]["median"] == 1
         assert all(f["images_per_second"] > 0 for f in contenders.values())
     assert report.data_table(tmp_path) == "Not measured yet.\n"
-    write(tmp_path / "data-cpu.json", {"provenance": data.provenance(data.CPU, "bench.data"), **document})
+    where = {**data.provenance(data.CPU, "bench.data"), "views": "fast, avx2"}
+    write(tmp_path / "data-cpu.json", {"provenance": where, **document})
     table = report.data_table(tmp_path)
+    assert "; views by fast, avx2; torch " in table
     assert "60 x 45 pixels" in table
     assert (
         f"| loader, 1 worker | fastdino | {document['stages']['loader, 1 worker']['fastdino']['per_core']:.3g} |"

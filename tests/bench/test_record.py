@@ -109,11 +109,11 @@ def test_sources_are_those_that_are_there(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(record, "ROOT", tmp_path)
     (tmp_path / "kernels" / "a").mkdir(parents=True)
     seen = [record._sources()]
-    for name, text in (("a.py", "x"), ("a.py", "y"), ("b.py", ""), ("b.txt", "no code")):
+    for name, text in (("a.py", "x"), ("a.py", "y"), ("b.py", ""), ("c.h", ""), ("b.txt", "no code")):
         (tmp_path / "kernels" / "a" / name).write_text(text)
         seen.append(record._sources())
-    assert len(set(seen)) == 4
-    assert seen[3] == seen[4]
+    assert len(set(seen)) == 5
+    assert seen[4] == seen[5]
 
 
 PARTS = """

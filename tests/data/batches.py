@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -15,12 +16,17 @@ CPU = torch.device("cpu")
 
 
 def make_config(
-    num_workers: int = 0, local_batch: int = 4, accumulate: int = 1, max_bad: float = 1.0, num_local: int = 2
+    num_workers: int = 0,
+    local_batch: int = 4,
+    accumulate: int = 1,
+    max_bad: float = 1.0,
+    num_local: int = 2,
+    by: Literal["auto", "reference"] = "auto",
 ) -> Config:
     return Config(
         model=ModelConfig(patch_size=8),
         views=ViewsConfig(global_size=32, local_size=16, num_local=num_local),
-        data=DataConfig(num_workers=num_workers, max_bad=max_bad),
+        data=DataConfig(num_workers=num_workers, max_bad=max_bad, views=by),
         engine=EngineConfig(accumulate=accumulate),
         run=RunConfig(local_batch=local_batch, seed=3),
     )

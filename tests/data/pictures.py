@@ -20,3 +20,12 @@ def photo(width: int, height: int, seed: int = 0) -> Image.Image:
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (6, 7, 3), dtype=np.uint8)).resize((width, height), 3)
     return Image.fromarray((np.asarray(coarse) * 0.8 + rng.integers(0, 50, (height, width, 3))).astype(np.uint8))
+
+
+def photos(root: Path, classes: tuple[str, ...] = ("cat", "dog"), each: int = 10) -> Path:
+    """A folder of class folders with JPEG and PNG files."""
+    for c, name in enumerate(classes):
+        for i in range(each):
+            image = photo(30 + i, 40 - i, 100 * c + i)
+            write(root / name / f"{i:02d}.{'png' if i % 3 == 0 else 'jpg'}", image)
+    return root

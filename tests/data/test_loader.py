@@ -1,5 +1,6 @@
 """Batches: the same bits for any number of workers and any place to resume; bad images are told."""
 
+import dataclasses
 import os
 import re
 from itertools import islice
@@ -11,8 +12,8 @@ from PIL import Image
 from fastdino.config import ConfigError
 from fastdino.data import BadData, BadImage, FolderSource, labelled_batches
 from fastdino.data.sampler import epoch_order
-from fastdino.data.views import apply, center_view, sample_params
-from tests.data.batches import assert_equal, make_config, start, take
+from fastdino.data.views import apply, center_view, fast, sample_params
+from tests.data.batches import assert_equal, children, make_config, start, take
 
 # ------------------------------------------------------------------------------------------------ the right views
 
@@ -30,19 +31,43 @@ def test_a_batch_holds_the_views_of_its_images(shapes):
     assert batch.bad == []
     for position, (epoch, index) in enumerate(batches.plan.micro_batch(0, 0, 0)):
         image, _ = shapes.read(index)
-        params = sample_params(3, epoch, index, config.views, image.size)
+        params = sample_params(3, epoch, index, config.views, image.shape[1::-1])
         for name, group in apply(image, params, config.views).items():
             assert torch.equal(batch.views[name][:, position], group)
+
+
+@pytest.mark.skipif(bool(fast.why_not()), reason=f"fast: {fast.why_not()}")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_both_implementations_of_the_views_make_the_same_batches(shapes, num_workers, caplog):
+    caplog.set_level("INFO")
+    made = {}
+    for name in ("reference", "fast"):
+        config = make_config(num_workers)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, views=name))
+        made[name] = take(6, config, shapes)
+        assert f"views by {name}" in caplog.text
+    assert_equal(made["fast"], made["reference"])
+
+
+def test_fast_views_that_are_not_built_are_told_before_any_worker_starts(shapes, monkeypatch):
+    monkeypatch.setattr(fast, "_REASON", "it is not built")
+    config = make_config(2)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, views="fast"))
+    before = children()
+    with pytest.raises(ConfigError, match=r"data.views='fast' cannot be used: it is not built"):
+        start(config, shapes)
+    assert children() == before
 
 
 def test_no_local_views(shapes):
     assert list(next(start(make_config(num_local=0), shapes)).views) == ["global"]
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_workers_change_nothing(shapes, num_workers, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
-    assert_equal(take(12, make_config(num_workers), shapes), take(12, make_config(0), shapes))
+@pytest.mark.parametrize("by", ["reference", "auto"])
+@pytest.mark.parametrize("num_workers", [1, 2, 9])
+def test_workers_change_nothing(shapes, num_workers, by, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
+    assert_equal(take(12, make_config(num_workers, by=by), shapes), take(12, make_config(0, by="reference"), shapes))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -129,7 +154,7 @@ def test_too_many_bad_images_stop_the_run(folder, num_workers, caplog):
     assert all("skipped an image that cannot be read: " in record.message for record in caplog.records)
     assert " of an epoch's 20 images" in message
     assert f"data.max_bad={allowed / 20:g}" in message
-    assert len(re.findall(r"\d\d\.png: UnidentifiedImageError: cannot identify", message)) == 3, "names some, and why"
+    assert len(re.findall(r"\d\d\.png: ValueError: it holds no bytes", message)) == 3, "names some, and why"
     assert "\n" not in message, "no worker's traceback"
 
 

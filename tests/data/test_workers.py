@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -10,16 +11,17 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch import Tensor
 
-from fastdino.data import ShapesSource, WorkerDied, labelled_batches, workers
+from fastdino.config import ConfigError
+from fastdino.data import ShapesSource, WorkerDied, workers
 from fastdino.data.workers import MadeAhead, affordable
 from tests.children import environment
 from tests.data.batches import children, make_config, start, wait_for
@@ -33,7 +35,7 @@ def test_a_killed_worker_is_told_by_the_next_batch_and_nowhere_else(shapes):
     (worker,) = children() - before
     os.kill(worker, signal.SIGKILL)
     time.sleep(0.5)  # nothing raises here
-    with pytest.raises(WorkerDied, match=r"memory.*--shm-size.*data\.num_workers"):
+    with pytest.raises(WorkerDied, match=r"SIGKILL.*memory.*data\.num_workers"):
         list(islice(batches, 100))
 
 
@@ -48,61 +50,113 @@ def limited(what: int, soft: int) -> Iterator[None]:
         resource.setrlimit(what, (before, hard))
 
 
-def fails_within(seconds: float, batches: Iterator[object]) -> str:
-    """Message of the WorkerDied that comes of taking batches."""
-    started = time.monotonic()
-    with pytest.raises(WorkerDied) as caught:
-        list(islice(batches, 1000))
-    assert time.monotonic() - started < seconds
+class Numbers:
+    """A batch holds its keys. What is odd happens at key 7."""
+
+    def __init__(self, size: int = 9, odd: Callable[[], None] = lambda: None) -> None:
+        self.fields, self.odd = {"keys": ((size,), torch.int64), "first": ((1,), torch.int64)}, odd
+
+    def prepare(self, out: dict[str, Tensor], keys: list[int]) -> None:
+        out["first"][0] = keys[0]
+
+    def make(self, out: dict[str, Tensor], first: int, keys: list[int], hold: Callable[[int], None]) -> list[list[str]]:
+        for place, key in enumerate(keys, first):
+            hold(key)
+            if key == 7:
+                self.odd()
+            out["keys"][place] = key
+        return [[f"note of {key}"] if key % 3 == 0 else [] for key in keys]
+
+    def name(self, index: int) -> str:
+        return f"file {index}"
+
+
+def batches_of(count: int, size: int = 9) -> Iterator[list[int]]:
+    """The last one is not full."""
+    return (list(range(start, min(start + size, count))) for start in range(0, count, size))
+
+
+@pytest.mark.parametrize(("processes", "threads"), [(0, 1), (1, 1), (1, 3), (2, 1), (3, 2)])
+def test_the_order_is_that_of_the_keys(processes, threads):
+    """Whichever place is done first: here the eighth is the last of all."""
+    made = MadeAhead(Numbers(odd=lambda: time.sleep(1)), batches_of(30), processes, threads)
+    found = []
+    for batch in made:
+        found += list(zip(batch.tensors["keys"].tolist(), batch.notes, strict=False))
+        assert batch.tensors["first"] == batch.tensors["keys"][0]
+        batch.free()
+    assert found == [(key, [f"note of {key}"] if key % 3 == 0 else []) for key in range(30)]
+    for _ in range(5):
+        assert next(made, None) is None
+    made.close()
+
+
+def test_a_batch_stands_until_it_is_given_back():
+    made = MadeAhead(Numbers(), batches_of(90), 1)
+    first = next(made)
+    for _ in range(5):
+        batch = next(made)
+        batch.free()
+    time.sleep(0.2)
+    assert first.tensors["keys"].tolist() == list(range(9))
+    first.free()
+    made.close()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_process_that_dies_names_what_it_read(threads):
+    made = MadeAhead(Numbers(odd=lambda: os.kill(os.getpid(), signal.SIGKILL)), batches_of(20), 1, threads)
+    with pytest.raises(WorkerDied, match=r"ended by SIGKILL while it read .*file 7\b") as caught:
+        list(islice(made, 10))
     assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["train", "labelled"])
-def test_shared_memory_that_runs_out_is_told(shapes, kind):
-    """The thread that hands a batch over fails, not the code that made it."""
+def test_a_mistake_keeps_its_trace_and_what_the_user_did_its_message():
+    def mistake() -> None:
+        raise KeyError("a mistake of the source")
+
+    def refused() -> None:
+        raise ConfigError("this is how to mend it")
+
+    with pytest.raises(RuntimeError, match=r"(?s)in make.*in mistake.*KeyError: 'a mistake of the source'"):
+        list(MadeAhead(Numbers(odd=mistake), batches_of(20), 1))
+    made = MadeAhead(Numbers(odd=refused), batches_of(20), 1)
+    for _ in range(5):
+        with pytest.raises(ConfigError, match=r"^this is how to mend it$"):
+            list(made)
+
+
+def test_memory_that_is_not_there_is_told():
+    with pytest.raises(WorkerDied, match=r"could not be started.*Cannot allocate memory.*run\.local_batch"):
+        MadeAhead(Numbers(size=2**43), batches_of(20), 1)
+
+
+def test_too_few_open_files_are_told():
+    with limited(resource.RLIMIT_NOFILE, 3), pytest.raises(WorkerDied, match=r"could not be started.*Too many open"):
+        MadeAhead(Numbers(), batches_of(20), 1)
+
+
+def test_memory_does_not_grow():
+    """Of neither process, over ten thousand batches."""
+
+    def resident(process: int | str) -> int:
+        return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * resource.getpagesize()
+
     before = children()
-    with limited(resource.RLIMIT_FSIZE, 1000):  # of a file in /dev/shm too
-        batches = start(make_config(1), shapes) if kind == "train" else labelled_batches(shapes, 32, 4, 1)
-        message = fails_within(60, batches)
-    assert "RuntimeError: unable to resize file </torch_" in message
-    assert "--shm-size" in message
-    wait_for(lambda: not children() - before, 10)
+    made = MadeAhead(Numbers(), batches_of(180_000), 1, threads=2)
+    (child,) = children() - before
+    at = []
+    for number, batch in enumerate(made):
+        batch.free()
+        if number % 5000 == 4999:
+            at.append((resident("self"), resident(child)))
+    made.close()
+    first, *_, last = at
+    assert len(at) == 4
+    assert all(late - early < 2e6 for early, late in zip(first, last, strict=True)), at
 
 
-class Odd(Dataset):
-    """Makes what cannot be sent, or a mistake."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-
-    def __len__(self) -> int:
-        return 100
-
-    def __getitems__(self, keys: list[int]) -> object:
-        if self.what == "mistake":
-            raise KeyError("a mistake of the dataset")
-        return (lambda: None) if self.what == "unpicklable" else torch.zeros(1)
-
-
-def test_what_cannot_be_sent_is_told():
-    assert "lambda" in fails_within(60, MadeAhead(Odd("unpicklable"), 1, batch_size=1))
-
-
-def test_too_few_open_files_in_the_trainer_are_told():
-    batches = MadeAhead(Odd("tensor"), 2, batch_size=1)
-    next(batches)
-    with limited(resource.RLIMIT_NOFILE, 3):
-        message = fails_within(60, batches)
-    assert "ulimit -n" in message
-
-
-def test_a_mistake_in_a_worker_keeps_its_traceback():
-    with pytest.raises(KeyError, match="__getitems__"):
-        next(MadeAhead(Odd("mistake"), 1, batch_size=1))
-
-
-def test_workers_that_cannot_be_started_are_told(shapes, monkeypatch):
+def test_workers_that_cannot_be_started_are_told(monkeypatch):
     before, forks, fork = children(), [], os.fork
 
     def second_fails() -> int:
@@ -112,9 +166,8 @@ def test_workers_that_cannot_be_started_are_told(shapes, monkeypatch):
         return fork()
 
     monkeypatch.setattr(os, "fork", second_fails)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
     with pytest.raises(WorkerDied, match=r"could not be started.*Resource temporarily unavailable"):
-        start(make_config(num_workers=2), shapes)
+        MadeAhead(Numbers(), batches_of(20), 2)
     wait_for(lambda: not children() - before, 10)
 
 
@@ -153,7 +206,7 @@ def test_a_signal_ends_a_wait_that_hangs_and_closing_does_not_wait_for_it(tmp_pa
     started = time.monotonic()
     batches.close()
     assert time.monotonic() - started < 4
-    assert "no batch for 2 seconds" in caplog.text
+    assert re.search(r"no batch for 2 seconds while it read .*: reading hangs", caplog.text)
     wait_for(lambda: not children() - before, 10)
 
 

@@ -1,26 +1,31 @@
 """A folder of images, as people have them: nested, linked, of any format that Pillow reads."""
 
 import errno
-import hashlib
-import logging
 import os
 import stat
 from collections import Counter
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image
 
 from fastdino.config import ConfigError
-from fastdino.data.sources.decode import MAX_PIXELS, decode, extensions, peak_of_16_bit
+from fastdino.data.sources.decode import (
+    MAX_PIXELS,
+    decode,
+    extensions,
+    file_bytes,
+    image_endings,
+    warn_of_unused_bits,
+)
+from fastdino.data.sources.names import Names, printable
 
-log = logging.getLogger(__name__)
-
-_SAMPLE = 8  # files that are looked at for unused bits
-_UNUSED_BELOW = 4096  # a 16-bit image without a value from here on uses 12 bits or fewer
+TAKEN = (
+    "a folder of images, .tar shards or .parquet files (a folder, a glob or shards/{000..099}.tar), also behind a URL, "
+    "a folder of datasets.save_to_disk, a .csv or .jsonl with paths; several with weights as a:0.7 b:0.3, or a .yaml"
+)
+"""What ``--data.root`` takes, for a message about what it does not."""
 
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -61,8 +66,7 @@ class FolderSource:
 
     The label of an image in a subfolder is that of the folder's topmost part (``root/cat/2021/a.jpg`` is of class
     ``cat``; classes are sorted by name); an image directly under the root has label -1. Links are followed. Names that
-    begin with a dot are left out. Paths are kept in one block of bytes: a list of a million strings would be copied
-    into every worker, page by page, as reference counts are written.
+    begin with a dot are left out.
 
     Args:
         path: the folder; ``~`` is the user's home.
@@ -78,23 +82,26 @@ class FolderSource:
         others: Counter[str] = Counter()
         paths = list(_scan(self.root, others))
         if not paths:
-            raise ConfigError(_no_images(_printable(self.root), others))
-        self._block = b"".join(paths)
-        self._ends = np.cumsum(np.fromiter(map(len, paths), np.int64, len(paths)))
+            raise ConfigError(_no_images(printable(self.root), others))
+        self._paths = Names(paths)
         classes = [path.partition(b"/")[0] if b"/" in path else None for path in paths]
         names = sorted({name for name in classes if name is not None})
         label = {name: i for i, name in enumerate(names)} | {None: -1}
         self._labels = np.fromiter((label[name] for name in classes), np.int32, len(paths))
-        self.labels = [_printable(name) for name in names]
-        self._warn_of_unused_bits()
+        self.labels = [printable(name) for name in names]
+        warn_of_unused_bits(printable(self.root), len(self), self.encoded, bits)
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._paths)
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        """RGB image and label (-1: directly under the root); raises BadImage."""
-        image = decode(self._path(index), self.name(index), self._max_pixels, self._bits)
+    def read(self, index: int) -> tuple[np.ndarray, int]:
+        """RGB bytes (height, width, 3) and label (-1: directly under the root); raises BadImage."""
+        image = decode(self.encoded(index), self.name(index), self._max_pixels, self._bits)
         return image, self.label(index)
+
+    def encoded(self, index: int) -> bytes:
+        """The file; raises BadImage."""
+        return file_bytes(self._path(index), self.name(index))
 
     def label(self, index: int) -> int:
         """The label alone, without reading the image."""
@@ -102,32 +109,14 @@ class FolderSource:
 
     def name(self, index: int) -> str:
         """Path below the root."""
-        return _printable(self._relative(index))
+        return printable(self._paths[index])
 
     def fingerprint(self) -> str:
         """Of the names below the root, in order: a folder that was moved keeps it."""
-        return hashlib.sha256(self._block + self._ends.tobytes()).hexdigest()[:16]
-
-    def _relative(self, index: int) -> bytes:
-        start = self._ends[index - 1] if index > 0 else 0
-        return self._block[start : self._ends[index]]
+        return self._paths.digest()
 
     def _path(self, index: int) -> Path:
-        return Path(os.fsdecode(os.path.join(self.root, self._relative(index))))
-
-    def _warn_of_unused_bits(self) -> None:
-        """Looks at a few files: 12-bit values in 16-bit files would become 16 levels of gray, all but black."""
-        sample = np.unique(np.linspace(0, len(self) - 1, _SAMPLE).astype(int)).tolist()
-        peaks = [peak for index in sample if (peak := peak_of_16_bit(self._path(index)))]
-        if not peaks or max(value for _, value in peaks) >= _UNUSED_BELOW or self._bits < 16:
-            return
-        highest = max(value for _, value in peaks)
-        gray = any(kind == "gray" for kind, _ in peaks)
-        remedy = f"set data.bits={max(8, highest.bit_length())}" if gray else "store them with 8 bits per channel"
-        log.warning(
-            "16-bit images of %s hold no value over %d of 65535 (%d looked at), so they are nearly black: %s",
-            _printable(self.root), highest, len(peaks), remedy,
-        )  # fmt: skip
+        return Path(os.fsdecode(os.path.join(self.root, self._paths[index])))
 
 
 def _check_folder(root: bytes) -> None:
@@ -142,7 +131,7 @@ def _check_folder(root: bytes) -> None:
         what = f"may not be entered ({error.strerror}), or a folder above it"
     except (OSError, ValueError) as error:
         what = f"cannot be read ({error})"
-    raise ConfigError(f"{_printable(root)!r} {what}: give a folder of images")
+    raise ConfigError(f"{printable(root)!r} {what}: give {TAKEN}")
 
 
 def _scan(root: bytes, others: Counter[str]) -> Iterator[bytes]:
@@ -161,7 +150,7 @@ def _scan(root: bytes, others: Counter[str]) -> Iterator[bytes]:
             with os.scandir(full) as entries:
                 listing = sorted((e.name, _kind(e)) for e in entries if not e.name.startswith(b"."))
         except OSError as error:
-            at = _printable(error.filename or full)
+            at = printable(error.filename or full)
             raise ConfigError(f"cannot list folder {at}: {error.strerror or error}") from error
         folders = []
         for name, kind in listing:
@@ -171,7 +160,7 @@ def _scan(root: bytes, others: Counter[str]) -> Iterator[bytes]:
             elif kind == "image":
                 yield path
             else:
-                others[_printable(os.path.splitext(name)[1].lower()) or "no ending"] += 1
+                others[printable(os.path.splitext(name)[1].lower()) or "no ending"] += 1
         pending.extend(reversed(folders))
 
 
@@ -180,7 +169,7 @@ def _kind(entry: os.DirEntry[bytes]) -> Literal["folder", "image", "other"]:
 
     A link that leads nowhere is an image by its name: reading it names it, where leaving it out would hide it.
     """
-    image = os.path.splitext(entry.name)[1].lower() in _image_endings()
+    image = os.path.splitext(entry.name)[1].lower() in image_endings()
     try:
         if entry.is_dir():
             return "folder"
@@ -190,18 +179,9 @@ def _kind(entry: os.DirEntry[bytes]) -> Literal["folder", "image", "other"]:
     return "image" if image and (entry.is_symlink() or entry.is_file()) else "other"
 
 
-@cache
-def _image_endings() -> frozenset[bytes]:
-    return frozenset(os.fsencode(ending) for ending in extensions())
-
-
 def _no_images(path: str, others: Counter[str]) -> str:
     found = ", ".join(f"{count} with {ending}" for ending, count in others.most_common(5)) or "no files at all"
     return (
         f"{path!r} holds no images. Found below it: {found}. "
-        f"Looked for files ending in {' '.join(sorted(extensions()))}"
+        f"Looked for files ending in {' '.join(sorted(extensions()))}. Other than a folder of images it may be {TAKEN}"
     )
-
-
-def _printable(path: bytes | str) -> str:
-    return os.fsencode(path).decode("utf-8", "backslashreplace")

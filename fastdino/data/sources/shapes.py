@@ -4,6 +4,7 @@ Twelve classes, each one silhouette with one texture, on a cluttered background.
 each channel of each image gets a mean and a deviation drawn at random. An object is lighter than what is behind it.
 """
 
+import io
 import math
 from collections.abc import Callable
 from functools import lru_cache
@@ -52,10 +53,16 @@ class ShapesSource:
     def __len__(self) -> int:
         return self.num_images
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        """RGB image (image_size, image_size) and its label."""
+    def read(self, index: int) -> tuple[np.ndarray, int]:
+        """RGB bytes (image_size, image_size, 3) and its label."""
         pixels, _ = self._render(index)
-        return Image.fromarray(pixels), self.label(index)
+        return pixels, self.label(index)
+
+    def encoded(self, index: int) -> bytes:
+        """The image as a PNG."""
+        buffer = io.BytesIO()
+        Image.fromarray(self.read(index)[0]).save(buffer, "PNG")
+        return buffer.getvalue()
 
     def label(self, index: int) -> int:
         """The label alone, without rendering the image."""

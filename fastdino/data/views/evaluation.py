@@ -8,23 +8,26 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastdino.data.views.reference import resize
+
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of red, green and blue in [0, 1]
 STD = (0.229, 0.224, 0.225)
 
 
-def center_view(image: Image.Image, size: int, crop: float = 0.875) -> Tensor:
-    """DINO v1's evaluation transform: uint8 (3, size, size), the center of the image, whose shorter side becomes
-    ``size`` / ``crop``, bicubic. Of an image that is longer than 8 times its width only the middle is resized: all of
-    it could fill the memory."""
-    longest = 8 * min(image.size)
-    if max(image.size) > longest:
-        left, top = (max(0, side - longest) // 2 for side in image.size)
-        image = image.crop((left, top, image.width - left, image.height - top))
+def center_view(image: np.ndarray, size: int, crop: float = 0.875) -> Tensor:
+    """DINO v1's evaluation transform of an image, uint8 RGB (h, w, 3): its center, uint8 (3, size, size), bicubic.
+
+    Its shorter side becomes ``size`` / ``crop``. Of an image that is longer than 8 times its width only the middle is
+    resized: all of it could fill the memory.
+    """
+    height, width = image.shape[:2]
+    longest = 8 * min(height, width)
+    top, left = (max(0, side - longest) // 2 for side in (height, width))
+    picture = Image.fromarray(image[top : height - top, left : width - left])
     short = round(size / crop)
-    width, height = (int(short * side / min(image.size)) for side in image.size)
+    width, height = (int(short * side / min(picture.size)) for side in picture.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    view = np.asarray(resized.crop((left, top, left + size, top + size)))
+    view = np.asarray(resize(picture, width, height).crop((left, top, left + size, top + size)))
     return torch.from_numpy(view.transpose(2, 0, 1).copy())
 
 

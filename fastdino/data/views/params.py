@@ -3,6 +3,7 @@
 Applying the parameters draws nothing. So every way of making the views, here or on a GPU, can take the same numbers.
 """
 
+from collections.abc import Sequence
 from enum import IntEnum
 from itertools import permutations
 
@@ -18,9 +19,8 @@ class Column(IntEnum):
     """Columns of the parameters, in the order in which they act on a view."""
 
     LEFT = 0
-    """Crop box, as shares of the image's width and height. Times the image's size and rounded it is the very box of
-    whole pixels that was drawn. The box is cut out (nothing outside it is seen) and resized to the view's size,
-    bicubic and antialiased."""
+    """Crop box, as shares of the image's width and height, see :func:`crop_boxes`. The box is cut out (nothing outside
+    it is seen) and resized to the view's size, bicubic and antialiased."""
     TOP = 1
     WIDTH = 2
     HEIGHT = 3
@@ -66,47 +66,73 @@ def sample_params(seed: int, epoch: int, index: int, config: ViewsConfig, image_
     ``image_size`` is (width, height) in pixels. The distributions are those of DINO v1's torchvision pipeline
     (Caron et al. 2021, appendix A; random resized crops with a ratio in [3/4, 4/3]).
     """
+    return sample_params_of_many(seed, epoch, [index], config, [image_size])[0]
+
+
+def sample_params_of_many(
+    seed: int, epoch: int, indices: Sequence[int], config: ViewsConfig, image_sizes: Sequence[tuple[int, int]]
+) -> Tensor:
+    """:func:`sample_params` of each of B images, (B, num_views, len(Column)): the same numbers, several times as fast.
+
+    Drawing for one image, numpy spends its time between small arrays, and keeps the interpreter from other threads.
+    """
     num_views = config.num_views
-    u = uniform(Purpose.VIEWS, seed, epoch, index, num_views * _NUM_DRAWS).reshape(num_views, _NUM_DRAWS)
-    crop, u = u[:, : 4 * _TRIES].reshape(num_views, 4, _TRIES), u[:, 4 * _TRIES :].T
+    drawn = [uniform(Purpose.VIEWS, seed, epoch, index, num_views * _NUM_DRAWS) for index in indices]
+    u = np.array(drawn).reshape(len(indices), num_views, _NUM_DRAWS)
+    crop, u = u[..., : 4 * _TRIES].reshape(*u.shape[:2], 4, _TRIES), u[..., 4 * _TRIES :].transpose(2, 0, 1)
     scale = np.array([config.global_scale] * 2 + [config.local_scale] * config.num_local)
     blur = np.array([config.blur[0], config.blur[1]] + [config.blur[2]] * config.num_local)
     solarize = np.array([0.0, config.solarize] + [0.0] * config.num_local)
 
-    params = np.empty((num_views, len(Column)))
-    params[:, : Column.HEIGHT + 1] = _crop_boxes(crop, scale, image_size)
-    params[:, Column.FLIP] = u[0] < config.flip
-    params[:, Column.ROTATE] = config.rotate * (2 * u[1] - 1)
-    params[:, Column.ORDER] = np.floor(u[2] * len(JITTER_ORDERS))
+    params = np.empty((len(indices), num_views, len(Column)))
+    params[..., : Column.HEIGHT + 1] = _drawn_boxes(crop, scale, np.array(image_sizes))
+    params[..., Column.FLIP] = u[0] < config.flip
+    params[..., Column.ROTATE] = config.rotate * (2 * u[1] - 1)
+    params[..., Column.ORDER] = np.floor(u[2] * len(JITTER_ORDERS))
     jittered = u[3] < config.jitter
     for column, strength, draw in zip(JITTER, config.jitter_strength, u[4:8], strict=True):
         neutral = 0.0 if column is Column.HUE else 1.0
         low, high = (-strength, strength) if column is Column.HUE else (max(0.0, 1 - strength), 1 + strength)
-        params[:, column] = np.where(jittered, low + (high - low) * draw, neutral)
-    params[:, Column.GRAYSCALE] = u[8] < config.grayscale
-    params[:, Column.BLUR] = (u[9] < blur) * (_BLUR_RADIUS[0] + (_BLUR_RADIUS[1] - _BLUR_RADIUS[0]) * u[10])
-    params[:, Column.SOLARIZE] = u[11] < solarize
+        params[..., column] = np.where(jittered, low + (high - low) * draw, neutral)
+    params[..., Column.GRAYSCALE] = u[8] < config.grayscale
+    params[..., Column.BLUR] = (u[9] < blur) * (_BLUR_RADIUS[0] + (_BLUR_RADIUS[1] - _BLUR_RADIUS[0]) * u[10])
+    params[..., Column.SOLARIZE] = u[11] < solarize
     return torch.from_numpy(params.astype(np.float32))
 
 
-def _crop_boxes(u: np.ndarray, scale: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
-    """(V, 4) left, top, width, height as shares of the image, from draws (V, 4, tries) and area ranges (V, 2).
+def crop_boxes(params: Tensor, image_size: tuple[int, int]) -> np.ndarray:
+    """(V, 4) int32 left, top, width, height in pixels: the very boxes that were drawn for an image of this size.
+
+    Of a side of more than 2**23 pixels, which fp32 cannot tell apart, a box nearby that is within the image.
+    """
+    sides = np.array(image_size + image_size)
+    boxes = np.rint(params[:, : Column.HEIGHT + 1].numpy() * sides.astype(np.float64)).astype(np.int32)
+    boxes[:, :2] = np.minimum(boxes[:, :2], sides[:2] - 1)
+    boxes[:, 2:] = np.minimum(np.maximum(boxes[:, 2:], 1), sides[2:] - boxes[:, :2])
+    return boxes
+
+
+def _drawn_boxes(u: np.ndarray, scale: np.ndarray, image_sizes: np.ndarray) -> np.ndarray:
+    """(B, V, 4) left, top, width, height as shares of the image, from draws (B, V, 4, tries), area ranges (V, 2) and
+    widths and heights (B, 2).
 
     The first try that fits is taken. If none does, the largest centered box of a permitted ratio, as in torchvision.
     """
-    image_width, image_height = image_size
-    area = image_width * image_height * (scale[:, :1] + (scale[:, 1:] - scale[:, :1]) * u[:, 0])  # (V, tries)
-    ratio = np.exp(np.log(_RATIO[0]) + (np.log(_RATIO[1]) - np.log(_RATIO[0])) * u[:, 1])
+    image_width, image_height = image_sizes.T[:, :, None]  # (B, 1)
+    share = scale[:, :1] + (scale[:, 1:] - scale[:, :1]) * u[:, :, 0]  # (B, V, tries)
+    area = (image_width * image_height)[..., None] * share
+    ratio = np.exp(np.log(_RATIO[0]) + (np.log(_RATIO[1]) - np.log(_RATIO[0])) * u[:, :, 1])
     width, height = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
-    fits = (width > 0) & (width <= image_width) & (height > 0) & (height <= image_height)
-    left = np.floor(u[:, 2] * (image_width - width + 1))
-    top = np.floor(u[:, 3] * (image_height - height + 1))
-    first = fits.argmax(axis=1)[:, None]
-    boxes = np.stack([np.take_along_axis(x, first, axis=1)[:, 0] for x in (left, top, width, height)], axis=1)
-
-    full_width = min(image_width, round(image_height * _RATIO[1]))
-    full_height = min(image_height, round(image_width / _RATIO[0]))
-    boxes[~fits.any(axis=1)] = (
-        (image_width - full_width) // 2, (image_height - full_height) // 2, full_width, full_height,
-    )  # fmt: skip
-    return boxes / (image_width, image_height, image_width, image_height)
+    fits = (width > 0) & (width <= image_width[..., None]) & (height > 0) & (height <= image_height[..., None])
+    image, view = np.indices(fits.shape[:2], sparse=True)
+    chosen = image, view, fits.argmax(axis=-1)
+    width, height = width[chosen], height[chosen]  # (B, V)
+    left = np.floor(u[:, :, 2][chosen] * (image_width - width + 1))
+    top = np.floor(u[:, :, 3][chosen] * (image_height - height + 1))
+    boxes = np.stack([left, top, width, height], axis=-1)
+    if not fits[chosen].all():
+        widest, highest = image_sizes[:, 1] * _RATIO[1], image_sizes[:, 0] / _RATIO[0]
+        full = np.minimum(image_sizes, np.rint(np.stack([widest, highest], axis=1)))  # (B, 2)
+        centered = np.concatenate([(image_sizes - full) // 2, full], axis=1)
+        boxes = np.where(fits[chosen][..., None], boxes, centered[:, None])
+    return boxes / image_sizes[:, None, [0, 1, 0, 1]]

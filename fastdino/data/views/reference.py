@@ -9,32 +9,49 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
 from fastdino.config import ViewsConfig
-from fastdino.data.views.params import JITTER_ORDERS, SOLARIZE_THRESHOLD, Column, groups
+from fastdino.data.views.params import JITTER_ORDERS, SOLARIZE_THRESHOLD, Column, crop_boxes, groups
 
 
-def apply(image: Image.Image, params: Tensor, config: ViewsConfig) -> dict[str, Tensor]:
-    """The views that ``params`` (num_views, len(Column)) describe: uint8 global (2, 3, G, G) and local (L, 3, l, l).
+def apply(image: np.ndarray, params: Tensor, config: ViewsConfig) -> dict[str, Tensor]:
+    """The views of ``image``, uint8 RGB (h, w, 3), that ``params`` (num_views, len(Column)) describe: uint8 global
+    (2, 3, G, G) and local (L, 3, l, l).
 
-    Same library calls, and so the same pixels, as DINO v1's torchvision pipeline on Pillow images.
+    Same library calls, and so the same pixels, as DINO v1's torchvision pipeline on Pillow images; see :func:`resize`.
     """
-    rows = iter(params.tolist())
-    views = {}
-    for name, (count, size) in groups(config).items():
-        group = np.empty((count, 3, size, size), dtype=np.uint8)
-        for out in group:
-            pixels = np.asarray(_view(image, next(rows), size))
-            out[:] = pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels
-        views[name] = torch.from_numpy(group)
-    return views
+    sizes = groups(config).items()
+    out = {name: torch.empty((count, 3, size, size), dtype=torch.uint8) for name, (count, size) in sizes}
+    write(image, params, out)
+    return out
 
 
-def _view(image: Image.Image, row: list[float], size: int) -> Image.Image:
+def write(image: np.ndarray, params: Tensor, out: dict[str, Tensor]) -> None:
+    """As :func:`apply`, into ``out``: views of one size together, whose order is that of the rows of ``params``.
+
+    A view has to be contiguous, but its neighbours may be anywhere: those of one image lie apart in a batch.
+    """
+    views, picture = [view for group in out.values() for view in group.numpy()], Image.fromarray(image)
+    for view, box, row in zip(views, crop_boxes(params, picture.size).tolist(), params.tolist(), strict=True):
+        pixels = np.asarray(_view(picture, box, row, view.shape[-1]))
+        view[:] = pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels
+
+
+def resize(image: Image.Image, width: int, height: int) -> Image.Image:
+    """``image`` at another size, bicubic and antialiased, the horizontal pass first: the same pixels by every Pillow.
+
+    The byte between the passes is rounded, so their order shows. Pillow 13 takes the vertical pass first where it
+    removes more than twice as many rows as columns; there, each pass is a call of its own.
+    """
+    removed_rows, removed_columns = image.height - height, image.width - width
+    if removed_rows > max(0, 2 * removed_columns):
+        image = image.resize((width, image.height), Image.Resampling.BICUBIC)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _view(image: Image.Image, box: list[int], row: list[float], size: int) -> Image.Image:
     """One view, (size, size); of mode L when it is gray, whose three channels are equal."""
-    left, top = round(row[Column.LEFT] * image.width), round(row[Column.TOP] * image.height)
-    right = left + round(row[Column.WIDTH] * image.width)
-    bottom = top + round(row[Column.HEIGHT] * image.height)
+    left, top, width, height = box
     # Not resize(box=...), which would let the pixels around the box bleed into the view's edge.
-    view = image.crop((left, top, right, bottom)).resize((size, size), Image.Resampling.BICUBIC)
+    view = resize(image.crop((left, top, left + width, top + height)), size, size)
     if row[Column.FLIP]:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if row[Column.ROTATE]:
@@ -55,10 +72,15 @@ def _rotate(view: Image.Image, degrees: float) -> Image.Image:
     size = view.width
     mirror = _mirror(size)
     padded = Image.fromarray(np.asarray(view).take(mirror, axis=0).take(mirror, axis=1))
-    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    cos, sin = turn(degrees)
     center, middle = len(mirror) / 2, size / 2
     matrix = (cos, -sin, center - (cos - sin) * middle, sin, cos, center - (sin + cos) * middle)
     return padded.transform((size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+
+
+def turn(degrees: float) -> tuple[float, float]:
+    """Cosine and sine."""
+    return math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
 
 
 @lru_cache(maxsize=4)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastdino.config import ConfigError, DataConfig
 from fastdino.data import BadImage, FolderSource, ShapesSource, open_source, split_folders
-from fastdino.data.sources.subset import Subset
+from fastdino.data.sources.composed import Subset
 from tests.data.pictures import noise, write
 
 
@@ -64,7 +64,7 @@ def test_links_are_followed_and_circles_end(tmp_path):
     source = FolderSource(root)
     assert names(source) == ["c.png", "d.png", "a/far.png", "b/near.png"]
     assert source.labels == ["a", "b"]
-    assert source.read(2)[0].size == (16, 16)
+    assert source.read(2)[0].shape == (16, 16, 3)
     with pytest.raises(BadImage, match=r"d\.png"):
         source.read(1)
 
@@ -75,7 +75,7 @@ def test_names_in_any_encoding(tmp_path):
     os.rename(os.fsencode(tmp_path / "plain.png"), raw)
     write(tmp_path / "\u00fcber" / "\u732b.png")
     source = FolderSource(tmp_path)
-    assert [source.read(i)[0].size for i in range(2)] == [(16, 16)] * 2
+    assert [source.read(i)[0].shape for i in range(2)] == [(16, 16, 3)] * 2
     assert source.name(0) == "caf\\xe9 \U0001f436.png", "printable, whatever the name"
     assert source.labels == ["\u00fcber"]
 
@@ -224,7 +224,7 @@ def test_open_source(tmp_path, monkeypatch):
     shapes = open_source("shapes", config)
     assert isinstance(shapes, ShapesSource)
     assert len(shapes) == 7
-    assert shapes.read(0)[0].size == (20, 20)
+    assert shapes.read(0)[0].shape == (20, 20, 3)
     with pytest.raises(ConfigError, match=r"--data\.root shapes"):
         open_source("", config)
     write(tmp_path / "shapes" / "a.png")

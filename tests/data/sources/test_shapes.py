@@ -53,8 +53,8 @@ def test_any_size(size):
     source = ShapesSource(12, size)
     for index in range(12):
         image, _ = source.read(index)
-        assert image.mode == "RGB"
-        assert image.size == (size, size)
+        assert image.shape == (size, size, 3)
+        assert image.dtype == np.uint8
         assert source.mask(index).shape == (size, size)
         assert source.mask(index).dtype == bool
 

@@ -1,5 +1,7 @@
 """What is drawn for an image's views: distributions against torchvision's, and numbers that never change."""
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torchvision.transforms as T
 from PIL import Image
 
 from fastdino.config import ViewsConfig
-from fastdino.data.views import Column, sample_params
+from fastdino.data.views import Column, sample_params, sample_params_of_many
 
 DINO = ViewsConfig()  # DINO v1's recipe
 
@@ -108,6 +110,18 @@ def test_parameters_are_a_pure_function():
         assert not torch.equal(again[0], sample_params(*other, DINO, (500, 375)))
 
 
+def test_many_images_at_once_are_drawn_as_each_alone():
+    rng = np.random.default_rng(0)
+    sizes = [tuple(int(side) for side in 10 ** rng.uniform(0, 4, 2)) for _ in range(60)]  # a crop fits into some
+    config = ViewsConfig(num_local=3, rotate=20, global_scale=(0.9, 1))
+    for start in (0, 7):
+        indices = [int(index) for index in rng.integers(0, 10**12, len(sizes) - start)]
+        many = sample_params_of_many(3, 1, indices, config, sizes[start:])
+        assert many.shape == (len(indices), 5, len(Column))
+        for row, index, size in zip(many, indices, sizes[start:], strict=True):
+            assert torch.equal(row, sample_params(3, 1, index, config, size))
+
+
 def test_changing_one_probability_leaves_the_other_numbers_alone():
     base = draw(50)
     other = draw(50, ViewsConfig(flip=0.0, jitter=0.0, blur=(0, 0, 0), rotate=30, solarize=0, grayscale=0.2))
@@ -115,6 +129,16 @@ def test_changing_one_probability_leaves_the_other_numbers_alone():
         same = torch.equal(base[..., column], other[..., column])
         kept = (Column.LEFT, Column.TOP, Column.WIDTH, Column.HEIGHT, Column.ORDER, Column.GRAYSCALE)
         assert same == (column in kept), column
+
+
+def test_the_draws_never_change():
+    """Of sizes for which a crop fits at once, after some tries, or never."""
+    digest = hashlib.sha256()
+    for index in range(600):
+        size = (1 + 37 * index % 911, 1 + index * index % 1013)
+        config = ViewsConfig(num_local=index % 3, rotate=10, global_scale=(0.9, 1))
+        digest.update(sample_params(1, 2, index, config, size).numpy().tobytes())
+    assert digest.hexdigest()[:16] == "1bcda1be5c9fe3ee"
 
 
 GOLDEN = [  # left, top, width, height, flip, rotate
