@@ -61,7 +61,50 @@ def _folders(root: Path) -> list[Path]:
         return []
 
 
-class FolderSource:
+class FileSource:
+    """Images that are files of their own.
+
+    Args:
+        folder: what the paths are relative to.
+        paths: in the order of the images.
+        labels: (len(paths),) int32, -1: none.
+        max_pixels: larger images are BadImages.
+        bits: how many bits the values of 16-bit gray images use.
+    """
+
+    labels: list[str]
+
+    def __init__(self, folder: bytes, paths: list[bytes], labels: np.ndarray, max_pixels: int, bits: int) -> None:
+        self.folder, self._paths, self._labels = folder, Names(paths), labels
+        self._max_pixels, self._bits = max_pixels, bits
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def read(self, index: int) -> tuple[np.ndarray, int]:
+        """RGB bytes (height, width, 3) and label (-1: none); raises BadImage."""
+        image = decode(self.encoded(index), self.name(index), self._max_pixels, self._bits)
+        return image, self.label(index)
+
+    def encoded(self, index: int) -> bytes:
+        """The file; raises BadImage."""
+        path = Path(os.fsdecode(os.path.join(self.folder, self._paths[index])))
+        return file_bytes(path, self.name(index))
+
+    def label(self, index: int) -> int:
+        """The label alone, without reading the image."""
+        return int(self._labels[index])
+
+    def name(self, index: int) -> str:
+        """Path below the folder."""
+        return printable(self._paths[index])
+
+    def fingerprint(self) -> str:
+        """Of the paths, in order: a data set that was moved whole keeps it."""
+        return self._paths.digest()
+
+
+class FolderSource(FileSource):
     """Every image under a folder, in any nesting: a folder's own in the order of their names, then its subfolders'.
 
     The label of an image in a subfolder is that of the folder's topmost part (``root/cat/2021/a.jpg`` is of class
@@ -77,46 +120,19 @@ class FolderSource:
     """
 
     def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS, bits: int = 16) -> None:
-        self.root, self._max_pixels, self._bits = os.fsencode(os.path.expanduser(path)), max_pixels, bits
-        _check_folder(self.root)
+        root = os.fsencode(os.path.expanduser(path))
+        _check_folder(root)
         others: Counter[str] = Counter()
-        paths = list(_scan(self.root, others))
+        paths = list(_scan(root, others))
         if not paths:
-            raise ConfigError(_no_images(printable(self.root), others))
-        self._paths = Names(paths)
+            raise ConfigError(_no_images(printable(root), others))
         classes = [path.partition(b"/")[0] if b"/" in path else None for path in paths]
         names = sorted({name for name in classes if name is not None})
         label = {name: i for i, name in enumerate(names)} | {None: -1}
-        self._labels = np.fromiter((label[name] for name in classes), np.int32, len(paths))
+        labels = np.fromiter((label[name] for name in classes), np.int32, len(paths))
+        super().__init__(root, paths, labels, max_pixels, bits)
         self.labels = [printable(name) for name in names]
-        warn_of_unused_bits(printable(self.root), len(self), self.encoded, bits)
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def read(self, index: int) -> tuple[np.ndarray, int]:
-        """RGB bytes (height, width, 3) and label (-1: directly under the root); raises BadImage."""
-        image = decode(self.encoded(index), self.name(index), self._max_pixels, self._bits)
-        return image, self.label(index)
-
-    def encoded(self, index: int) -> bytes:
-        """The file; raises BadImage."""
-        return file_bytes(self._path(index), self.name(index))
-
-    def label(self, index: int) -> int:
-        """The label alone, without reading the image."""
-        return int(self._labels[index])
-
-    def name(self, index: int) -> str:
-        """Path below the root."""
-        return printable(self._paths[index])
-
-    def fingerprint(self) -> str:
-        """Of the names below the root, in order: a folder that was moved keeps it."""
-        return self._paths.digest()
-
-    def _path(self, index: int) -> Path:
-        return Path(os.fsdecode(os.path.join(self.root, self._paths[index])))
+        warn_of_unused_bits(printable(root), len(self), self.encoded, bits)
 
 
 def _check_folder(root: bytes) -> None:

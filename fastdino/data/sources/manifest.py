@@ -9,15 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from fastdino.config import ConfigError, DataConfig
-from fastdino.data.sources.decode import decode, file_bytes, warn_of_unused_bits
-from fastdino.data.sources.names import Classes, Names, printable
+from fastdino.data.sources.decode import warn_of_unused_bits
+from fastdino.data.sources.folder import FileSource
+from fastdino.data.sources.names import Classes, printable
 
 PATHS = ("path", "file", "file_name", "filename", "image", "image_path", "img")
 LABELS = ("label", "labels", "class", "cls", "target", "category")
 """Names of columns that are looked for, the first of them first, where the settings name none."""
 
 
-class ManifestSource:
+class ManifestSource(FileSource):
     """The images that a file lists, in its order, a row each.
 
     Args:
@@ -29,8 +30,7 @@ class ManifestSource:
     """
 
     def __init__(self, path: str | Path, config: DataConfig) -> None:
-        self._path, self._folder = Path(path), os.fsencode(os.path.dirname(os.path.abspath(path)))
-        self._max_pixels, self._bits = config.max_pixels, config.bits
+        self._path = Path(path)
         numbers, paths, words = list[int](), list[bytes](), list[str]()
         for number, file, word in self._rows(config):
             if not file:
@@ -40,40 +40,19 @@ class ManifestSource:
             words.append(word)
         if not paths:
             raise ConfigError(f"{self._path} lists no images")
-        self._lines, self._paths = np.array(numbers, np.int64), Names(paths)
+        self._lines = np.array(numbers, np.int64)
         different = sorted({*words} - {""})
         classes = Classes(different, None, str(self._path))
-        self.labels = classes.labels
         label = dict(zip([*different, ""], classes.of(different).tolist(), strict=True))
-        self._labels = np.fromiter((label[word] for word in words), np.int32, len(words))
-        warn_of_unused_bits(str(self._path), len(self), self.encoded, self._bits)
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def read(self, index: int) -> tuple[np.ndarray, int]:
-        """RGB bytes (height, width, 3) and label (-1: the row states none); raises BadImage."""
-        image = decode(self.encoded(index), self.name(index), self._max_pixels, self._bits)
-        return image, self.label(index)
-
-    def encoded(self, index: int) -> bytes:
-        """The file; raises BadImage."""
-        return file_bytes(self._file(index), self.name(index))
-
-    def label(self, index: int) -> int:
-        """The label alone, without reading the image."""
-        return int(self._labels[index])
+        labels = np.fromiter((label[word] for word in words), np.int32, len(words))
+        folder = os.fsencode(os.path.dirname(os.path.abspath(path)))
+        super().__init__(folder, paths, labels, config.max_pixels, config.bits)
+        self.labels = classes.labels
+        warn_of_unused_bits(str(self._path), len(self), self.encoded, config.bits)
 
     def name(self, index: int) -> str:
         """The manifest's line and the path there."""
         return f"{self._path.name}, line {self._lines[index]}: {printable(self._paths[index])}"
-
-    def fingerprint(self) -> str:
-        """Of the paths as they are listed, in order: a manifest that was moved with its images keeps it."""
-        return self._paths.digest()
-
-    def _file(self, index: int) -> Path:
-        return Path(os.fsdecode(os.path.join(self._folder, self._paths[index])))
 
     def _rows(self, config: DataConfig) -> Iterator[tuple[int, str, str]]:
         """Line, path and class ("": none) of each row."""
