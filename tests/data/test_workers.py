@@ -136,6 +136,16 @@ def test_too_few_open_files_are_told():
         MadeAhead(Numbers(), batches_of(20), 1)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_copies_from_the_memory_that_is_shared():
+    made = MadeAhead(Numbers(), batches_of(20), 2, pinned=True)
+    for batch in made:
+        assert all(x.is_pinned() for x in batch.tensors.values())
+        batch.free()
+    made.close()
+
+
 def test_memory_does_not_grow():
     """Of neither process, over ten thousand batches."""
 
