@@ -224,6 +224,7 @@ def test_members_of_no_bytes_and_of_no_image(tmp_path):
         (b"short", "is not a tar"),
         (bytes(10240), "no image in 1 file"),
     ],
+    ids=["empty", "gzip", "zstd", "page", "short", "zeros"],  # gzip's bytes hold the time
 )
 def test_what_is_no_shard(tmp_path, data, says):
     (tmp_path / "a.tar").write_bytes(data)
