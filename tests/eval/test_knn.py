@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from fastdino.config import Config, ConfigError, DataConfig, ViewsConfig
@@ -118,11 +117,11 @@ class Colours:
     def __len__(self) -> int:
         return self.n
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
+    def read(self, index: int) -> tuple[np.ndarray, int]:
         label = self.classes[index % len(self.classes)]
         pixels = np.zeros((10, 10, 3), np.uint8)
         pixels[..., label] = self.brightness + index
-        return Image.fromarray(pixels), label
+        return pixels, label
 
     def name(self, index: int) -> str:
         return str(index)
@@ -226,7 +225,7 @@ def test_k_is_what_can_be_read(sets: list[object], monkeypatch: pytest.MonkeyPat
     """Files that go bad while the run trains leave fewer than 20 of the bank: k follows, and no evaluation fails."""
     evaluation, read = online(), Colours.read
 
-    def worn(self: Colours, index: int) -> tuple[Image.Image, int]:
+    def worn(self: Colours, index: int) -> tuple[np.ndarray, int]:
         if index >= 15:
             raise BadImage(str(index), "worn")
         return read(self, index)
