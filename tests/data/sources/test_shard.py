@@ -154,7 +154,8 @@ def test_given_again_it_makes_what_is_not_there_as_it_was(folder, tmp_path, monk
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 from fastdino.data.sources.packed import shard
 real = shard.Packing.stored
 def stored(self, source, index):
