@@ -29,7 +29,7 @@ from bench.record import provenance, result_path, write
 from bench.timing import Clock, Work, interleave, paired_ratio
 from fastdino.config import Config, DataConfig, RunConfig, ViewsConfig
 from fastdino.data import FolderSource, train_batches
-from fastdino.data.views import Write, groups, implementation, sample_params
+from fastdino.data.views import Write, implementation, new_views, sample_params
 
 OURS, REFERENCE = "fastdino", "fastdino, reference"
 SAME, PEER, TENSORS = "torchvision, same draws", "torchvision", "torchvision, tensors"
@@ -130,7 +130,7 @@ def check(paths: list[Path], config: ViewsConfig) -> None:
 
 
 def _views(write: Write, image: np.ndarray, params: Tensor, config: ViewsConfig) -> list[Tensor]:
-    out = {name: torch.empty((n, 3, size, size), dtype=torch.uint8) for name, (n, size) in groups(config).items()}
+    out = new_views(config)
     write(image, params, out)
     return [view for group in out.values() for view in group]
 

@@ -113,19 +113,18 @@ def measure(config: Config, seconds: float = SECONDS) -> Speed:
     """
     source = open_source(config.data.root, config.data)
     sample = np.unique(np.linspace(0, len(source) - 1, SAMPLE).astype(int)).tolist()
-    files, read = dict[int, bytes](), 0.0
+    files, images, read = dict[int, bytes](), list[np.ndarray](), 0.0
     for index in sample:
         started = time.perf_counter()
         try:
             data = source.encoded(index)
             read += time.perf_counter() - started
-            source.read(index)
+            images.append(_decode(config, data))
         except BadImage:
             continue
         files[index] = data
     if not files:
         raise ConfigError(f"none of {len(sample)} images of data.root={config.data.root!r} can be read")
-    images = [source.read(index)[0] for index in files]
     packing = Packing(short_side=SHORT_SIDE, max_pixels=config.data.max_pixels, bits=config.data.bits)
     small = [packing.stored(source, index)[1] for index in files]
     workers = affordable(config.data.num_workers)
@@ -148,10 +147,7 @@ def _decode(config: Config, data: bytes) -> np.ndarray:
 
 def _views(config: Config, by: Literal["reference", "fast"], images: Sequence[np.ndarray], seconds: float) -> float:
     write, _ = views.implementation(by)
-    out = {
-        name: torch.empty((number, 3, side, side), dtype=torch.uint8)
-        for name, (number, side) in views.groups(config.views).items()
-    }
+    out = views.new_views(config.views)
 
     def work(turn: int, image: np.ndarray) -> None:
         write(image, views.sample_params(config.run.seed, 0, turn, config.views, (image.shape[1], image.shape[0])), out)

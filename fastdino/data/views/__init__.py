@@ -2,7 +2,7 @@
 
 from fastdino.data.views.evaluation import center_view, normalize
 from fastdino.data.views.fast import Write, implementation
-from fastdino.data.views.params import Column, groups, sample_params, sample_params_of_many
+from fastdino.data.views.params import Column, groups, new_views, sample_params, sample_params_of_many
 from fastdino.data.views.reference import apply
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "center_view",
     "groups",
     "implementation",
+    "new_views",
     "normalize",
     "sample_params",
     "sample_params_of_many",

@@ -4,12 +4,11 @@ import math
 from functools import lru_cache
 
 import numpy as np
-import torch
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
 from fastdino.config import ViewsConfig
-from fastdino.data.views.params import JITTER_ORDERS, SOLARIZE_THRESHOLD, Column, crop_boxes, groups
+from fastdino.data.views.params import JITTER_ORDERS, SOLARIZE_THRESHOLD, Column, crop_boxes, new_views
 
 
 def apply(image: np.ndarray, params: Tensor, config: ViewsConfig) -> dict[str, Tensor]:
@@ -18,8 +17,7 @@ def apply(image: np.ndarray, params: Tensor, config: ViewsConfig) -> dict[str, T
 
     Same library calls, and so the same pixels, as DINO v1's torchvision pipeline on Pillow images; see :func:`resize`.
     """
-    sizes = groups(config).items()
-    out = {name: torch.empty((count, 3, size, size), dtype=torch.uint8) for name, (count, size) in sizes}
+    out = new_views(config)
     write(image, params, out)
     return out
 
