@@ -11,6 +11,7 @@ from fastdino_kernels.losses.sinkhorn import sinkhorn
 from fastdino_kernels.optim.adamw_ema import AdamWHyper, adamw_ema_
 from fastdino_kernels.optim.ema_update import ema_update_
 from fastdino_kernels.optim.segment_squares import Segments, make_segments, segment_squares
+from fastdino_kernels.views.multi_crop import multi_crop
 
 __all__ = [
     "AdamWHyper",
@@ -23,6 +24,7 @@ __all__ = [
     "koleo_loss",
     "linear_ibot_loss",
     "make_segments",
+    "multi_crop",
     "prototype_weight",
     "scatter_add_scaled",
     "segment_squares",
