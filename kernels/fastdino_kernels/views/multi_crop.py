@@ -4,19 +4,42 @@ import math
 from itertools import permutations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastdino_kernels._backend import operator, use_triton
+from fastdino_kernels.views._blur import BLOCK, MARGIN, blur_kernel
+from fastdino_kernels.views._rotate import rotate_kernel
+from fastdino_kernels.views._steps import (
+    BLUR,
+    BRIGHTNESS,
+    CONTRAST,
+    FLIP,
+    GRAYSCALE,
+    HUE,
+    NUM_COLUMNS,
+    ORDER,
+    ROTATE,
+    SATURATION,
+    SOLARIZE,
+    begin_colours,
+    end_colours,
+    fetch,
+    jitter,
+    place_of_tile,
+    put,
+    rounded,
+    view_of_program,
+)  # fmt: skip
 
-# Columns of ``params`` behind the crop's box: what happens to a view once it has its size.
-FLIP, ROTATE, ORDER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAYSCALE, BLUR, SOLARIZE = range(4, 14)
-NUM_COLUMNS = 14
 MAX_BLUR = 2.4  # pixels of deviation that 13 taps hold
-_ORDERS = tuple(permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE)))
+_ORDERS = tuple(permutations(range(BRIGHTNESS, HUE + 1)))
 
 
 def multi_crop(
-    pixels: Tensor, starts: Tensor, widths: Tensor, boxes: Tensor, params: Tensor, turns: Tensor, size: int
+    pixels: Tensor, starts: Tensor, widths: Tensor, boxes: Tensor, params: Tensor, turns: Tensor | None, size: int
 ) -> Tensor:
     """V views of ``size`` x ``size`` pixels of each of B decoded images.
 
@@ -30,7 +53,8 @@ def multi_crop(
             lexicographic order), factors of brightness, contrast and saturation (1: none), shift of the hue (share of
             the colour circle; 0: none), grayscale (1: replace the colours by their luma), deviation of the blur in
             pixels (at most 2.4; 0: none), solarize (1: invert what is 128 or brighter).
-        turns: (B, V, 2) fp32: cosine and sine of the rotation, counter-clockwise about the view's center.
+        turns: (B, V, 2) fp32: cosine and sine of the rotation, counter-clockwise about the view's center. None: no view
+            is rotated, whatever ``params`` say, which saves a launch.
         size: side of a view.
 
     Returns (V, B, 3, size, size) uint8. The arithmetic follows Pillow's, with a byte after every step (all but the
@@ -39,7 +63,12 @@ def multi_crop(
     Raises ValueError when shapes, dtypes or devices do not fit.
     Source: the transforms of Caron et al. 2021, appendix A, as torchvision computes them on Pillow images.
     """
-    _check(pixels, {"starts": starts, "widths": widths, "boxes": boxes, "params": params, "turns": turns}, size)
+    given = {"starts": starts, "widths": widths, "boxes": boxes, "params": params}
+    _check(pixels, given if turns is None else {**given, "turns": turns}, size)
+    if use_triton(pixels):
+        turns = None if turns is None else turns.contiguous()
+        tables = (x.contiguous() for x in (starts, widths, boxes, params))
+        return multi_crop_forward(pixels, *tables, turns, size)
     return multi_crop_reference(pixels, starts, widths, boxes, params, turns, size)
 
 
@@ -54,8 +83,8 @@ def _check(pixels: Tensor, tables: dict[str, Tensor], size: int) -> None:
     }
     if pixels.dim() != 1 or pixels.dtype != torch.uint8 or not pixels.is_contiguous():
         raise ValueError(f"expected pixels (bytes,) uint8, contiguous; got {tuple(pixels.shape)} {pixels.dtype}")
-    for name, (shape, dtype) in expected.items():
-        x = tables[name]
+    for name, x in tables.items():
+        shape, dtype = expected[name]
         if x.shape != shape or x.dtype != dtype or x.device != pixels.device or not x.numel():
             raise ValueError(
                 f"expected {name} {shape} {dtype} on {pixels.device}, of at least one view; "
@@ -66,7 +95,7 @@ def _check(pixels: Tensor, tables: dict[str, Tensor], size: int) -> None:
 
 
 def multi_crop_reference(
-    pixels: Tensor, starts: Tensor, widths: Tensor, boxes: Tensor, params: Tensor, turns: Tensor, size: int
+    pixels: Tensor, starts: Tensor, widths: Tensor, boxes: Tensor, params: Tensor, turns: Tensor | None, size: int
 ) -> Tensor:
     """:func:`multi_crop` in plain torch, a view at a time: the definition, and the CPU path."""
     views = pixels.new_empty((boxes.shape[1], len(boxes), 3, size, size))
@@ -75,16 +104,16 @@ def multi_crop_reference(
             first = start + 3 * image_width * top
             rows = pixels[first : first + 3 * image_width * height].view(height, image_width, 3)
             crop = rows[:, left : left + width].permute(2, 0, 1).float()
-            views[v, b] = _view(crop, params[b, v].tolist(), turns[b, v], size)
+            views[v, b] = _view(crop, params[b, v].tolist(), None if turns is None else turns[b, v], size)
     return views
 
 
-def _view(crop: Tensor, param: list[float], turn: Tensor, size: int) -> Tensor:
+def _view(crop: Tensor, param: list[float], turn: Tensor | None, size: int) -> Tensor:
     """One view, (3, size, size), of the pixels in its box; fp32, with a byte's values after every step."""
-    across, down = (_bicubic(side, size, crop.device) for side in (crop.shape[2], crop.shape[1]))
+    across, down = (_resize_weights(side, size, crop.device) for side in (crop.shape[2], crop.shape[1]))
     x = _round(down @ _round(crop @ across.T))
     x = x.flip(-1) if param[FLIP] else x
-    x = _rotated(x, *turn) if param[ROTATE] else x
+    x = _rotated(x, *turn) if turn is not None and param[ROTATE] else x
     for step in _ORDERS[int(param[ORDER])]:
         if step == BRIGHTNESS:
             x = _blend(torch.zeros_like(x), x, param[step])
@@ -103,7 +132,7 @@ def _round(x: Tensor) -> Tensor:
     return (x + 0.5).floor().clamp(0, 255)
 
 
-def _bicubic(count: int, size: int, device: torch.device) -> Tensor:
+def _resize_weights(count: int, size: int, device: torch.device) -> Tensor:
     """(size, count) weights of an antialiased resize: the kernel (Keys 1981, a = -1/2) as wide as a view's pixel."""
     scale = count / size
     center = (torch.arange(size, device=device) + 0.5) * scale
@@ -141,15 +170,19 @@ def _blend(to: Tensor, x: Tensor, factor: float) -> Tensor:
 
 
 def _hue_shifted(x: Tensor, shift: int) -> Tensor:
-    """By way of HSV bytes: hue = floor(255 turns), saturation = floor(255 chroma / value). Source: Python's colorsys."""
+    """By way of HSV bytes: hue = floor(255 turns), saturation = floor(255 chroma / value), as in Python's colorsys.
+
+    Both are quotients of integers, which lie on a whole number or at least 1 / 510 below the next: a rounding of fp32
+    must not take one off.
+    """
     red, green, blue = x.unbind()
     value = x.amax(0)
     chroma = value - x.amin(0)
     sixths = torch.where(
         red == value, green - blue, torch.where(green == value, blue - red, red - green)
     ) / chroma.clamp_min(1) + torch.where(red == value, 0, torch.where(green == value, 2, 4))
-    hue = (42.5 * torch.where(sixths < 0, sixths + 6, sixths)).floor()
-    saturation = (255 * chroma / value.clamp_min(1)).floor()
+    hue = (42.5 * torch.where(sixths < 0, sixths + 6, sixths) + 5e-4).floor()
+    saturation = (255 * chroma / value.clamp_min(1) + 5e-4).floor()
     six = 6 * (hue + shift).remainder(256)
     sector = (six / 255).floor()
     f, s = (six - 255 * sector) / 255, saturation / 255
@@ -188,3 +221,148 @@ def _box_filter(deviation: float) -> list[float]:
     near = 1 / (2 * (whole + part) + 1)
     far = (1 - (2 * whole + 1) * near) / 2
     return [far, near, near, near, far] if whole else [0, far, near, far, 0]
+
+
+def launch_config(size: int) -> dict[str, dict[str, int]]:
+    """Tiles and warps. A tile of the crop sees the source in chunks; one of the blur is as large as fits into BLOCK
+    pixels with its margin, equally large over the view."""
+    tiles = triton.cdiv(size, BLOCK - 2 * MARGIN.value)
+    return {
+        "crop": {"BLOCK": 32, "CHUNK": 32, "num_warps": 4},
+        "colour": {"BLOCK": 1024, "num_warps": 4},
+        "blur": {"BLOCK": BLOCK, "STEP": triton.cdiv(size, tiles), "num_warps": 4},
+    }
+
+
+@operator()
+def multi_crop_forward(
+    pixels: Tensor, starts: Tensor, widths: Tensor, boxes: Tensor, params: Tensor, turns: Tensor | None, size: int
+) -> Tensor:
+    """The launches behind :func:`multi_crop`."""
+    config, (B, V) = launch_config(size), boxes.shape[:2]
+    exact = {"SIZE": size, "enable_fp_fusion": False}  # a fused multiply-add would change what a blend truncates
+    num_tiles = triton.cdiv(size, config["crop"]["BLOCK"])
+    sums = torch.empty((V, B, num_tiles**2), dtype=torch.int32, device=pixels.device)  # of luma, by tile
+    work, views = (torch.empty((V, B, 3, size, size), dtype=torch.uint8, device=pixels.device) for _ in range(2))
+    raw = work if turns is None else torch.empty_like(work)
+    tiles, blocks = (num_tiles**2, V, B), (triton.cdiv(size**2, config["colour"]["BLOCK"]), V, B)
+    margins = (triton.cdiv(size, config["blur"]["STEP"]) ** 2, V, B)
+    source = pixels, starts, widths, boxes, params
+    with torch.cuda.device_of(pixels):
+        _crop_kernel[tiles](views, work, raw, sums, *source, ROTATES=turns is not None, **exact, **config["crop"])
+        if turns is not None:
+            rotate_kernel[tiles](views, work, raw, sums, params, turns, **exact, **config["crop"])
+        _colour_kernel[blocks](views, work, sums, params, TILES=num_tiles**2, **exact, **config["colour"])
+        blur_kernel[margins](views, work, params, SIZE=size, **config["blur"])
+    return views
+
+
+@triton.jit
+def _span(first, num, count, scale):
+    # Pixels [start, end) of ``count`` in a box that view pixels first, ..., first + num - 1 are made of.
+    reach = 2 * tl.maximum(scale, 1.0)
+    start = tl.floor((first + 0.5) * scale - reach).to(tl.int32)
+    end = tl.ceil((first + num - 0.5) * scale + reach).to(tl.int32)
+    return tl.maximum(start, 0), tl.minimum(end, count)
+
+
+@triton.jit
+def _bicubic(pixel, count, position, scale):
+    # Weight of a box's pixel in a view's, up to a factor; fp16's 11 bits move one byte in 600 by one.
+    t = tl.abs(pixel + 0.5 - (position + 0.5) * scale) * (1 / tl.maximum(scale, 1.0))
+    near, far = (1.5 * t - 2.5) * t * t + 1, ((2.5 - 0.5 * t) * t - 4) * t + 2
+    return tl.where(pixel < count, tl.where(t < 1, near, tl.where(t < 2, far, 0.0)), 0.0).to(tl.float16)
+
+
+@triton.jit
+def _crop_kernel(
+    views_ptr,
+    work_ptr,
+    raw_ptr,
+    sums_ptr,
+    pixels_ptr,
+    starts_ptr,
+    widths_ptr,
+    boxes_ptr,
+    params_ptr,
+    SIZE: tl.constexpr,
+    ROTATES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    # One program: BLOCK x BLOCK pixels of a view, by two products with bands of weights, of CHUNK x CHUNK pixels of the
+    # box at a time. Bytes are exact in fp16, the sums are fp32.
+    tile = tl.program_id(0)
+    param_ptr, view_ptr, own_ptr, view, param = view_of_program(params_ptr, views_ptr, work_ptr, SIZE)
+    b = tl.program_id(2)
+    left, top = tl.load(boxes_ptr + param * 4), tl.load(boxes_ptr + param * 4 + 1)
+    width, height = tl.load(boxes_ptr + param * 4 + 2), tl.load(boxes_ptr + param * 4 + 3)
+    image_width = tl.load(widths_ptr + b).to(tl.int64)
+    crop_ptr = pixels_ptr + tl.load(starts_ptr + b) + (top * image_width + left) * 3
+    scale_x, scale_y = width.to(tl.float32) / SIZE, height.to(tl.float32) / SIZE
+
+    first_y, first_x = place_of_tile(tile, SIZE, BLOCK)
+    num_y, num_x = tl.minimum(SIZE - first_y, BLOCK), tl.minimum(SIZE - first_x, BLOCK)
+    lane = tl.arange(0, BLOCK)
+    y, x = first_y + lane, first_x + lane
+    flip = tl.load(param_ptr + FLIP) != 0
+    from_y, from_x = tl.minimum(y, SIZE - 1), tl.minimum(x, SIZE - 1)
+    from_x = tl.where(flip, SIZE - 1 - from_x, from_x)
+    start_y, end_y = _span(first_y, num_y, height, scale_y)
+    start_x, end_x = _span(tl.where(flip, SIZE - first_x - num_x, first_x), num_x, width, scale_x)
+
+    red = tl.zeros([BLOCK, BLOCK], tl.float32)
+    green = tl.zeros([BLOCK, BLOCK], tl.float32)
+    blue = tl.zeros([BLOCK, BLOCK], tl.float32)
+    sum_down = tl.zeros([BLOCK], tl.float32)
+    for start_row in range(start_y, end_y, CHUNK):
+        row = start_row + tl.arange(0, CHUNK)
+        row_red = tl.zeros([CHUNK, BLOCK], tl.float32)
+        row_green = tl.zeros([CHUNK, BLOCK], tl.float32)
+        row_blue = tl.zeros([CHUNK, BLOCK], tl.float32)
+        sum_across = tl.zeros([BLOCK], tl.float32)
+        for start_column in range(start_x, end_x, CHUNK):
+            column = start_column + tl.arange(0, CHUNK)
+            across = _bicubic(column[:, None], width, from_x[None, :], scale_x)
+            sum_across += tl.sum(across.to(tl.float32), 0)
+            pixel_ptr = crop_ptr + (row[:, None] * image_width + column[None, :]) * 3
+            inside = (row < height)[:, None] & (column < width)[None, :]
+            row_red = tl.dot(tl.load(pixel_ptr, mask=inside, other=0).to(tl.float16), across, row_red)
+            row_green = tl.dot(tl.load(pixel_ptr + 1, mask=inside, other=0).to(tl.float16), across, row_green)
+            row_blue = tl.dot(tl.load(pixel_ptr + 2, mask=inside, other=0).to(tl.float16), across, row_blue)
+        down = _bicubic(row[None, :], height, from_y[:, None], scale_y)
+        sum_down += tl.sum(down.to(tl.float32), 1)
+        by_across = (1 / sum_across)[None, :]
+        red = tl.dot(down, rounded(row_red * by_across).to(tl.float16), red)
+        green = tl.dot(down, rounded(row_green * by_across).to(tl.float16), green)
+        blue = tl.dot(down, rounded(row_blue * by_across).to(tl.float16), blue)
+    by_down = (1 / sum_down)[:, None]
+    red, green, blue = rounded(red * by_down), rounded(green * by_down), rounded(blue * by_down)
+
+    i = y[:, None] * SIZE + x[None, :]
+    inside = (y < SIZE)[:, None] & (x < SIZE)[None, :]
+    sum_ptr = sums_ptr + view * tl.num_programs(0) + tile
+    if ROTATES:
+        if tl.load(param_ptr + ROTATE) != 0:
+            put(raw_ptr + view * (3 * SIZE * SIZE), red, green, blue, i, inside, SIZE)
+        else:
+            begin_colours(view_ptr, own_ptr, sum_ptr, param_ptr, red, green, blue, i, inside, SIZE)
+    else:
+        begin_colours(view_ptr, own_ptr, sum_ptr, param_ptr, red, green, blue, i, inside, SIZE)
+
+
+@triton.jit
+def _colour_kernel(
+    views_ptr, work_ptr, sums_ptr, params_ptr, SIZE: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr
+):
+    # One program: BLOCK pixels of a view whose contrast changes, from there on.
+    param_ptr, view_ptr, own_ptr, view, _ = view_of_program(params_ptr, views_ptr, work_ptr, SIZE)
+    if tl.load(param_ptr + CONTRAST) != 1:
+        tile = tl.arange(0, triton.next_power_of_2(TILES))
+        total = tl.sum(tl.load(sums_ptr + view * TILES + tile, mask=tile < TILES, other=0), 0).to(tl.int64)
+        mean = ((2 * total + SIZE * SIZE) // (2 * SIZE * SIZE)).to(tl.float32)  # rounded
+        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = i < SIZE * SIZE
+        red, green, blue = fetch(own_ptr, i, inside, SIZE)
+        red, green, blue = jitter(red, green, blue, param_ptr, mean, True)
+        end_colours(view_ptr, own_ptr, param_ptr, red, green, blue, i, inside, SIZE)
