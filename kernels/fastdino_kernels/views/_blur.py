@@ -3,10 +3,9 @@
 import triton
 import triton.language as tl
 
-from fastdino_kernels.views._steps import BLUR, place_of_tile, rounded, solarize, view_of_program
+from fastdino_kernels.views._steps import BLUR, fp16_of_byte, place_of_tile, rounded, solarize, to_byte, view_of_program
 
 MARGIN: tl.constexpr = tl.constexpr(6)  # pixels that 13 taps reach to either side
-BLOCK = 64  # of pixels that are read, with the margins
 
 
 @triton.jit
@@ -32,28 +31,47 @@ def _taps(deviation):
 
 
 @triton.jit
-def blur_kernel(views_ptr, work_ptr, params_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    # One program: STEP x STEP pixels of a blurred view, by two products with a band of taps, of BLOCK x BLOCK pixels.
+def _band(read, made, deviation):
+    # Weights of the pixels that are read, from MARGIN before the first one that is made, in those that are made.
+    t0, t1, t2, t3, t4, t5, t6 = _taps(deviation)
+    d = tl.abs(read - made - MARGIN)
+    band = tl.where(d == 0, t0, tl.where(d == 1, t1, tl.where(d == 2, t2, tl.where(d == 3, t3, 0.0))))
+    return tl.where(d == 4, t4, tl.where(d == 5, t5, tl.where(d == 6, t6, band))).to(tl.float16)
+
+
+@triton.jit
+def blur_kernel(
+    views_ptr,
+    work_ptr,
+    params_ptr,
+    SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    # One program: ROWS x COLUMNS pixels of a blurred view, by two products with bands of taps. It reads BLOCK_ROWS x
+    # BLOCK_COLUMNS pixels, and makes as many rows as it reads, of which those from ROWS on miss some of theirs.
     param_ptr, view_ptr, own_ptr, _, _ = view_of_program(params_ptr, views_ptr, work_ptr, SIZE)
     deviation = tl.load(param_ptr + BLUR)
     if deviation != 0:
-        t0, t1, t2, t3, t4, t5, t6 = _taps(deviation)
-        lane = tl.arange(0, BLOCK)
-        d = tl.abs(lane[:, None] - lane[None, :] - MARGIN)  # from the pixel that is read to the one that is made
-        band = tl.where(d == 0, t0, tl.where(d == 1, t1, tl.where(d == 2, t2, tl.where(d == 3, t3, 0.0))))
-        band = tl.where(d == 4, t4, tl.where(d == 5, t5, tl.where(d == 6, t6, band))).to(tl.float16)
-        total = tl.where(lane < STEP, tl.sum(band.to(tl.float32), 0), 1.0)
-        first_y, first_x = place_of_tile(tl.program_id(0), SIZE, STEP)
-        row = tl.minimum(tl.maximum(first_y - MARGIN + lane, 0), SIZE - 1)[:, None]
-        column = tl.minimum(tl.maximum(first_x - MARGIN + lane, 0), SIZE - 1)[None, :]
-        y, x = (first_y + lane)[:, None], (first_x + lane)[None, :]
-        inside = (lane < STEP)[:, None] & (lane < STEP)[None, :] & (y < SIZE) & (x < SIZE)
+        read_row, read_column = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_COLUMNS)
+        made_row, made_column = tl.arange(0, BLOCK_ROWS), tl.arange(0, COLUMNS)
+        across = _band(read_column[:, None], made_column[None, :], deviation)
+        down = _band(read_row[None, :], made_row[:, None], deviation)
+        by_across = 1 / tl.sum(across.to(tl.float32), 0)[None, :]
+        by_down = 1 / tl.where(made_row < ROWS, tl.sum(down.to(tl.float32), 1), 1.0)[:, None]
+        first_y, first_x = place_of_tile(tl.program_id(0), SIZE, ROWS, COLUMNS)
+        row = tl.minimum(tl.maximum(first_y - MARGIN + read_row, 0), SIZE - 1)[None, :]
+        column = tl.minimum(tl.maximum(first_x - MARGIN + read_column, 0), SIZE - 1)[:, None]
+        y, x = (first_y + made_row)[:, None], (first_x + made_column)[None, :]
+        inside = (made_row < ROWS)[:, None] & (y < SIZE) & (x < SIZE)
         for channel in range(3):
-            start = channel * SIZE * SIZE
-            pixels = tl.load(own_ptr + start + row * SIZE + column).to(tl.float16)
-            across = tl.dot(pixels, band) / total[None, :]
-            whole = tl.floor(across)
-            made = tl.dot(tl.trans(band), whole.to(tl.float16))
-            made = tl.dot(tl.trans(band), (across - whole).to(tl.float16), made) / total[:, None]
-            made = solarize(rounded(made), param_ptr).to(tl.uint8)
-            tl.store(view_ptr + start + y * SIZE + x, made, mask=inside)
+            plane = channel * SIZE * SIZE
+            pixels = tl.trans(fp16_of_byte(tl.load(own_ptr + plane + row * SIZE + column)))
+            between = tl.dot(pixels, across) * by_across
+            near = rounded(between)  # exact in fp16; the rest is below 1
+            made = tl.dot(down, near.to(tl.float16))
+            made = tl.dot(down, (between - near).to(tl.float16), made) * by_down
+            made = to_byte(solarize(rounded(made), param_ptr))
+            tl.store(view_ptr + plane + y * SIZE + x, made, mask=inside)

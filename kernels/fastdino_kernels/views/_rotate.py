@@ -15,14 +15,15 @@ def rotate_kernel(
     params_ptr,
     turns_ptr,
     SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    # One program: BLOCK x BLOCK pixels of a rotated view, bilinear, of the view continued by its mirror image.
+    # One program: ROWS x COLUMNS pixels of a rotated view, bilinear, of the view continued by its mirror image.
     param_ptr, view_ptr, own_ptr, view, param = view_of_program(params_ptr, views_ptr, work_ptr, SIZE)
     if tl.load(param_ptr + ROTATE) != 0:
         tile = tl.program_id(0)
-        first_y, first_x = place_of_tile(tile, SIZE, BLOCK)
-        y, x = first_y + tl.arange(0, BLOCK)[:, None], first_x + tl.arange(0, BLOCK)[None, :]
+        first_y, first_x = place_of_tile(tile, SIZE, ROWS, COLUMNS)
+        y, x = first_y + tl.arange(0, ROWS)[:, None], first_x + tl.arange(0, COLUMNS)[None, :]
         cosine, sine = tl.load(turns_ptr + 2 * param), tl.load(turns_ptr + 2 * param + 1)
         row, column = y - (SIZE - 1) / 2, x - (SIZE - 1) / 2
         from_x, from_y = cosine * column - sine * row + (SIZE - 1) / 2, sine * column + cosine * row + (SIZE - 1) / 2

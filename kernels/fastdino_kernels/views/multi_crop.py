@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdino_kernels._backend import operator, use_triton
-from fastdino_kernels.views._blur import BLOCK, MARGIN, blur_kernel
+from fastdino_kernels.views._blur import MARGIN, blur_kernel
 from fastdino_kernels.views._rotate import rotate_kernel
 from fastdino_kernels.views._steps import (
     BLUR,
@@ -27,6 +27,7 @@ from fastdino_kernels.views._steps import (
     begin_colours,
     end_colours,
     fetch,
+    fp16_of_byte,
     jitter,
     place_of_tile,
     put,
@@ -224,13 +225,18 @@ def _box_filter(deviation: float) -> list[float]:
 
 
 def launch_config(size: int) -> dict[str, dict[str, int]]:
-    """Tiles and warps. A tile of the crop sees the source in chunks; one of the blur is as large as fits into BLOCK
-    pixels with its margin, equally large over the view."""
-    tiles = triton.cdiv(size, BLOCK - 2 * MARGIN.value)
+    """Pixels of a program, and warps.
+
+    A warp makes 16 rows of a product: as many warps as there are rows for, or they would compute the same.
+    """
+    tile = {"ROWS": 32, "COLUMNS": 16, "num_warps": 2}
+    read = {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 32}
+    rows = triton.cdiv(size, triton.cdiv(size, read["BLOCK_ROWS"] - 2 * MARGIN.value))  # equally many in each program
     return {
-        "crop": {"BLOCK": 32, "CHUNK": 32, "num_warps": 4},
+        "crop": {**tile, "CHUNK_ROWS": 32, "CHUNK_COLUMNS": 16},
+        "rotate": tile,
         "colour": {"BLOCK": 1024, "num_warps": 4},
-        "blur": {"BLOCK": BLOCK, "STEP": triton.cdiv(size, tiles), "num_warps": 4},
+        "blur": {"ROWS": rows, "COLUMNS": 16, **read, "num_warps": 4},
     }
 
 
@@ -240,20 +246,21 @@ def multi_crop_forward(
 ) -> Tensor:
     """The launches behind :func:`multi_crop`."""
     config, (B, V) = launch_config(size), boxes.shape[:2]
-    exact = {"SIZE": size, "enable_fp_fusion": False}  # a fused multiply-add would change what a blend truncates
-    num_tiles = triton.cdiv(size, config["crop"]["BLOCK"])
-    sums = torch.empty((V, B, num_tiles**2), dtype=torch.int32, device=pixels.device)  # of luma, by tile
+    num_tiles, num_blurred = (
+        triton.cdiv(size, config[name]["ROWS"]) * triton.cdiv(size, config[name]["COLUMNS"])
+        for name in ("crop", "blur")
+    )
+    sums = torch.empty((V, B, num_tiles), dtype=torch.int32, device=pixels.device)  # of luma, by tile
     work, views = (torch.empty((V, B, 3, size, size), dtype=torch.uint8, device=pixels.device) for _ in range(2))
     raw = work if turns is None else torch.empty_like(work)
-    tiles, blocks = (num_tiles**2, V, B), (triton.cdiv(size**2, config["colour"]["BLOCK"]), V, B)
-    margins = (triton.cdiv(size, config["blur"]["STEP"]) ** 2, V, B)
+    tiles, blocks = (num_tiles, V, B), (triton.cdiv(size**2, config["colour"]["BLOCK"]), V, B)
     source = pixels, starts, widths, boxes, params
     with torch.cuda.device_of(pixels):
-        _crop_kernel[tiles](views, work, raw, sums, *source, ROTATES=turns is not None, **exact, **config["crop"])
+        _crop_kernel[tiles](views, work, raw, sums, *source, ROTATES=turns is not None, SIZE=size, **config["crop"])
         if turns is not None:
-            rotate_kernel[tiles](views, work, raw, sums, params, turns, **exact, **config["crop"])
-        _colour_kernel[blocks](views, work, sums, params, TILES=num_tiles**2, **exact, **config["colour"])
-        blur_kernel[margins](views, work, params, SIZE=size, **config["blur"])
+            rotate_kernel[tiles](views, work, raw, sums, params, turns, SIZE=size, **config["rotate"])
+        _colour_kernel[blocks](views, work, sums, params, SIZE=size, TILES=num_tiles, **config["colour"])
+        blur_kernel[num_blurred, V, B](views, work, params, SIZE=size, **config["blur"])
     return views
 
 
@@ -275,6 +282,23 @@ def _bicubic(pixel, count, position, scale):
 
 
 @triton.jit
+def _by_sum(position, count, scale):
+    # 1 / the sum of the weights in each view pixel, one of which in a row the box's edge may cut off.
+    reach = 2 * tl.maximum(scale, 1.0)
+    first = tl.floor((position + 0.5) * scale - reach).to(tl.int32)
+    total = tl.zeros(position.shape, tl.float32)
+    for k in range(2 * reach.to(tl.int32) + 3):
+        pixel = first + k
+        total += tl.where(pixel >= 0, _bicubic(pixel, count, position, scale).to(tl.float32), 0.0)
+    return 1 / total
+
+
+@triton.jit
+def _channel(pixel_ptr, inside):
+    return tl.trans(fp16_of_byte(tl.load(pixel_ptr, mask=inside, other=0)))
+
+
+@triton.jit
 def _crop_kernel(
     views_ptr,
     work_ptr,
@@ -287,56 +311,53 @@ def _crop_kernel(
     params_ptr,
     SIZE: tl.constexpr,
     ROTATES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK_ROWS: tl.constexpr,
+    CHUNK_COLUMNS: tl.constexpr,
 ):
-    # One program: BLOCK x BLOCK pixels of a view, by two products with bands of weights, of CHUNK x CHUNK pixels of the
-    # box at a time. Bytes are exact in fp16, the sums are fp32.
+    # One program: ROWS x COLUMNS pixels of a view, by two products with bands of weights, of CHUNK_ROWS x CHUNK_COLUMNS
+    # pixels of the box at a time. Bytes are exact in fp16, the sums are fp32.
     tile = tl.program_id(0)
     param_ptr, view_ptr, own_ptr, view, param = view_of_program(params_ptr, views_ptr, work_ptr, SIZE)
     b = tl.program_id(2)
     left, top = tl.load(boxes_ptr + param * 4), tl.load(boxes_ptr + param * 4 + 1)
     width, height = tl.load(boxes_ptr + param * 4 + 2), tl.load(boxes_ptr + param * 4 + 3)
-    image_width = tl.load(widths_ptr + b).to(tl.int64)
-    crop_ptr = pixels_ptr + tl.load(starts_ptr + b) + (top * image_width + left) * 3
+    image_width = tl.load(widths_ptr + b)
+    crop_ptr = pixels_ptr + tl.load(starts_ptr + b) + (top.to(tl.int64) * image_width + left) * 3
     scale_x, scale_y = width.to(tl.float32) / SIZE, height.to(tl.float32) / SIZE
 
-    first_y, first_x = place_of_tile(tile, SIZE, BLOCK)
-    num_y, num_x = tl.minimum(SIZE - first_y, BLOCK), tl.minimum(SIZE - first_x, BLOCK)
-    lane = tl.arange(0, BLOCK)
-    y, x = first_y + lane, first_x + lane
+    first_y, first_x = place_of_tile(tile, SIZE, ROWS, COLUMNS)
+    num_y, num_x = tl.minimum(SIZE - first_y, ROWS), tl.minimum(SIZE - first_x, COLUMNS)
+    y, x = first_y + tl.arange(0, ROWS), first_x + tl.arange(0, COLUMNS)
     flip = tl.load(param_ptr + FLIP) != 0
     from_y, from_x = tl.minimum(y, SIZE - 1), tl.minimum(x, SIZE - 1)
     from_x = tl.where(flip, SIZE - 1 - from_x, from_x)
     start_y, end_y = _span(first_y, num_y, height, scale_y)
     start_x, end_x = _span(tl.where(flip, SIZE - first_x - num_x, first_x), num_x, width, scale_x)
+    by_across, by_down = _by_sum(from_x, width, scale_x)[None, :], _by_sum(from_y, height, scale_y)[:, None]
 
-    red = tl.zeros([BLOCK, BLOCK], tl.float32)
-    green = tl.zeros([BLOCK, BLOCK], tl.float32)
-    blue = tl.zeros([BLOCK, BLOCK], tl.float32)
-    sum_down = tl.zeros([BLOCK], tl.float32)
-    for start_row in range(start_y, end_y, CHUNK):
-        row = start_row + tl.arange(0, CHUNK)
-        row_red = tl.zeros([CHUNK, BLOCK], tl.float32)
-        row_green = tl.zeros([CHUNK, BLOCK], tl.float32)
-        row_blue = tl.zeros([CHUNK, BLOCK], tl.float32)
-        sum_across = tl.zeros([BLOCK], tl.float32)
-        for start_column in range(start_x, end_x, CHUNK):
-            column = start_column + tl.arange(0, CHUNK)
+    red = tl.zeros([ROWS, COLUMNS], tl.float32)
+    green = tl.zeros([ROWS, COLUMNS], tl.float32)
+    blue = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start_row in range(start_y, end_y, CHUNK_ROWS):
+        row = start_row + tl.arange(0, CHUNK_ROWS)
+        row_red = tl.zeros([CHUNK_ROWS, COLUMNS], tl.float32)
+        row_green = tl.zeros([CHUNK_ROWS, COLUMNS], tl.float32)
+        row_blue = tl.zeros([CHUNK_ROWS, COLUMNS], tl.float32)
+        for start_column in range(start_x, end_x, CHUNK_COLUMNS):
+            column = start_column + tl.arange(0, CHUNK_COLUMNS)
             across = _bicubic(column[:, None], width, from_x[None, :], scale_x)
-            sum_across += tl.sum(across.to(tl.float32), 0)
-            pixel_ptr = crop_ptr + (row[:, None] * image_width + column[None, :]) * 3
-            inside = (row < height)[:, None] & (column < width)[None, :]
-            row_red = tl.dot(tl.load(pixel_ptr, mask=inside, other=0).to(tl.float16), across, row_red)
-            row_green = tl.dot(tl.load(pixel_ptr + 1, mask=inside, other=0).to(tl.float16), across, row_green)
-            row_blue = tl.dot(tl.load(pixel_ptr + 2, mask=inside, other=0).to(tl.float16), across, row_blue)
+            # Columns come first, because neighbouring threads load along the first axis where none is contiguous.
+            pixel_ptr = crop_ptr + (row[None, :] * image_width + column[:, None]) * 3
+            inside = (row < height)[None, :] & (column < width)[:, None]
+            row_red = tl.dot(_channel(pixel_ptr, inside), across, row_red)
+            row_green = tl.dot(_channel(pixel_ptr + 1, inside), across, row_green)
+            row_blue = tl.dot(_channel(pixel_ptr + 2, inside), across, row_blue)
         down = _bicubic(row[None, :], height, from_y[:, None], scale_y)
-        sum_down += tl.sum(down.to(tl.float32), 1)
-        by_across = (1 / sum_across)[None, :]
         red = tl.dot(down, rounded(row_red * by_across).to(tl.float16), red)
         green = tl.dot(down, rounded(row_green * by_across).to(tl.float16), green)
         blue = tl.dot(down, rounded(row_blue * by_across).to(tl.float16), blue)
-    by_down = (1 / sum_down)[:, None]
     red, green, blue = rounded(red * by_down), rounded(green * by_down), rounded(blue * by_down)
 
     i = y[:, None] * SIZE + x[None, :]
