@@ -230,13 +230,13 @@ def launch_config(size: int) -> dict[str, dict[str, int]]:
     A warp makes 16 rows of a product: as many warps as there are rows for, or they would compute the same.
     """
     tile = {"ROWS": 32, "COLUMNS": 16, "num_warps": 2}
-    read = {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 32}
+    read = {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 32}  # of the blur: with 6 pixels around those that are made
     rows = triton.cdiv(size, triton.cdiv(size, read["BLOCK_ROWS"] - 2 * MARGIN.value))  # equally many in each program
     return {
         "crop": {**tile, "CHUNK_ROWS": 32, "CHUNK_COLUMNS": 16},
         "rotate": tile,
         "colour": {"BLOCK": 1024, "num_warps": 4},
-        "blur": {"ROWS": rows, "COLUMNS": 16, **read, "num_warps": 4},
+        "blur": {"ROWS": rows, "COLUMNS": 16, "STRIP": 112, **read, "num_warps": 4},
     }
 
 
@@ -246,21 +246,23 @@ def multi_crop_forward(
 ) -> Tensor:
     """The launches behind :func:`multi_crop`."""
     config, (B, V) = launch_config(size), boxes.shape[:2]
-    num_tiles, num_blurred = (
-        triton.cdiv(size, config[name]["ROWS"]) * triton.cdiv(size, config[name]["COLUMNS"])
-        for name in ("crop", "blur")
+    num_blocks, num_tiles, num_strips = (
+        triton.cdiv(size**2, config["colour"]["BLOCK"]),
+        triton.cdiv(size, config["crop"]["ROWS"]) * triton.cdiv(size, config["crop"]["COLUMNS"]),
+        triton.cdiv(size, config["blur"]["ROWS"]) * triton.cdiv(size, config["blur"]["STRIP"]),
     )
     sums = torch.empty((V, B, num_tiles), dtype=torch.int32, device=pixels.device)  # of luma, by tile
     work, views = (torch.empty((V, B, 3, size, size), dtype=torch.uint8, device=pixels.device) for _ in range(2))
     raw = work if turns is None else torch.empty_like(work)
-    tiles, blocks = (num_tiles, V, B), (triton.cdiv(size**2, config["colour"]["BLOCK"]), V, B)
     source = pixels, starts, widths, boxes, params
     with torch.cuda.device_of(pixels):
-        _crop_kernel[tiles](views, work, raw, sums, *source, ROTATES=turns is not None, SIZE=size, **config["crop"])
+        _crop_kernel[num_tiles, V, B](
+            views, work, raw, sums, *source, ROTATES=turns is not None, SIZE=size, **config["crop"]
+        )
         if turns is not None:
-            rotate_kernel[tiles](views, work, raw, sums, params, turns, SIZE=size, **config["rotate"])
-        _colour_kernel[blocks](views, work, sums, params, SIZE=size, TILES=num_tiles, **config["colour"])
-        blur_kernel[num_blurred, V, B](views, work, params, SIZE=size, **config["blur"])
+            rotate_kernel[num_tiles, V, B](views, work, raw, sums, params, turns, SIZE=size, **config["rotate"])
+        _colour_kernel[num_blocks, V, B](views, work, sums, params, SIZE=size, TILES=num_tiles, **config["colour"])
+        blur_kernel[num_strips, V, B](views, work, params, SIZE=size, **config["blur"])
     return views
 
 
@@ -274,11 +276,12 @@ def _span(first, num, count, scale):
 
 
 @triton.jit
-def _bicubic(pixel, count, position, scale):
-    # Weight of a box's pixel in a view's, up to a factor; fp16's 11 bits move one byte in 600 by one.
-    t = tl.abs(pixel + 0.5 - (position + 0.5) * scale) * (1 / tl.maximum(scale, 1.0))
-    near, far = (1.5 * t - 2.5) * t * t + 1, ((2.5 - 0.5 * t) * t - 4) * t + 2
-    return tl.where(pixel < count, tl.where(t < 1, near, tl.where(t < 2, far, 0.0)), 0.0).to(tl.float16)
+def _bicubic(pixel, position, scale):
+    # Weight of a box's pixel in a view's, up to a factor. Rounded to fp16's 11 bits it moves one byte in 600 by one.
+    by_width = 1 / tl.maximum(scale, 1.0)
+    t = tl.abs(pixel * by_width - ((position + 0.5) * scale - 0.5) * by_width)
+    beyond = tl.maximum(2 - t, 0.0)
+    return tl.where(t < 1, (1.5 * t - 2.5) * (t * t) + 1, (0.5 - 0.5 * t) * (beyond * beyond)).to(tl.float16)
 
 
 @triton.jit
@@ -289,7 +292,8 @@ def _by_sum(position, count, scale):
     total = tl.zeros(position.shape, tl.float32)
     for k in range(2 * reach.to(tl.int32) + 3):
         pixel = first + k
-        total += tl.where(pixel >= 0, _bicubic(pixel, count, position, scale).to(tl.float32), 0.0)
+        weight = _bicubic(pixel, position, scale).to(tl.float32)
+        total += tl.where((pixel >= 0) & (pixel < count), weight, 0.0)
     return 1 / total
 
 
@@ -347,14 +351,14 @@ def _crop_kernel(
         row_blue = tl.zeros([CHUNK_ROWS, COLUMNS], tl.float32)
         for start_column in range(start_x, end_x, CHUNK_COLUMNS):
             column = start_column + tl.arange(0, CHUNK_COLUMNS)
-            across = _bicubic(column[:, None], width, from_x[None, :], scale_x)
+            across = _bicubic(column[:, None], from_x[None, :], scale_x)
             # Columns come first, because neighbouring threads load along the first axis where none is contiguous.
             pixel_ptr = crop_ptr + (row[None, :] * image_width + column[:, None]) * 3
             inside = (row < height)[None, :] & (column < width)[:, None]
             row_red = tl.dot(_channel(pixel_ptr, inside), across, row_red)
             row_green = tl.dot(_channel(pixel_ptr + 1, inside), across, row_green)
             row_blue = tl.dot(_channel(pixel_ptr + 2, inside), across, row_blue)
-        down = _bicubic(row[None, :], height, from_y[:, None], scale_y)
+        down = _bicubic(row[None, :], from_y[:, None], scale_y)
         red = tl.dot(down, rounded(row_red * by_across).to(tl.float16), red)
         green = tl.dot(down, rounded(row_green * by_across).to(tl.float16), green)
         blue = tl.dot(down, rounded(row_blue * by_across).to(tl.float16), blue)
