@@ -5,6 +5,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from fastdino_kernels.layers.gather_layer_norm import gather_layer_norm
@@ -20,6 +21,8 @@ from fastdino_kernels.losses.sinkhorn import sinkhorn
 from fastdino_kernels.optim.adamw_ema import AdamWHyper, adamw_ema_
 from fastdino_kernels.optim.ema_update import ema_update_
 from fastdino_kernels.optim.segment_squares import BLOCK, Segments, make_segments, segment_squares
+from fastdino_kernels.views.multi_crop import launch_config as multi_crop_config
+from fastdino_kernels.views.multi_crop import multi_crop
 
 # DINO v1's headline: 10 student and 2 teacher views of 64 images, 65536 prototypes of 256, ViT-B/16 with its head.
 S, T, B, K, D = 10, 2, 64, 65536, 256
@@ -30,6 +33,7 @@ LENGTHS, KEPT, WIDTH_L = ((2 * B, 197), (8 * B, 37)), (89, 358), 1024
 TOKENS = sum(sequences * tokens for sequences, tokens in LENGTHS)
 KEPT_TOKENS = sum(kept * tokens for kept, (_, tokens) in zip(KEPT, LENGTHS, strict=True))
 PARAMETERS = 85_798_656 + K * D + 5_770_496  # backbone, prototypes, the head's MLP
+IMAGES, IMAGE_WIDTH, IMAGE_HEIGHT = 256, 500, 375  # decoded
 PARAMETERS_LARGE = 303_301_632 + K * D + 6_820_096  # of ViT-L/16
 
 # Kernels that load or store no more than a few numbers per row or column there: no 128-bit access to expect.
@@ -41,6 +45,8 @@ NARROW = {
     "_koleo_distance_kernel": frozenset({"store"}),
     "_partial_squares_kernel": frozenset({"store"}),
     "_segment_squares_kernel": frozenset({"load", "store"}),
+    # Bytes of three channels, which begin anywhere.
+    **dict.fromkeys(("_crop_kernel", "_rotate_kernel", "_colour_kernel", "_blur_kernel"), frozenset({"load", "store"})),
 }
 
 
@@ -171,6 +177,45 @@ def _segments(size: int = PARAMETERS, pairs: int = 79) -> Segments:
     return make_segments([*lengths, size - sum(lengths)], "cpu")
 
 
+def _multi_crop(views: int, size: int, area: float, blurred: float, rotates: bool = False) -> Case:
+    """Views of 256 images, with DINO v1's draws: ``area`` is the mean share of the image that a view shows, ``blurred``
+    that of the views that are blurred; four in five are jittered. The pixels of an image are read once, from memory."""
+    source, made = 3 * IMAGES * IMAGE_WIDTH * IMAGE_HEIGHT, 3 * IMAGES * views * size**2
+    config = multi_crop_config(size)
+
+    def call() -> None:
+        tables = _empty(IMAGES, views, 4, dtype=torch.int32), _empty(IMAGES, views, 14)
+        starts, widths = _empty(IMAGES, dtype=torch.int64), _empty(IMAGES, dtype=torch.int32)
+        turns = _empty(IMAGES, views, 2) if rotates else None
+        multi_crop(_empty(source, dtype=torch.uint8), starts, widths, *tables, turns, size)
+
+    def chunked(view_pixels: int, chunk: int) -> int:
+        """Pixels of a box that so many view pixels in a row are made of, in whole chunks."""
+        scale = (area * IMAGE_WIDTH * IMAGE_HEIGHT) ** 0.5 / size
+        return triton.cdiv(round((view_pixels + 4) * scale), chunk) * chunk
+
+    def programs(config: dict[str, int], across: str) -> int:
+        return triton.cdiv(size, config["ROWS"]) * triton.cdiv(size, config[across]) * IMAGES * views
+
+    crop, blur = config["crop"], config["blur"]
+    loaded = 3 * chunked(crop["ROWS"], crop["CHUNK_ROWS"]) * chunked(crop["COLUMNS"], crop["CHUNK_COLUMNS"])
+    moved = 3 * blur["BLOCK_ROWS"] * (blur["BLOCK_COLUMNS"] + blur["COLUMNS"])
+    bytes = {
+        "_crop_kernel": source + made,
+        "_colour_kernel": round(0.8 * 2 * made),
+        "_blur_kernel": round(2 * blurred * made),
+    }
+    return Case(
+        call,
+        made,
+        bytes | ({"_rotate_kernel": 2 * made} if rotates else {}),
+        cached={  # the loops' accesses beyond those
+            "_crop_kernel": programs(crop, "COLUMNS") * loaded - source - made,
+            "_blur_kernel": round(blurred * programs(blur, "COLUMNS") * moved) - bytes["_blur_kernel"],
+        },
+    )
+
+
 _SECOND_READING = {"_ibot_loss_kernel": 2 * MASKED * K * 2 + 2 * MASKED * K * 4}  # and the center for both
 
 CASES = {
@@ -230,6 +275,9 @@ CASES = {
             "_gradient_scatter_kernel": 3 * KEPT_TOKENS * WIDTH_L * 2,
         },
     ),
+    "multi_crop to 224": _multi_crop(2, 224, area=0.7, blurred=0.55),
+    "multi_crop to 96": _multi_crop(8, 96, area=0.225, blurred=0.5),
+    "multi_crop to 224, rotated": _multi_crop(2, 224, area=0.7, blurred=0.55, rotates=True),
     "ema_update_ flat": Case(
         lambda: ema_update_(
             _empty(PARAMETERS), _empty(PARAMETERS), torch.tensor(0.996), _empty(PARAMETERS, dtype=torch.bfloat16)

@@ -44,7 +44,8 @@ class Report:
     """One kernel, as launched by a case, in a target's machine code. Bytes and instructions are those of one thread.
 
     The hot part is the loop that moves the most bytes in 128-bit accesses; of a kernel whose loops move none, the
-    stretch of code up to an exit that does (on AMD, where a kernel has one exit, all of it).
+    stretch of code up to an exit that does (on AMD, where a kernel has one exit, all of it). Of a kernel without such
+    accesses it is the innermost loop that moves the most bytes, at least 8, or else such a stretch.
     """
 
     kernel: str
@@ -56,7 +57,7 @@ class Report:
     loads_128: int  # in the whole kernel, accesses of global memory that are 128 bits wide
     stores_128: int
     hot_instructions: int
-    hot_bytes: int  # moved in accesses of 64 bits and more, if there are any: a row's few numbers do not count
+    hot_bytes: int  # beside 128-bit accesses in those of 64 bits and more: a row's few numbers do not count
     hot_exps: int
 
     def problems(self, narrow: Set[str] = frozenset()) -> list[str]:
@@ -136,7 +137,7 @@ def _report(kernel: Any, target: str) -> Report:
         loads_128=sum(access == ("load", 16) for access in accesses),
         stores_128=sum(access == ("store", 16) for access in accesses),
         hot_instructions=len(hot),
-        hot_bytes=sum(size for size in sizes if size >= 8) or sum(sizes),
+        hot_bytes=sum(size for size in sizes if size >= 8) if 16 in sizes else sum(sizes),
         hot_exps=sum("MUFU.EX2" in line or "v_exp_f32" in line for line in hot),
     )
 
@@ -200,13 +201,30 @@ def _hot(lines: list[str]) -> list[str]:
             straight.append(lines[start : i + 1])
             start = i + 1
 
-    def weight(part: list[str]) -> tuple[int, int]:
-        accesses = [access for line in part if (access := _access(line))]
-        return sum(size for _, size in accesses if size == 16), -len(part)
+    def moved(part: list[str], least: int = 1) -> int:
+        """Bytes, in accesses of at least so many."""
+        return sum(access[1] for line in part if (access := _access(line)) and access[1] >= least)
 
-    moving = [part for part in loops if weight(part)[0]]
-    best = max(moving or straight, key=weight)
-    return [line for line in best if not line.startswith(".L")]
+    for parts in (loops, straight):
+        if wide := [part for part in parts if moved(part, 16)]:
+            return _code(max(wide, key=lambda part: (moved(part, 16), -len(part))))
+    innermost = [part for part in loops if moved(part) >= 8 and not _has_loop(part)]
+    return _code(max(innermost or straight, key=lambda part: (moved(part), -len(part))))
+
+
+def _has_loop(part: list[str]) -> bool:
+    """Whether it branches back before its end."""
+    seen = set[str]()
+    for line in part[1:-1]:
+        branch = re.search(r"(?:BRA|s_c?branch\w*).*?(\.L\w+)", line)
+        if branch and branch[1] in seen:
+            return True
+        seen |= {line} if line.startswith(".L") else set()
+    return False
+
+
+def _code(part: list[str]) -> list[str]:
+    return [line for line in part if not line.startswith(".L")]
 
 
 def compile_cases(names: Sequence[str] = ()) -> dict[str, list[Report]]:

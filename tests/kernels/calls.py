@@ -30,6 +30,7 @@ from fastdino_kernels import (
     koleo_loss,
     linear_ibot_loss,
     make_segments,
+    multi_crop,
     prototype_weight,
     scatter_add_scaled,
     segment_squares,
@@ -99,6 +100,22 @@ def clipped(param: Tensor, grad: Tensor, rates: bool = False) -> list[Tensor]:
     return state
 
 
+def crops(pixels: Tensor, starts: Tensor, widths: Tensor, boxes: Tensor, params: Tensor, turns: Tensor) -> list[Tensor]:
+    return [multi_crop(pixels, starts, widths, boxes, params, x, 17) for x in (turns, None)]
+
+
+def crops_of_two_images(device: str) -> tuple[Tensor, ...]:
+    """Of 24 x 20 and 9 x 30 pixels; one view of each is rotated, both change in contrast, one is blurred."""
+    pixels = torch.arange(24 * 20 * 3 + 9 * 30 * 3, device=device).mul(37).remainder(251).to(torch.uint8)
+    starts, widths = torch.tensor([0, 24 * 20 * 3], device=device), torch.tensor([20, 30], device=device).int()
+    boxes = torch.tensor([[[0, 0, 20, 24], [3, 4, 9, 19]], [[0, 0, 30, 9], [21, 0, 9, 9]]], device=device).int()
+    view = torch.tensor([0, 0, 0, 0, 1, 0, 7, 1.2, 0.8, 1.3, 0.1, 0, 0, 1])
+    params = view.expand(2, 2, 14).clone()
+    params[0, 0, 5], params[1, 1, 12] = 30, 1.5
+    turns = torch.tensor([0.8660254, 0.5], device=device).expand(2, 2, 2)
+    return pixels, starts, widths, boxes, params.to(device), turns
+
+
 def make_calls(
     device: str = DEVICE, dtype: torch.dtype = torch.float32, K: int = 100, rows: int = 5
 ) -> dict[str, Call]:
@@ -132,6 +149,7 @@ def make_calls(
         ),
         "prototype_weight": (prototype_weight, (leaf(K, width), random(K, 1))),
         "koleo_loss": (koleo_loss, (leaf(2, rows, width),)),
+        "multi_crop": (crops, crops_of_two_images(device)),
         "gather_layer_norm": (partial(gathered, lengths=lengths), (packed, leaf(width), leaf(width), *rows_kept)),
         "scatter_add_scaled": (partial(scattered, lengths=lengths), (packed, branch, leaf(width), *rows_kept)),
         "ema_update_": (ema, (random(n), random(n, dtype=torch.bfloat16), random(1)[0].sigmoid())),

@@ -38,7 +38,7 @@ def _band(d, t0, t1, t2, t3, t4, t5, t6):
 
 
 @triton.jit
-def blur_kernel(
+def _blur_kernel(
     views_ptr,
     work_ptr,
     params_ptr,

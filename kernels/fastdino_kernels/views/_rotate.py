@@ -7,7 +7,7 @@ from fastdino_kernels.views._steps import ROTATE, begin_colours, fetch, place_of
 
 
 @triton.jit
-def rotate_kernel(
+def _rotate_kernel(
     views_ptr,
     work_ptr,
     raw_ptr,

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdino_kernels._backend import operator, use_triton
-from fastdino_kernels.views._blur import MARGIN, blur_kernel
-from fastdino_kernels.views._rotate import rotate_kernel
+from fastdino_kernels.views._blur import MARGIN, _blur_kernel
+from fastdino_kernels.views._rotate import _rotate_kernel
 from fastdino_kernels.views._steps import (
     BLUR,
     BRIGHTNESS,
@@ -45,7 +45,8 @@ def multi_crop(
     """V views of ``size`` x ``size`` pixels of each of B decoded images.
 
     Args:
-        pixels: (bytes,) uint8: the images anywhere in it, each (height, width, 3), red first, row after row.
+        pixels: (bytes,) uint8: the images anywhere in it, each (height, width, 3), red first, row after row, of less
+            than 2^31 bytes.
         starts: (B,) int64: where in ``pixels`` each image begins.
         widths: (B,) int32: pixels in a row of each.
         boxes: (B, V, 4) int32: left, top, width, height in pixels of what a view shows, within its image.
@@ -66,11 +67,9 @@ def multi_crop(
     """
     given = {"starts": starts, "widths": widths, "boxes": boxes, "params": params}
     _check(pixels, given if turns is None else {**given, "turns": turns}, size)
-    if use_triton(pixels):
-        turns = None if turns is None else turns.contiguous()
-        tables = (x.contiguous() for x in (starts, widths, boxes, params))
-        return multi_crop_forward(pixels, *tables, turns, size)
-    return multi_crop_reference(pixels, starts, widths, boxes, params, turns, size)
+    turns = None if turns is None else turns.contiguous()
+    tables = (x.contiguous() for x in (starts, widths, boxes, params))
+    return multi_crop_forward(pixels, *tables, turns, size)
 
 
 def _check(pixels: Tensor, tables: dict[str, Tensor], size: int) -> None:
@@ -244,7 +243,9 @@ def launch_config(size: int) -> dict[str, dict[str, int]]:
 def multi_crop_forward(
     pixels: Tensor, starts: Tensor, widths: Tensor, boxes: Tensor, params: Tensor, turns: Tensor | None, size: int
 ) -> Tensor:
-    """The launches behind :func:`multi_crop`."""
+    """The launches behind :func:`multi_crop`, or its reference: no gradient, so nothing of it needs to be traced."""
+    if not use_triton(pixels):
+        return multi_crop_reference(pixels, starts, widths, boxes, params, turns, size)
     config, (B, V) = launch_config(size), boxes.shape[:2]
     num_blocks, num_tiles, num_strips = (
         triton.cdiv(size**2, config["colour"]["BLOCK"]),
@@ -260,10 +261,17 @@ def multi_crop_forward(
             views, work, raw, sums, *source, ROTATES=turns is not None, SIZE=size, **config["crop"]
         )
         if turns is not None:
-            rotate_kernel[num_tiles, V, B](views, work, raw, sums, params, turns, SIZE=size, **config["rotate"])
+            _rotate_kernel[num_tiles, V, B](views, work, raw, sums, params, turns, SIZE=size, **config["rotate"])
         _colour_kernel[num_blocks, V, B](views, work, sums, params, SIZE=size, TILES=num_tiles, **config["colour"])
-        blur_kernel[num_strips, V, B](views, work, params, SIZE=size, **config["blur"])
+        _blur_kernel[num_strips, V, B](views, work, params, SIZE=size, **config["blur"])
     return views
+
+
+@multi_crop_forward.register_fake
+def _(
+    pixels: Tensor, starts: Tensor, widths: Tensor, boxes: Tensor, params: Tensor, turns: Tensor | None, size: int
+) -> Tensor:
+    return pixels.new_empty((boxes.shape[1], len(boxes), 3, size, size))
 
 
 @triton.jit
