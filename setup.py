@@ -66,7 +66,8 @@ setup(
         "dev": [
             "datasets>=4",  # what writes the folders that are read
             "fsspec[http]>=2024.6",
-            "lightly>=1.6",  # the peer that bench/ measures beside us
+            "kornia>=0.8",  # peers that bench/ measures beside us
+            "lightly>=1.6",
             "mypy",
             "pyarrow>=16",
             "pytest",

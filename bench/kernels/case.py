@@ -68,6 +68,8 @@ class Case:
     variants: dict[str, Variant]
     bytes: int
     """What any implementation has to read and write at least."""
+    rounds: int | None = None
+    """Most that are worth their time."""
 
     @property
     def name(self) -> str:
@@ -126,6 +128,7 @@ class Bench:
     restore: Callable[[Any], object] | None = None
     """After a call of ours."""
     judge: Callable[[Any, list[Tensor]], list[Tensor]] = lambda inputs, results: results
+    rounds: int | None = None
 
     def bind(self, function: Function) -> Callable[[Any], Bound]:
         return with_gradients(function, self.leaves)
@@ -143,7 +146,9 @@ class Bench:
         def exact(inputs: Any) -> list[Tensor]:
             return self.judge(inputs, self.bind(self.reference)(widened(inputs))())
 
-        return Case(self.name, text, lambda seed: self.make(shape, seed), exact, variants, self.bytes(shape))
+        return Case(
+            self.name, text, lambda seed: self.make(shape, seed), exact, variants, self.bytes(shape), self.rounds
+        )
 
 
 def without_failing(case: Case) -> tuple[Case, dict[str, str]]:

@@ -16,7 +16,7 @@ from bench.timing import Clock, Work, interleave, paired_ratio
 
 _FILES = (
     "dino_loss", "ibot_loss", "linear_ibot_loss", "sinkhorn", "koleo_loss", "adamw_ema", "ema_update",
-    "segment_squares", "prototype_weight", "gather_layer_norm", "scatter_add_scaled",
+    "segment_squares", "prototype_weight", "gather_layer_norm", "scatter_add_scaled", "multi_crop",
 )  # fmt: skip
 BENCHES: dict[str, Bench] = {
     bench.name: bench for bench in (importlib.import_module(f"bench.kernels.{name}").BENCH for name in _FILES)
@@ -53,6 +53,7 @@ def make_cases(operations: list[str], shapes: list[str], device: torch.device, c
 
 def measure(case: Case, device: torch.device, rounds: int) -> Measured:
     """Raises AssertionError, and times nothing, when a result is wrong; NoRoom when memory is too small."""
+    rounds = min(rounds, case.rounds or rounds)
     if COMPILED in case.variants:
         torch.compiler.reset()  # a function that one process compiles for many sizes would at last run uncompiled
     try:
