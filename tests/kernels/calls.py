@@ -101,7 +101,11 @@ def clipped(param: Tensor, grad: Tensor, rates: bool = False) -> list[Tensor]:
 
 
 def crops(pixels: Tensor, starts: Tensor, widths: Tensor, boxes: Tensor, params: Tensor, turns: Tensor) -> list[Tensor]:
-    return [multi_crop(pixels, starts, widths, boxes, params, x, 17) for x in (turns, None)]
+    normal = torch.ones(2, 3, device=pixels.device)
+    return [
+        multi_crop(pixels, starts, widths, boxes, params, turns, 17),
+        multi_crop(pixels, starts, widths, boxes, params, None, 20, patch=4, normal=normal),
+    ]
 
 
 def crops_of_two_images(device: str) -> tuple[Tensor, ...]:

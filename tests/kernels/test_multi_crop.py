@@ -192,6 +192,28 @@ def test_on_a_gpu_at_its_sizes() -> None:
         judge(pictures, views, boxes, size, rotates=True)
 
 
+@pytest.mark.parametrize("normalised", [False, True], ids=["bytes", "normalised"])
+@pytest.mark.parametrize("patch", [0, 8])
+def test_what_a_network_reads(patch: int, normalised: bool, large_tiles: None, poisoned_memory: None) -> None:
+    """Of views that each of the launches writes: patches are a convolution's, bytes are scaled and shifted."""
+    views: list[dict[str, float]] = [{"brightness": 0.8}, {"contrast": 1.3, "solarize": 1}, {"blur": 1}, {"rotate": 9}]
+    source, (box, params, turns) = packed(images((40, 50))), tables([views], [[(0, 0, 50, 40)] * 4])
+    normal = torch.tensor([[0.5, 0.25, 2.0], [-1.0, 0.5, 3.0]], device=DEVICE) if normalised else None
+    want = multi_crop(*source, box, params, turns, 24)
+    if normal is not None:
+        want = (want * normal[0, :, None, None] + normal[1, :, None, None]).to(torch.bfloat16)
+    if patch:
+        unfolded = torch.nn.functional.unfold(want.flatten(0, 1).float(), patch, stride=patch)
+        want = unfolded.mT.reshape(4, 1, 3, 3, 3 * patch**2).to(want.dtype)
+    got = multi_crop(*source, box, params, turns, 24, patch=patch, normal=normal)
+    assert got.dtype == want.dtype
+    # The interpreter truncates to bf16 where hardware rounds.
+    torch.testing.assert_close(got, want, rtol=2**-7 if INTERPRETED and normalised else 0, atol=0)
+    reference = multi_crop_reference(*source, box, params, turns, 24, patch=patch, normal=normal)
+    assert reference.shape == got.shape
+    assert (reference.float() - got.float()).abs().mean() < (0.2 if normalised else 0.05)
+
+
 def test_strided_tables() -> None:
     """Of some views among all, as a caller has them who makes views of two sizes."""
     source, (box, params, turns) = packed(images((30, 40))), tables([[{}, {"flip": 1}]], [[(0, 0, 40, 30)] * 2])
@@ -220,12 +242,14 @@ def test_rotation_only_where_turns_are_given() -> None:
         ({"params": lambda x: x[:, :1]}, "params"),
         ({"turns": lambda x: x[..., :1]}, "turns"),
         ({"size": lambda x: 0}, "size"),
+        ({"patch": lambda x: 3}, "size"),
+        ({"normal": lambda x: torch.zeros(3, device=DEVICE)}, "normal"),
     ],
 )
 def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> None:
     box, params, turns = tables([[{}, {}]], [[(0, 0, 4, 4)] * 2])
     given = dict(zip(("pixels", "starts", "widths"), packed(images((4, 4))), strict=True))
-    given |= {"boxes": box, "params": params, "turns": turns, "size": 8}
+    given |= {"boxes": box, "params": params, "turns": turns, "size": 8, "patch": 0, "normal": None}
     for name, function in change.items():
         given[name] = function(given[name])
     with pytest.raises(ValueError, match=f"expected {message}"):

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastdino_kernels.views._steps import BLUR, fp16_of_byte, place_of_tile, rounded, solarize, to_byte, view_of_program
+from fastdino_kernels.views._steps import BLUR, fp16_of_byte, place_of_tile, rounded, solarize, view_of_program, write
 
 MARGIN: tl.constexpr = tl.constexpr(6)  # pixels that 13 taps reach to either side
 
@@ -42,7 +42,9 @@ def _blur_kernel(
     views_ptr,
     work_ptr,
     params_ptr,
+    normal_ptr,
     SIZE: tl.constexpr,
+    PATCH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STRIP: tl.constexpr,
@@ -73,4 +75,4 @@ def _blur_kernel(
                 between = tl.dot(pixels, across) * by_total - 128  # fp16 is finer about zero
                 made = rounded(tl.dot(down, between.to(tl.float16)) * by_total + 128)
                 made = solarize(made, param_ptr)
-                tl.store(view_ptr + plane + y * SIZE + x, to_byte(made), mask=inside)
+                write(view_ptr, made, channel, y * SIZE + x, inside, normal_ptr, SIZE, PATCH)

@@ -14,7 +14,9 @@ def _rotate_kernel(
     sums_ptr,
     params_ptr,
     turns_ptr,
+    normal_ptr,
     SIZE: tl.constexpr,
+    PATCH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -41,7 +43,8 @@ def _rotate_kernel(
         green = _between(green00, green01, green10, green11, right, down)
         blue = _between(blue00, blue01, blue10, blue11, right, down)
         sum_ptr = sums_ptr + view * tl.num_programs(0) + tile
-        begin_colours(view_ptr, own_ptr, sum_ptr, param_ptr, red, green, blue, y * SIZE + x, inside, SIZE)
+        i = y * SIZE + x
+        begin_colours(view_ptr, own_ptr, sum_ptr, param_ptr, red, green, blue, i, inside, normal_ptr, SIZE, PATCH)
 
 
 @triton.jit

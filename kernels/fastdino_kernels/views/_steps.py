@@ -16,9 +16,8 @@ BLUR: tl.constexpr = tl.constexpr(12)
 SOLARIZE: tl.constexpr = tl.constexpr(13)
 NUM_COLUMNS: tl.constexpr = tl.constexpr(14)
 
-
-# A GPU converts between integers and floats, and rounds, eight times slower than it adds. Small integers take the short
-# way: in fp32 the bits of 2^23 + n are those of 2^23 with n in the lowest ones.
+# A GPU adds faster than it rounds or converts between integers and floats. Of small integers these are additions too: in
+# fp32 the bits of 2^23 + n are those of 2^23 with n in the lowest ones.
 WHOLE: tl.constexpr = tl.constexpr(8388608.0)
 WHOLE_BITS: tl.constexpr = tl.constexpr(0x4B000000)
 
@@ -153,6 +152,21 @@ def put(x_ptr, red, green, blue, i, inside, SIZE: tl.constexpr):
 
 
 @triton.jit
+def write(view_ptr, x, channel, i, inside, normal_ptr, SIZE: tl.constexpr, PATCH: tl.constexpr):
+    # Pixels ``i`` of one channel, as the caller wants them: planes or patches, bytes or normalised.
+    plane: tl.constexpr = PATCH * PATCH if PATCH else SIZE * SIZE
+    if PATCH:
+        row, column = i // SIZE, i % SIZE
+        patch = row // PATCH * (SIZE // PATCH) + column // PATCH
+        i = patch * (3 * PATCH * PATCH) + row % PATCH * PATCH + column % PATCH
+    if normal_ptr is None:
+        tl.store(view_ptr + channel * plane + i, to_byte(x), mask=inside)
+    else:
+        x = x * tl.load(normal_ptr + channel) + tl.load(normal_ptr + 3 + channel)
+        tl.store(view_ptr + channel * plane + i, x.to(view_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def view_of_program(params_ptr, views_ptr, work_ptr, SIZE: tl.constexpr):
     # Of this program: where its view's parameters begin, its pixels, and those of the copy that is worked on; number of
     # the view in the result and in the parameters.
@@ -171,7 +185,20 @@ def place_of_tile(tile, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.cons
 
 
 @triton.jit
-def begin_colours(view_ptr, own_ptr, sum_ptr, param_ptr, red, green, blue, i, inside, SIZE: tl.constexpr):
+def begin_colours(
+    view_ptr,
+    own_ptr,
+    sum_ptr,
+    param_ptr,
+    red,
+    green,
+    blue,
+    i,
+    inside,
+    normal_ptr,
+    SIZE: tl.constexpr,
+    PATCH: tl.constexpr,
+):
     # The steps before contrast, and the sum of the luma that contrast needs.
     red, green, blue = jitter(red, green, blue, param_ptr, 0.0, False)
     if tl.load(param_ptr + CONTRAST) != 1:
@@ -179,15 +206,43 @@ def begin_colours(view_ptr, own_ptr, sum_ptr, param_ptr, red, green, blue, i, in
         tl.store(sum_ptr, tl.sum(tl.sum(gray, 1), 0))
         put(own_ptr, red, green, blue, i, inside, SIZE)
     else:
-        end_colours(view_ptr, own_ptr, param_ptr, red, green, blue, i, inside, SIZE)
+        end_colours(view_ptr, own_ptr, param_ptr, red, green, blue, i, inside, normal_ptr, SIZE, PATCH)
 
 
 @triton.jit
-def end_colours(view_ptr, own_ptr, param_ptr, red, green, blue, i, inside, SIZE: tl.constexpr):
+def end_colours(
+    view_ptr, own_ptr, param_ptr, red, green, blue, i, inside, normal_ptr, SIZE: tl.constexpr, PATCH: tl.constexpr
+):
     # What comes after the jitter; the blur has a launch of its own.
     red, green, blue = grayscale(red, green, blue, param_ptr)
     if tl.load(param_ptr + BLUR) != 0:
         put(own_ptr, red, green, blue, i, inside, SIZE)
     else:
-        red, green, blue = solarize(red, param_ptr), solarize(green, param_ptr), solarize(blue, param_ptr)
-        put(view_ptr, red, green, blue, i, inside, SIZE)
+        write(view_ptr, solarize(red, param_ptr), 0, i, inside, normal_ptr, SIZE, PATCH)
+        write(view_ptr, solarize(green, param_ptr), 1, i, inside, normal_ptr, SIZE, PATCH)
+        write(view_ptr, solarize(blue, param_ptr), 2, i, inside, normal_ptr, SIZE, PATCH)
+
+
+@triton.jit
+def _colour_kernel(
+    views_ptr,
+    work_ptr,
+    sums_ptr,
+    params_ptr,
+    normal_ptr,
+    SIZE: tl.constexpr,
+    PATCH: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # One program: BLOCK pixels of a view whose contrast changes, from there on.
+    param_ptr, view_ptr, own_ptr, view, _ = view_of_program(params_ptr, views_ptr, work_ptr, SIZE)
+    if tl.load(param_ptr + CONTRAST) != 1:
+        tile = tl.arange(0, triton.next_power_of_2(TILES))
+        total = tl.sum(tl.load(sums_ptr + view * TILES + tile, mask=tile < TILES, other=0), 0).to(tl.int64)
+        mean = ((2 * total + SIZE * SIZE) // (2 * SIZE * SIZE)).to(tl.float32)  # rounded
+        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = i < SIZE * SIZE
+        red, green, blue = fetch(own_ptr, i, inside, SIZE)
+        red, green, blue = jitter(red, green, blue, param_ptr, mean, True)
+        end_colours(view_ptr, own_ptr, param_ptr, red, green, blue, i, inside, normal_ptr, SIZE, PATCH)

@@ -5,12 +5,12 @@ from itertools import permutations
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastdino_kernels._backend import operator, use_triton
 from fastdino_kernels.views._blur import MARGIN, _blur_kernel
+from fastdino_kernels.views._crop import _crop_kernel
 from fastdino_kernels.views._rotate import _rotate_kernel
 from fastdino_kernels.views._steps import (
     BLUR,
@@ -24,23 +24,23 @@ from fastdino_kernels.views._steps import (
     ROTATE,
     SATURATION,
     SOLARIZE,
-    begin_colours,
-    end_colours,
-    fetch,
-    fp16_of_byte,
-    jitter,
-    place_of_tile,
-    put,
-    rounded,
-    view_of_program,
-)  # fmt: skip
+    _colour_kernel,
+)
 
-MAX_BLUR = 2.4  # pixels of deviation that 13 taps hold
 _ORDERS = tuple(permutations(range(BRIGHTNESS, HUE + 1)))
 
 
 def multi_crop(
-    pixels: Tensor, starts: Tensor, widths: Tensor, boxes: Tensor, params: Tensor, turns: Tensor | None, size: int
+    pixels: Tensor,
+    starts: Tensor,
+    widths: Tensor,
+    boxes: Tensor,
+    params: Tensor,
+    turns: Tensor | None,
+    size: int,
+    *,
+    patch: int = 0,
+    normal: Tensor | None = None,
 ) -> Tensor:
     """V views of ``size`` x ``size`` pixels of each of B decoded images.
 
@@ -58,21 +58,23 @@ def multi_crop(
         turns: (B, V, 2) fp32: cosine and sine of the rotation, counter-clockwise about the view's center. None: no view
             is rotated, whatever ``params`` say, which saves a launch.
         size: side of a view.
+        patch: side of the patches of which a view is made, 0 for planes; it divides ``size``.
+        normal: (2, 3) fp32, scale and shift of each channel: of each byte the result has byte * scale + shift, in bf16.
 
-    Returns (V, B, 3, size, size) uint8. The arithmetic follows Pillow's, with a byte after every step (all but the
-    inner roundings of the blur): DINO v1's views are met within 0.25 gray levels on average, within 1.0 in any view.
+    Returns (V, B, 3, size, size) uint8, or of patches (V, B, rows, columns, 3 * patch^2), each as in a convolution's
+    weight: channel, row, column. The arithmetic follows Pillow's, with a byte after every step (all but the inner
+    roundings of the blur): DINO v1's views are met within 0.25 gray levels on average, within 1.0 in any view.
     Values are not checked: that would wait for the device.
     Raises ValueError when shapes, dtypes or devices do not fit.
     Source: the transforms of Caron et al. 2021, appendix A, as torchvision computes them on Pillow images.
     """
-    given = {"starts": starts, "widths": widths, "boxes": boxes, "params": params}
-    _check(pixels, given if turns is None else {**given, "turns": turns}, size)
-    turns = None if turns is None else turns.contiguous()
-    tables = (x.contiguous() for x in (starts, widths, boxes, params))
-    return multi_crop_forward(pixels, *tables, turns, size)
+    tables = {"starts": starts, "widths": widths, "boxes": boxes, "params": params, "turns": turns, "normal": normal}
+    _check(pixels, {name: x for name, x in tables.items() if x is not None}, size, patch)
+    own = (None if x is None else x.contiguous() for x in tables.values())
+    return multi_crop_forward(pixels, *own, size, patch)
 
 
-def _check(pixels: Tensor, tables: dict[str, Tensor], size: int) -> None:
+def _check(pixels: Tensor, tables: dict[str, Tensor], size: int, patch: int) -> None:
     B, V = tables["boxes"].shape[:2] if tables["boxes"].dim() == 3 else (0, 0)
     expected = {
         "starts": ((B,), torch.int64),
@@ -80,6 +82,7 @@ def _check(pixels: Tensor, tables: dict[str, Tensor], size: int) -> None:
         "boxes": ((B, V, 4), torch.int32),
         "params": ((B, V, NUM_COLUMNS), torch.float32),
         "turns": ((B, V, 2), torch.float32),
+        "normal": ((2, 3), torch.float32),
     }
     if pixels.dim() != 1 or pixels.dtype != torch.uint8 or not pixels.is_contiguous():
         raise ValueError(f"expected pixels (bytes,) uint8, contiguous; got {tuple(pixels.shape)} {pixels.dtype}")
@@ -90,12 +93,21 @@ def _check(pixels: Tensor, tables: dict[str, Tensor], size: int) -> None:
                 f"expected {name} {shape} {dtype} on {pixels.device}, of at least one view; "
                 f"got {tuple(x.shape)} {x.dtype} on {x.device}"
             )
-    if size < 1:
-        raise ValueError(f"expected size >= 1; got {size}")
+    if size < 1 or patch < 0 or (patch and size % patch):
+        raise ValueError(f"expected size >= 1, and a patch that divides it, or 0; got {size} and {patch}")
 
 
 def multi_crop_reference(
-    pixels: Tensor, starts: Tensor, widths: Tensor, boxes: Tensor, params: Tensor, turns: Tensor | None, size: int
+    pixels: Tensor,
+    starts: Tensor,
+    widths: Tensor,
+    boxes: Tensor,
+    params: Tensor,
+    turns: Tensor | None,
+    size: int,
+    *,
+    patch: int = 0,
+    normal: Tensor | None = None,
 ) -> Tensor:
     """:func:`multi_crop` in plain torch, a view at a time: the definition, and the CPU path."""
     views = pixels.new_empty((boxes.shape[1], len(boxes), 3, size, size))
@@ -105,6 +117,12 @@ def multi_crop_reference(
             rows = pixels[first : first + 3 * image_width * height].view(height, image_width, 3)
             crop = rows[:, left : left + width].permute(2, 0, 1).float()
             views[v, b] = _view(crop, params[b, v].tolist(), None if turns is None else turns[b, v], size)
+    if normal is not None:
+        scale, shift = normal.view(2, 3, 1, 1)
+        views = (views * scale + shift).to(torch.bfloat16)
+    if patch:
+        tiles = views.unflatten(-1, (-1, patch)).unflatten(-3, (-1, patch))  # (V, B, 3, rows, patch, columns, patch)
+        views = tiles.permute(0, 1, 3, 5, 2, 4, 6).flatten(-3)
     return views
 
 
@@ -241,161 +259,57 @@ def launch_config(size: int) -> dict[str, dict[str, int]]:
 
 @operator()
 def multi_crop_forward(
-    pixels: Tensor, starts: Tensor, widths: Tensor, boxes: Tensor, params: Tensor, turns: Tensor | None, size: int
+    pixels: Tensor,
+    starts: Tensor,
+    widths: Tensor,
+    boxes: Tensor,
+    params: Tensor,
+    turns: Tensor | None,
+    normal: Tensor | None,
+    size: int,
+    patch: int,
 ) -> Tensor:
     """The launches behind :func:`multi_crop`, or its reference: no gradient, so nothing of it needs to be traced."""
     if not use_triton(pixels):
-        return multi_crop_reference(pixels, starts, widths, boxes, params, turns, size)
+        return multi_crop_reference(pixels, starts, widths, boxes, params, turns, size, patch=patch, normal=normal)
     config, (B, V) = launch_config(size), boxes.shape[:2]
     num_blocks, num_tiles, num_strips = (
         triton.cdiv(size**2, config["colour"]["BLOCK"]),
         triton.cdiv(size, config["crop"]["ROWS"]) * triton.cdiv(size, config["crop"]["COLUMNS"]),
         triton.cdiv(size, config["blur"]["ROWS"]) * triton.cdiv(size, config["blur"]["STRIP"]),
     )
-    sums = torch.empty((V, B, num_tiles), dtype=torch.int32, device=pixels.device)  # of luma, by tile
-    work, views = (torch.empty((V, B, 3, size, size), dtype=torch.uint8, device=pixels.device) for _ in range(2))
+    views = pixels.new_empty(_shape(boxes, size, patch), dtype=torch.uint8 if normal is None else torch.bfloat16)
+    work = pixels.new_empty((V, B, 3, size, size))
     raw = work if turns is None else torch.empty_like(work)
-    source = pixels, starts, widths, boxes, params
+    sums = pixels.new_empty((V, B, num_tiles), dtype=torch.int32)  # of luma, by tile
+    source, form = (pixels, starts, widths, boxes), {"SIZE": size, "PATCH": patch}
     with torch.cuda.device_of(pixels):
         _crop_kernel[num_tiles, V, B](
-            views, work, raw, sums, *source, ROTATES=turns is not None, SIZE=size, **config["crop"]
+            views, work, raw, sums, *source, params, normal, ROTATES=turns is not None, **form, **config["crop"]
         )
         if turns is not None:
-            _rotate_kernel[num_tiles, V, B](views, work, raw, sums, params, turns, SIZE=size, **config["rotate"])
-        _colour_kernel[num_blocks, V, B](views, work, sums, params, SIZE=size, TILES=num_tiles, **config["colour"])
-        _blur_kernel[num_strips, V, B](views, work, params, SIZE=size, **config["blur"])
+            _rotate_kernel[num_tiles, V, B](views, work, raw, sums, params, turns, normal, **form, **config["rotate"])
+        _colour_kernel[num_blocks, V, B](views, work, sums, params, normal, TILES=num_tiles, **form, **config["colour"])
+        _blur_kernel[num_strips, V, B](views, work, params, normal, **form, **config["blur"])
     return views
 
 
 @multi_crop_forward.register_fake
 def _(
-    pixels: Tensor, starts: Tensor, widths: Tensor, boxes: Tensor, params: Tensor, turns: Tensor | None, size: int
+    pixels: Tensor,
+    starts: Tensor,
+    widths: Tensor,
+    boxes: Tensor,
+    params: Tensor,
+    turns: Tensor | None,
+    normal: Tensor | None,
+    size: int,
+    patch: int,
 ) -> Tensor:
-    return pixels.new_empty((boxes.shape[1], len(boxes), 3, size, size))
+    return pixels.new_empty(_shape(boxes, size, patch), dtype=torch.uint8 if normal is None else torch.bfloat16)
 
 
-@triton.jit
-def _span(first, num, count, scale):
-    # Pixels [start, end) of ``count`` in a box that view pixels first, ..., first + num - 1 are made of.
-    reach = 2 * tl.maximum(scale, 1.0)
-    start = tl.floor((first + 0.5) * scale - reach).to(tl.int32)
-    end = tl.ceil((first + num - 0.5) * scale + reach).to(tl.int32)
-    return tl.maximum(start, 0), tl.minimum(end, count)
-
-
-@triton.jit
-def _bicubic(pixel, position, scale):
-    # Weight of a box's pixel in a view's, up to a factor. Rounded to fp16's 11 bits it moves one byte in 600 by one.
-    by_width = 1 / tl.maximum(scale, 1.0)
-    t = tl.abs(pixel * by_width - ((position + 0.5) * scale - 0.5) * by_width)
-    beyond = tl.maximum(2 - t, 0.0)
-    return tl.where(t < 1, (1.5 * t - 2.5) * (t * t) + 1, (0.5 - 0.5 * t) * (beyond * beyond)).to(tl.float16)
-
-
-@triton.jit
-def _by_sum(position, count, scale):
-    # 1 / the sum of the weights in each view pixel, one of which in a row the box's edge may cut off.
-    reach = 2 * tl.maximum(scale, 1.0)
-    first = tl.floor((position + 0.5) * scale - reach).to(tl.int32)
-    total = tl.zeros(position.shape, tl.float32)
-    for k in range(2 * reach.to(tl.int32) + 3):
-        pixel = first + k
-        weight = _bicubic(pixel, position, scale).to(tl.float32)
-        total += tl.where((pixel >= 0) & (pixel < count), weight, 0.0)
-    return 1 / total
-
-
-@triton.jit
-def _channel(pixel_ptr, inside):
-    return tl.trans(fp16_of_byte(tl.load(pixel_ptr, mask=inside, other=0)))
-
-
-@triton.jit
-def _crop_kernel(
-    views_ptr,
-    work_ptr,
-    raw_ptr,
-    sums_ptr,
-    pixels_ptr,
-    starts_ptr,
-    widths_ptr,
-    boxes_ptr,
-    params_ptr,
-    SIZE: tl.constexpr,
-    ROTATES: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHUNK_ROWS: tl.constexpr,
-    CHUNK_COLUMNS: tl.constexpr,
-):
-    # One program: ROWS x COLUMNS pixels of a view, by two products with bands of weights, of CHUNK_ROWS x CHUNK_COLUMNS
-    # pixels of the box at a time. Bytes are exact in fp16, the sums are fp32.
-    tile = tl.program_id(0)
-    param_ptr, view_ptr, own_ptr, view, param = view_of_program(params_ptr, views_ptr, work_ptr, SIZE)
-    b = tl.program_id(2)
-    left, top = tl.load(boxes_ptr + param * 4), tl.load(boxes_ptr + param * 4 + 1)
-    width, height = tl.load(boxes_ptr + param * 4 + 2), tl.load(boxes_ptr + param * 4 + 3)
-    image_width = tl.load(widths_ptr + b)
-    crop_ptr = pixels_ptr + tl.load(starts_ptr + b) + (top.to(tl.int64) * image_width + left) * 3
-    scale_x, scale_y = width.to(tl.float32) / SIZE, height.to(tl.float32) / SIZE
-
-    first_y, first_x = place_of_tile(tile, SIZE, ROWS, COLUMNS)
-    num_y, num_x = tl.minimum(SIZE - first_y, ROWS), tl.minimum(SIZE - first_x, COLUMNS)
-    y, x = first_y + tl.arange(0, ROWS), first_x + tl.arange(0, COLUMNS)
-    flip = tl.load(param_ptr + FLIP) != 0
-    from_y, from_x = tl.minimum(y, SIZE - 1), tl.minimum(x, SIZE - 1)
-    from_x = tl.where(flip, SIZE - 1 - from_x, from_x)
-    start_y, end_y = _span(first_y, num_y, height, scale_y)
-    start_x, end_x = _span(tl.where(flip, SIZE - first_x - num_x, first_x), num_x, width, scale_x)
-    by_across, by_down = _by_sum(from_x, width, scale_x)[None, :], _by_sum(from_y, height, scale_y)[:, None]
-
-    red = tl.zeros([ROWS, COLUMNS], tl.float32)
-    green = tl.zeros([ROWS, COLUMNS], tl.float32)
-    blue = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start_row in range(start_y, end_y, CHUNK_ROWS):
-        row = start_row + tl.arange(0, CHUNK_ROWS)
-        row_red = tl.zeros([CHUNK_ROWS, COLUMNS], tl.float32)
-        row_green = tl.zeros([CHUNK_ROWS, COLUMNS], tl.float32)
-        row_blue = tl.zeros([CHUNK_ROWS, COLUMNS], tl.float32)
-        for start_column in range(start_x, end_x, CHUNK_COLUMNS):
-            column = start_column + tl.arange(0, CHUNK_COLUMNS)
-            across = _bicubic(column[:, None], from_x[None, :], scale_x)
-            # Columns come first, because neighbouring threads load along the first axis where none is contiguous.
-            pixel_ptr = crop_ptr + (row[None, :] * image_width + column[:, None]) * 3
-            inside = (row < height)[None, :] & (column < width)[:, None]
-            row_red = tl.dot(_channel(pixel_ptr, inside), across, row_red)
-            row_green = tl.dot(_channel(pixel_ptr + 1, inside), across, row_green)
-            row_blue = tl.dot(_channel(pixel_ptr + 2, inside), across, row_blue)
-        down = _bicubic(row[None, :], from_y[:, None], scale_y)
-        red = tl.dot(down, rounded(row_red * by_across).to(tl.float16), red)
-        green = tl.dot(down, rounded(row_green * by_across).to(tl.float16), green)
-        blue = tl.dot(down, rounded(row_blue * by_across).to(tl.float16), blue)
-    red, green, blue = rounded(red * by_down), rounded(green * by_down), rounded(blue * by_down)
-
-    i = y[:, None] * SIZE + x[None, :]
-    inside = (y < SIZE)[:, None] & (x < SIZE)[None, :]
-    sum_ptr = sums_ptr + view * tl.num_programs(0) + tile
-    if ROTATES:
-        if tl.load(param_ptr + ROTATE) != 0:
-            put(raw_ptr + view * (3 * SIZE * SIZE), red, green, blue, i, inside, SIZE)
-        else:
-            begin_colours(view_ptr, own_ptr, sum_ptr, param_ptr, red, green, blue, i, inside, SIZE)
-    else:
-        begin_colours(view_ptr, own_ptr, sum_ptr, param_ptr, red, green, blue, i, inside, SIZE)
-
-
-@triton.jit
-def _colour_kernel(
-    views_ptr, work_ptr, sums_ptr, params_ptr, SIZE: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr
-):
-    # One program: BLOCK pixels of a view whose contrast changes, from there on.
-    param_ptr, view_ptr, own_ptr, view, _ = view_of_program(params_ptr, views_ptr, work_ptr, SIZE)
-    if tl.load(param_ptr + CONTRAST) != 1:
-        tile = tl.arange(0, triton.next_power_of_2(TILES))
-        total = tl.sum(tl.load(sums_ptr + view * TILES + tile, mask=tile < TILES, other=0), 0).to(tl.int64)
-        mean = ((2 * total + SIZE * SIZE) // (2 * SIZE * SIZE)).to(tl.float32)  # rounded
-        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        inside = i < SIZE * SIZE
-        red, green, blue = fetch(own_ptr, i, inside, SIZE)
-        red, green, blue = jitter(red, green, blue, param_ptr, mean, True)
-        end_colours(view_ptr, own_ptr, param_ptr, red, green, blue, i, inside, SIZE)
+def _shape(boxes: Tensor, size: int, patch: int) -> tuple[int, ...]:
+    """Of the result."""
+    of_view = (size // patch, size // patch, 3 * patch**2) if patch else (3, size, size)
+    return boxes.shape[1], len(boxes), *of_view
