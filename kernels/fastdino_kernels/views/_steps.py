@@ -16,8 +16,8 @@ BLUR: tl.constexpr = tl.constexpr(12)
 SOLARIZE: tl.constexpr = tl.constexpr(13)
 NUM_COLUMNS: tl.constexpr = tl.constexpr(14)
 
-# A GPU adds faster than it rounds or converts between integers and floats. Of small integers these are additions too: in
-# fp32 the bits of 2^23 + n are those of 2^23 with n in the lowest ones.
+# A GPU adds faster than it rounds or converts between integers and floats. Of small integers these are additions too:
+# in fp32 the bits of 2^23 + n are those of 2^23 with n in the lowest ones.
 WHOLE: tl.constexpr = tl.constexpr(8388608.0)
 WHOLE_BITS: tl.constexpr = tl.constexpr(0x4B000000)
 
