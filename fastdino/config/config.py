@@ -40,6 +40,7 @@ class Config:
             fits = isinstance(value, kind) or (value is None and name == "patch_head")
             require(fits, name, value, f"a {kind.__name__}")
         self._check_views()
+        self._check_channels()
         self._check_losses()
         self._check_lengths()
         self._check_rates()
@@ -58,6 +59,25 @@ class Config:
                     below, above = size // patch * patch, -(-size // patch) * patch
                     remedy = f"use {below} or {above}" if below else f"use {above}"
                     raise ConfigError(f"views.{name}={size} is not a multiple of model.patch_size={patch}: {remedy}")
+
+    def _check_channels(self) -> None:
+        """What is defined for red, green and blue is not asked of other channels."""
+        views, changes = self.views, {"data.normalize": "image"} if self.data.normalize == "imagenet" else {}
+        if views.jitter and any(views.jitter_strength):
+            changes["views.jitter"] = "0"
+        if views.grayscale:
+            changes["views.grayscale"] = "0"
+        if self.data.channels != 3 and changes:
+            flags = " ".join(f"--{name} {value}" for name, value in changes.items())
+            raise ConfigError(
+                f"data.channels={self.data.channels}, and {' and '.join(changes)} as they are set need red, green and "
+                f"blue: use {flags}"
+            )
+        if self.data.channels != 3 and self.data.views == "fast":
+            raise ConfigError(
+                f"data.views='fast' makes views of three channels, and data.channels={self.data.channels}: use "
+                "data.views=auto or reference"
+            )
 
     def _check_losses(self) -> None:
         """A loss that is asked for has what it reads."""
@@ -107,7 +127,7 @@ class Config:
             (self.model.pos_embed == "rope", "model", "interpolation image_size", "rope has no position embeddings"),
             (self.model.pos_embed != "rope", "model", "rope_scale", f"model.pos_embed is {self.model.pos_embed}"),
             (not self.data.renders, "data", "num_images", "a folder has as many as it holds"),
-            (self.data.root == "shapes", "data", "max_pixels bits", "shapes are rendered"),
+            (self.data.root == "shapes", "data", "max_pixels bits range", "shapes are rendered"),
             (self.views.num_local == 0, "views", "local_size local_scale", "views.num_local is 0"),
             (self.head.num_layers == 1, "head", "hidden_dim", "head.num_layers is 1"),
             (self.patch_head is not None and self.patch_head.num_layers == 1, "patch_head", "hidden_dim",

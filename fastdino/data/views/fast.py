@@ -30,8 +30,8 @@ SIMD = "FASTDINO_SIMD"
 _BUILD = "python setup.py build_ext --inplace builds it, with a C compiler and Python's headers"
 
 
-def implementation(wanted: Literal["auto", "reference", "fast"]) -> tuple[Write, str]:
-    """What makes the views as data.views asks, and in a few words for the log which one it is.
+def implementation(wanted: Literal["auto", "reference", "fast"], channels: int = 3) -> tuple[Write, str]:
+    """What makes the views of images of ``channels`` as data.views asks, and in a few words for the log which it is.
 
     Raises ConfigError for ``fast`` where it cannot be used, and for an instruction set that this processor lacks.
     """
@@ -42,6 +42,8 @@ def implementation(wanted: Literal["auto", "reference", "fast"]) -> tuple[Write,
         )
     if wanted == "reference":
         return reference.write, "reference"
+    if channels != 3:
+        return reference.write, f"reference, because fast makes views of 3 channels and data.channels={channels}"
     if reason:
         cost = "the pixels are the same, and each worker makes several times fewer images per second"
         return reference.write, f"reference, because fast cannot be used: {reason}. {_BUILD}; without it {cost}"
