@@ -62,7 +62,10 @@ setup(
         ],
         "parquet": ["pyarrow>=16"],  # --data.root of .parquet, and of a folder of datasets.save_to_disk
         "hf": ["pyarrow>=16", "huggingface_hub"],  # also --data.root hf://datasets/...
-        "tiff": ["tifffile>=2026.3", "imagecodecs>=2026.3"],  # images of data.channels other than 1 and 3, and of floats
+        "tiff": [
+            "tifffile>=2026.3",
+            "imagecodecs>=2026.3",
+        ],  # images of data.channels other than 1 and 3, and of floats
         "http": ["fsspec[http]>=2024.6"],  # --data.root https://...; other stores name their package when they are used
         "dev": [
             "datasets>=4",  # what writes the folders that are read

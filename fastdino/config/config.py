@@ -62,21 +62,16 @@ class Config:
 
     def _check_channels(self) -> None:
         """What is defined for red, green and blue is not asked of other channels."""
-        views, changes = self.views, {"data.normalize": "image"} if self.data.normalize == "imagenet" else {}
+        views, channels = self.views, self.data.channels
+        changes = {"data.normalize": "image"} if self.data.normalize == "imagenet" else {}
         if views.jitter and any(views.jitter_strength):
             changes["views.jitter"] = "0"
         if views.grayscale:
             changes["views.grayscale"] = "0"
-        if self.data.channels != 3 and changes:
-            flags = " ".join(f"--{name} {value}" for name, value in changes.items())
+        if channels != 3 and changes:
+            names, flags = ", ".join(changes), " ".join(f"--{name} {value}" for name, value in changes.items())
             raise ConfigError(
-                f"data.channels={self.data.channels}, and {' and '.join(changes)} as they are set need red, green and "
-                f"blue: use {flags}"
-            )
-        if self.data.channels != 3 and self.data.views == "fast":
-            raise ConfigError(
-                f"data.views='fast' makes views of three channels, and data.channels={self.data.channels}: use "
-                "data.views=auto or reference"
+                f"data.channels={channels}, and what is set needs red, green and blue ({names}): use {flags}"
             )
 
     def _check_losses(self) -> None:

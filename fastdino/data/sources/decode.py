@@ -14,7 +14,7 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from fastdino.config import DataConfig, UserError
-from fastdino.data.sources.formats.levels import to_bytes
+from fastdino.data.sources.formats.levels import to_bytes, wrong_channels
 from fastdino.data.sources.formats.npy import MAGIC, read_npy
 from fastdino.data.sources.formats.tiff import is_tiff, read_tiff
 
@@ -26,6 +26,7 @@ _NOT_RASTER = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 _SAMPLE = 8  # images that are looked at for unused bits
 _UNUSED_BELOW = 4096  # a 16-bit image without a value from here on uses 12 bits or fewer
+_BITS_PER_SAMPLE = 258  # a tag of TIFF
 _PLAIN = DataConfig()
 
 
@@ -116,7 +117,7 @@ def _pixels(data: bytes, config: DataConfig) -> np.ndarray:
     if (found, wanted) == (3, 1):
         return np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).convert("L"))[..., None]
     if found != wanted:
-        raise ValueError(f"it has {found} channel{'s' * (found > 1)}, and data.channels={wanted}")
+        raise wrong_channels(found, wanted)
     return np.ascontiguousarray(pixels)
 
 
@@ -134,7 +135,8 @@ def _values(data: bytes, config: DataConfig) -> np.ndarray:
 def _by_pillow(data: bytes, config: DataConfig, many: bool) -> np.ndarray | None:
     """Values (height, width, channels): as Pillow has them, but colour as RGB unless ``many`` channels are wanted.
 
-    None for a TIFF whose values Pillow does not give, where data.range says what is to become of them.
+    None for a TIFF whose values Pillow does not give: where data.range says what is to become of them, and 16-bit
+    colour in uncompressed planes, each byte of which Pillow would take for a value.
     """
     try:
         image = _open(data, config.max_pixels)
@@ -145,9 +147,9 @@ def _by_pillow(data: bytes, config: DataConfig, many: bool) -> np.ndarray | None
             raise ValueError("Pillow does not read a TIFF of such values: set data.range=LOW HIGH") from error
         return None
     with image:
-        if config.range is not None and _is_deep_colour(image):
-            if is_tiff(data):
-                return None
+        if _is_deep_colour(image) and is_tiff(data) and (config.range is not None or not _gives_high_bytes(image)):
+            return None
+        if _is_deep_colour(image) and config.range is not None:
             raise ValueError(
                 "of 16-bit colour Pillow gives the high bytes alone: for data.range store it as TIFF or .npy"
             )
@@ -160,8 +162,14 @@ def _by_pillow(data: bytes, config: DataConfig, many: bool) -> np.ndarray | None
 
 
 def _is_deep_colour(image: Image.Image) -> bool:
-    """16 bits per channel in the file, of which Pillow keeps the high byte; asked before the pixels are loaded."""
-    return not image.mode.startswith("I") and ";16" in str(getattr(image, "tile", ""))
+    """More than 8 bits per channel in the file; asked before the pixels are loaded."""
+    bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, ())
+    return image.mode[0] not in "IF" and (_gives_high_bytes(image) or max(bits, default=0) > 8)
+
+
+def _gives_high_bytes(image: Image.Image) -> bool:
+    """That Pillow reads 16-bit colour and keeps the high byte of each value."""
+    return ";16" in str(getattr(image, "tile", ""))
 
 
 def file_bytes(path: Path, name: str) -> bytes:
@@ -234,17 +242,15 @@ def _depth(file: Callable[[int], bytes], index: int, config: DataConfig) -> tupl
     next 256. None for an image that cannot be read."""
     try:
         data = file(index)
-        if data.startswith(MAGIC) or (is_tiff(data) and config.channels not in (1, 3)):
-            values = _values(data, config)
-        else:
+        if not data.startswith(MAGIC) and (config.channels in (1, 3) or not is_tiff(data)):
             with _open(data, _PLAIN.max_pixels) as image:
                 deep = _is_deep_colour(image)
-                if deep and config.range is None:
+                if deep and config.range is None and _gives_high_bytes(image):
                     kind = "16-bit TIFF" if is_tiff(data) else "16-bit colour"
                     return kind, 256 * int(np.asarray(image).max()) + 255
-                if not image.mode.startswith("I;16"):
-                    return "other" if deep or image.mode in ("I", "F") else "bytes", 0
-                values = np.asarray(image)
+                if not deep and not image.mode.startswith("I;16"):
+                    return "other" if image.mode in ("I", "F") else "bytes", 0
+        values = _values(data, config)
         if values.dtype.kind == "u" and values.dtype.itemsize == 2:
             return "16 bits", int(values.max())
         return "bytes" if values.dtype.kind in "bu" and values.dtype.itemsize == 1 else "other", 0

@@ -194,8 +194,9 @@ def _kind(entry: os.DirEntry[bytes], endings: frozenset[bytes]) -> Literal["fold
 
 def _no_images(path: str, arrays: bool, others: Counter[str]) -> str:
     found = ", ".join(f"{count} with {ending}" for ending, count in others.most_common(5)) or "no files at all"
+    hint = "" if arrays or ".npy" not in others else " (.npy files are images with data.range, or with other channels)"
     return (
-        f"{path!r} holds no images. Found below it: {found}. "
+        f"{path!r} holds no images. Found below it: {found}{hint}. "
         f"Looked for files ending in {' '.join(sorted(extensions(arrays)))}. "
         f"Other than a folder of images it may be {TAKEN}"
     )

@@ -36,14 +36,17 @@ def implementation(wanted: Literal["auto", "reference", "fast"], channels: int =
     Raises ConfigError for ``fast`` where it cannot be used, and for an instruction set that this processor lacks.
     """
     reason = why_not()
+    if channels != 3 and wanted != "reference":
+        reason = f"it makes views of 3 channels, and data.channels={channels}"
+        if wanted == "fast":
+            raise ConfigError(f"data.views='fast' cannot be used: {reason}. Set data.views=auto or reference")
+        return reference.write, f"reference, because fast cannot be used: {reason}"
     if wanted == "fast" and reason:
         raise ConfigError(
             f"data.views='fast' cannot be used: {reason}. {_BUILD}; data.views=auto makes the same pixels without it"
         )
     if wanted == "reference":
         return reference.write, "reference"
-    if channels != 3:
-        return reference.write, f"reference, because fast makes views of 3 channels and data.channels={channels}"
     if reason:
         cost = "the pixels are the same, and each worker makes several times fewer images per second"
         return reference.write, f"reference, because fast cannot be used: {reason}. {_BUILD}; without it {cost}"

@@ -7,6 +7,12 @@ import numpy as np
 _BLOCK = 1 << 20  # values that are mapped at once: in fp64 they take 8 MB, whatever the image's size
 
 
+def wrong_channels(found: int, wanted: int) -> ValueError:
+    """The error of an image that has others than are asked for."""
+    plural = "s" * (found != 1)
+    return ValueError(f"it has {found} channel{plural}, and data.channels={wanted}: set it to what all images have")
+
+
 def to_bytes(values: np.ndarray, bits: int, span: tuple[float, float] | None) -> np.ndarray:
     """``values`` (h, w, ...) as uint8 of the same shape. Bytes stay as they are, booleans become 0 and 255.
 

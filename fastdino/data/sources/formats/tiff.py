@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastdino.config import ConfigError
+from fastdino.data.sources.formats.levels import wrong_channels
 
 _MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two are BigTIFF's
 # Those whose decoders write no more than they are told to; JPEG and the like are made for photographs.
@@ -39,7 +40,7 @@ def read_tiff(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
             values = _values(first, max_pixels)
             return values[..., :3] if found > 3 and first.photometric == _RGB else values
         if found != channels:
-            raise ValueError(f"it has {found} channel{'s' * (found > 1)}, and data.channels={channels}")
+            raise wrong_channels(found, channels)
         return _values(first, max_pixels)
 
 
