@@ -273,6 +273,16 @@ def test_a_colour_tiff_that_pillow_does_not_give_is_read_with_a_range(dtype):
             decode(whole, "a")
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_one_or_three_channels_are_of_the_first_page_without_alpha(channels):
+    """Of types that Pillow does not read; a stack of three pages is no colour, as Pillow has it."""
+    gray, other = values(1, np.uint32), values(1, np.uint32, seed=1)
+    stack = tiff(planes(np.concatenate([gray, other, other], axis=2)))
+    with_alpha = tiff(np.concatenate([gray, other], axis=2), planarconfig="contig", extrasamples=["unassalpha"])
+    for data in (tiff(gray[..., 0]), stack, with_alpha):
+        assert np.array_equal(decode(data, "a", config(channels)), np.repeat(levels(gray), channels, axis=2))
+
+
 def test_16_bit_colour_that_nothing_gives_whole_is_refused_with_a_range():
     png = b"\x89PNG\r\n\x1a\n"
     rows = b"".join(b"\0" + row.tobytes() for row in values(3).astype(">u2"))

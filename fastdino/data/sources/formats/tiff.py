@@ -22,26 +22,27 @@ def is_tiff(data: bytes) -> bool:
 
 
 def read_tiff(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
-    """The values of the first image, (h, w, c): those of its pixels, or a page for each of ``channels`` if a page has
-    one. What follows red, green and blue is left out where ``channels`` is 1 or 3.
+    """The values of the first image, (h, w, c).
 
-    Pages are read by themselves: what a file's description says of others, also in other files, is not followed.
+    Of 1 or 3 ``channels`` those of its first page without alpha, for which another number may be found; else exactly
+    ``channels``, in one page, or in as many pages of one each. Pages are read by themselves: what a file's description
+    says of others, also in other files, is not followed.
+
     Raises ConfigError without tifffile; for all else whatever tifffile raises, ValueError where it reads more.
     """
     tifffile = _tifffile()
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         first = file.pages[0]
         found = first.samplesperpixel
-        if found == 1 and channels > 1 and _has(file.pages, channels):
-            pages = [file.pages[i] for i in range(channels)]
-            if len({(page.shape, page.dtype) for page in pages}) == 1:
-                return np.concatenate([_values(page, max_pixels) for page in pages], axis=2)
         if channels in (1, 3):
-            values = _values(first, max_pixels)
-            return values[..., :3] if found > 3 and first.photometric == _RGB else values
-        if found != channels:
+            colours = 3 if first.photometric == _RGB else 1 if found == 2 else found
+            return _values(first, max_pixels)[..., :colours]
+        if found == channels:
+            return _values(first, max_pixels)
+        pages = [file.pages[i] for i in range(channels)] if found == 1 and _has(file.pages, channels) else []
+        if len({(page.shape, page.dtype) for page in pages}) != 1:
             raise wrong_channels(found, channels)
-        return _values(first, max_pixels)
+        return np.concatenate([_values(page, max_pixels) for page in pages], axis=2)
 
 
 def _has(pages: Any, count: int) -> bool:
