@@ -62,10 +62,15 @@ setup(
         ],
         "parquet": ["pyarrow>=16"],  # --data.root of .parquet, and of a folder of datasets.save_to_disk
         "hf": ["pyarrow>=16", "huggingface_hub"],  # also --data.root hf://datasets/...
+        "tiff": [
+            "tifffile>=2026.3",
+            "imagecodecs>=2026.3",
+        ],  # images of data.channels other than 1 and 3, and of floats
         "http": ["fsspec[http]>=2024.6"],  # --data.root https://...; other stores name their package when they are used
         "dev": [
             "datasets>=4",  # what writes the folders that are read
             "fsspec[http]>=2024.6",
+            "imagecodecs>=2026.3",
             "kornia>=0.8",  # peers that bench/ measures beside us
             "lightly>=1.6",
             "mypy",
@@ -75,6 +80,7 @@ setup(
             "pytest-timeout",
             "pytest-xdist",
             "ruff",
+            "tifffile>=2026.3",
             "torchvision>=0.26",  # DINO v1's own augmentation, which the views are compared with
             "transformers>=5,<6",  # Hugging Face's classes, whose weights are read and written
         ],

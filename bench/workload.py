@@ -89,8 +89,8 @@ def nano_dinov2(config: Config, *, sinkhorn: bool) -> Config:
 
 def random_batch(config: Config, device: torch.device, seed: int) -> Batch:
     """Views of noise, with masks where patches are predicted, as the loader would hand them over."""
-    size = config.run.local_batch
-    shapes = {name: (count, size, 3, side, side) for name, (count, side) in groups(config.views).items()}
+    size, channels = config.run.local_batch, config.data.channels
+    shapes = {name: (count, size, channels, side, side) for name, (count, side) in groups(config.views).items()}
     generator = torch.Generator(device).manual_seed(seed)
     pixels = {
         name: torch.randint(256, shape, generator=generator, device=device, dtype=torch.uint8)
@@ -131,7 +131,7 @@ def step_flops(config: Config) -> float:
         tokens = patches + 1 + (config.model.registers or 0)
         linear = 2 * tokens * (4 * width * width + (3 if size.swiglu else 2) * width * size.hidden)
         attention = 4 * tokens * tokens * width
-        return 2.0 * patches * 3 * patch**2 * width, float(size.depth * (linear + attention))
+        return 2.0 * patches * config.data.channels * patch**2 * width, float(size.depth * (linear + attention))
 
     head = config.head
     hidden = [head.hidden_dim] * (head.num_layers - 1)

@@ -115,6 +115,22 @@ def test_defaults_are_those_of_dino_v1(option):
         (lambda: DataConfig(eval_crop=0.0), "data.eval_crop=0.0"),
         (lambda: DataConfig(views="quick"), "data.views='quick' must be one of auto, reference, fast"),
         (lambda: DataConfig(eval_crop=1.1), "data.eval_crop=1.1"),
+        (lambda: DataConfig(channels=0), r"data.channels=0 must be in \[1, 256\]"),
+        (lambda: DataConfig(channels=257), "data.channels=257"),
+        (lambda: DataConfig(range=(4095, 0)), r"data.range=\(4095.0, 0.0\) must be two numbers with low < high"),
+        (lambda: DataConfig(range=(7, 7)), "data.range=.* low < high"),
+        (lambda: DataConfig(range=(-1e308, 1e308)), "data.range=.* low < high"),
+        (lambda: DataConfig(range=(0, float("nan"))), "data.range=nan must be a finite number"),
+        (lambda: DataConfig(range=(0, 9), bits=12), "data.bits=12 must be left out: data.range=0 9 says"),
+        (
+            lambda: Config(data=DataConfig(channels=4)),
+            r"data.channels=4, .*\(data.normalize, views.jitter, views.grayscale\): use --data.normalize image "
+            "--views.jitter 0 --views.grayscale 0$",
+        ),
+        (
+            lambda: Config(data=DataConfig(channels=1, normalize="image"), views=ViewsConfig(grayscale=0)),
+            r"data.channels=1, .*\(views.jitter\): use --views.jitter 0$",
+        ),
         (lambda: RunConfig(epochs=0), "run.epochs=0"),
         (lambda: Config(model=ModelConfig(patch_size=15)), "global_size=224 .* model.patch_size=15: use 210 or 225"),
         (lambda: Config(views=ViewsConfig(local_size=90)), "local_size=90 .* use 80 or 96"),
@@ -169,6 +185,7 @@ def test_a_warm_up_of_the_temperature_that_goes_nowhere_may_be_long():
         ({"data": DataConfig(root="/images", num_images=7)}, ["data.num_images=7 has no effect: a folder"]),
         ({"data": DataConfig(root="shapes", num_images=7)}, []),
         ({"data": DataConfig(root="shapes", bits=12)}, ["data.bits=12 has no effect: shapes"]),
+        ({"data": DataConfig(root="shapes", range=(0, 9))}, ["data.range=(0.0, 9.0) has no effect: shapes"]),
         ({"views": ViewsConfig(num_local=0, local_size=64)}, ["views.local_size=64"]),
         ({"engine": EngineConfig(name="torch", zero_stage=2)}, ["engine.zero_stage=2"]),
         ({"optim": OptimConfig(clip=0, clip_mode="global")}, ["optim.clip_mode=global"]),
@@ -302,6 +319,13 @@ def test_any_config_reads_back_equal_to_itself(seed):
     assert again.to_json() == config.to_json()
 
 
+def test_other_channels_have_no_colour_steps():
+    """Solarization is of each channel; jitter of no strength is none."""
+    views = ViewsConfig(jitter=0.8, jitter_strength=(0, 0, 0, 0), grayscale=0, solarize=0.2)
+    made = Config(data=DataConfig(channels=4, normalize="image", range=(0, 4095)), views=views)
+    assert Config.from_json(made.to_json()) == made
+
+
 def test_no_local_views_need_no_local_size():
     Config(views=ViewsConfig(local_size=90, num_local=0))
 
@@ -364,7 +388,7 @@ def test_settings_are_few_and_each_is_explained():
         f.name for f in dataclasses.fields(HeadConfig)
     }
     settings = [(kind, f.name) for kind in kinds.values() for f in dataclasses.fields(kind)]
-    assert len(settings) == 92
+    assert len(settings) == 94
     for kind, name in settings:
         after = inspect.getsource(kind).split(f"    {name}: ")[1].split("\n", 1)[1].lstrip()
         assert after.startswith('"""'), f"{name} has no docstring, so --help does not explain it"

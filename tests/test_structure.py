@@ -19,6 +19,8 @@ HOME = {
     "timm": ["fastdino/model/"],
     "pyarrow": ["fastdino/data/sources/packed/arrow.py"],
     "fsspec": ["fastdino/data/sources/remote.py"],
+    "tifffile": ["fastdino/data/sources/formats/tiff.py"],
+    "imagecodecs": ["fastdino/data/sources/formats/tiff.py"],
 }
 MAY_IMPORT = {  # rooms of fastdino, or files in them, that a room may import, besides itself, config and distributed
     "config": set(),

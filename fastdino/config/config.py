@@ -40,6 +40,7 @@ class Config:
             fits = isinstance(value, kind) or (value is None and name == "patch_head")
             require(fits, name, value, f"a {kind.__name__}")
         self._check_views()
+        self._check_channels()
         self._check_losses()
         self._check_lengths()
         self._check_rates()
@@ -58,6 +59,20 @@ class Config:
                     below, above = size // patch * patch, -(-size // patch) * patch
                     remedy = f"use {below} or {above}" if below else f"use {above}"
                     raise ConfigError(f"views.{name}={size} is not a multiple of model.patch_size={patch}: {remedy}")
+
+    def _check_channels(self) -> None:
+        """What is defined for red, green and blue is not asked of other channels."""
+        views, channels = self.views, self.data.channels
+        changes = {"data.normalize": "image"} if self.data.normalize == "imagenet" else {}
+        if views.jitter and any(views.jitter_strength):
+            changes["views.jitter"] = "0"
+        if views.grayscale:
+            changes["views.grayscale"] = "0"
+        if channels != 3 and changes:
+            names, flags = ", ".join(changes), " ".join(f"--{name} {value}" for name, value in changes.items())
+            raise ConfigError(
+                f"data.channels={channels}, and what is set needs red, green and blue ({names}): use {flags}"
+            )
 
     def _check_losses(self) -> None:
         """A loss that is asked for has what it reads."""
@@ -107,7 +122,7 @@ class Config:
             (self.model.pos_embed == "rope", "model", "interpolation image_size", "rope has no position embeddings"),
             (self.model.pos_embed != "rope", "model", "rope_scale", f"model.pos_embed is {self.model.pos_embed}"),
             (not self.data.renders, "data", "num_images", "a folder has as many as it holds"),
-            (self.data.root == "shapes", "data", "max_pixels bits", "shapes are rendered"),
+            (self.data.root == "shapes", "data", "max_pixels bits range", "shapes are rendered"),
             (self.views.num_local == 0, "views", "local_size local_scale", "views.num_local is 0"),
             (self.head.num_layers == 1, "head", "hidden_dim", "head.num_layers is 1"),
             (self.patch_head is not None and self.patch_head.num_layers == 1, "patch_head", "hidden_dim",

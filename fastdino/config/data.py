@@ -9,6 +9,7 @@ from fastdino.config.errors import ConfigError
 from fastdino.config.group import Group
 
 MAX_VIEWS = 32  # S, student views of one image that the fused loss takes
+MAX_CHANNELS = 256  # more than a hyperspectral camera has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +116,15 @@ class DataConfig(Group):
     max_pixels: int = 178956970
     """Largest image that is decoded, in pixels; a larger one counts as unreadable. Default: Pillow's limit."""
     bits: int = 16
-    """Bits that 16-bit gray images use: 12 for the files of many cameras and microscopes."""
+    """Bits that 16-bit values use: 12 for the files of many cameras and microscopes. Of 16-bit colour that Pillow reads
+    the high bytes are kept whatever this says; see data.range."""
+    channels: int = 3
+    """C, channels of an image: 3, to which gray is repeated; 1, to which colour becomes its luma; or any other number,
+    which the images must have: .npy, multispectral TIFF (pip install 'fastdino[tiff]'), PNG with alpha."""
+    range: tuple[float, float] | None = None
+    """Values that become 0 and 255; between them linearly, to the nearest level (halves up), beyond them the end, NaN
+    the low one. It makes images of float, signed and 32-bit values readable and takes the place of data.bits. 8-bit
+    images stay as they are. With it, or with channels other than 3, .npy files count as images."""
 
     def check(self) -> None:
         self.require(self.num_images >= 1, "num_images", "at least 1")
@@ -126,6 +135,18 @@ class DataConfig(Group):
         self.require(0 <= self.max_bad <= 1, "max_bad", "a share in [0, 1]")
         self.require(self.max_pixels >= 1, "max_pixels", "at least 1")
         self.require(8 <= self.bits <= 16, "bits", "in [8, 16]", "8 of them are kept")
+        self.require(1 <= self.channels <= MAX_CHANNELS, "channels", f"in [1, {MAX_CHANNELS}]")
+        if self.range is not None:
+            low, high = self.range
+            self.require(0 < high - low < float("inf"), "range", "two numbers with low < high", "they become 0 and 255")
+            reason = f"data.range={low:g} {high:g} says what becomes 0 and 255; 0 4095 is what 12 bits mean"
+            self.require(self.bits == 16, "bits", "left out", reason)
+
+    @property
+    def takes_arrays(self) -> bool:
+        """True when .npy files are images. With three channels of bytes they are not: they lie beside many images, and
+        hold labels or features."""
+        return self.channels != 3 or self.range is not None
 
     @property
     def renders(self) -> bool:

@@ -32,7 +32,7 @@ class Batch:
     """The views of ``local_batch`` images, as bytes."""
 
     views: dict[str, Tensor]
-    """uint8, by size: "global" (2, B, 3, G, G) and, unless views.num_local is 0, "local" (L, B, 3, l, l)."""
+    """uint8, by size: "global" (2, B, C, G, G) and, unless views.num_local is 0, "local" (L, B, C, l, l)."""
     masks: Masks | None = None
     """None: every patch is seen."""
     bad: list[str] = field(default_factory=list)

@@ -39,7 +39,7 @@ class _Views:
         self.views, self.seed, self.source, self.write = config.views, config.run.seed, source, write
         size = config.run.local_batch
         self.fields: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            name: ((count, size, 3, side, side), torch.uint8)
+            name: ((count, size, config.data.channels, side, side), torch.uint8)
             for name, (count, side) in views.groups(config.views).items()
         }
         self.grid = None
@@ -203,7 +203,7 @@ def train_batches(
     num_workers = affordable(config.data.num_workers)
     if num_workers < config.data.num_workers and rank == 0:
         log.info("data.num_workers=%d lowered to %d, what this process can use", config.data.num_workers, num_workers)
-    write, name = views.implementation(config.data.views)
+    write, name = views.implementation(config.data.views, config.data.channels)
     if rank == 0:
         log.info("views by %s", name)
     keys, maker = plan.micro_batches(rank, start_step), _Views(config, source, write)
@@ -221,10 +221,10 @@ def _shares(num_workers: int, write: views.Write) -> tuple[int, int]:
 class _Labelled:
     """Indices become centered views and labels."""
 
-    def __init__(self, source: Source, size: int, batch_size: int, crop: float) -> None:
+    def __init__(self, source: Source, size: int, batch_size: int, crop: float, channels: int) -> None:
         self.source, self.size, self.crop = source, size, crop
         self.fields = {
-            "pixels": ((batch_size, 3, size, size), torch.uint8),
+            "pixels": ((batch_size, channels, size, size), torch.uint8),
             "labels": ((batch_size,), torch.int64),
         }
 
@@ -251,15 +251,15 @@ class _Labelled:
 
 
 def labelled_batches(
-    source: Source, size: int, batch_size: int, num_workers: int, crop: float = 0.875
+    source: Source, size: int, batch_size: int, num_workers: int, crop: float = 0.875, channels: int = 3
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every image of ``source`` once, in order: uint8 (B, 3, size, size) views on the CPU and int64 (B,) labels.
+    """Every image of ``source`` once, in order: uint8 (B, channels, size, size) views on the CPU and int64 (B,) labels.
 
     DINO v1's evaluation transform, which shows ``crop`` of the shorter side. Images that cannot be read are left out,
     with a warning that names them.
     """
     keys = (list(range(start, min(start + batch_size, len(source)))) for start in range(0, len(source), batch_size))
-    batches = MadeAhead(_Labelled(source, size, batch_size, crop), keys, affordable(num_workers))
+    batches = MadeAhead(_Labelled(source, size, batch_size, crop, channels), keys, affordable(num_workers))
     try:
         for made in batches:
             for message in (message for place in made.notes for message in place):

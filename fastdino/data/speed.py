@@ -142,7 +142,7 @@ def measure(config: Config, seconds: float = SECONDS) -> Speed:
 
 
 def _decode(config: Config, data: bytes) -> np.ndarray:
-    return decode(data, "", config.data.max_pixels, config.data.bits)
+    return decode(data, "", config.data)
 
 
 def _views(config: Config, by: Literal["reference", "fast"], images: Sequence[np.ndarray], seconds: float) -> float:

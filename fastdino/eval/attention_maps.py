@@ -16,6 +16,7 @@ from fastdino.data.sources.decode import BadImage
 from fastdino.data.sources.opening import open_part
 from fastdino.data.sources.source import Source
 from fastdino.data.views import normalize
+from fastdino.data.views.reference import joined, pictures
 from fastdino.eval.evaluation import Evaluation, Subject
 from fastdino.eval.features import EvaluationError, Reading, check_size, device_and_dtype, evaluating, our_vit
 from fastdino.eval.pictures import SHEET_ROWS, new_figure, sheet_path
@@ -25,7 +26,7 @@ from fastdino.model.vit import ViT
 
 
 def head_maps(backbone: ViT, images: Tensor) -> Tensor:
-    """CLS-to-patch attention of the last block: (B, 3, h, w) normalised images -> (B, H, rows, columns) fp32."""
+    """CLS-to-patch attention of the last block: (B, C, h, w) normalised images -> (B, H, rows, columns) fp32."""
     device, dtype = device_and_dtype(backbone)
     with evaluating(backbone):
         maps = backbone.attention_maps(images.to(device, dtype))
@@ -109,8 +110,8 @@ class AttentionMaps(Evaluation):
     """A sheet of images with the attention of each head of the last block, as PNG.
 
     Images are not cropped: the whole of each is squeezed to --size, a multiple of the patch. --data is a folder of
-    images in any nesting. With --data shapes, whose objects are known, attention_iou is printed too: how well the best
-    head covers them.
+    images in any nesting. Of more than three channels the first three are shown as red, green and blue. With --data
+    shapes, whose objects are known, attention_iou is printed too: how well the best head covers them.
     """
 
     num_images: int = 100
@@ -147,21 +148,28 @@ class AttentionMaps(Evaluation):
         attention or an image cannot be read.
         """
         vit = our_vit(backbone, "attention maps")
-        check_size(vit, reading.size)
+        check_size(vit, reading.size, reading.channels)
         try:
             images = [_resized(source.read(i)[0], reading.size) for i in range(min(self.num_images, len(source)))]
         except BadImage as error:
             raise EvaluationError(f"{error}: mend or delete it") from error
-        pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
+        pixels = torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image in images])
         maps = torch.cat([head_maps(vit, normalize(x, reading.normalize)) for x in pixels.split(self.batch)])
         mask_of: Any = getattr(source, "mask", None)
         masks = torch.stack([torch.as_tensor(np.asarray(mask_of(i))) for i in range(len(images))]) if mask_of else None
         if sheet is not None:
-            shown = None if masks is None else masks[:SHEET_ROWS]
-            draw_sheet(sheet, images[:SHEET_ROWS], maps[:SHEET_ROWS], self.mass, shown)
+            shown = [_in_colour(image) for image in images[:SHEET_ROWS]]
+            draw_sheet(sheet, shown, maps[:SHEET_ROWS], self.mass, None if masks is None else masks[:SHEET_ROWS])
         return {} if masks is None else {"attention_iou": best_head_iou(maps, masks, self.mass)}
 
 
-def _resized(image: np.ndarray, size: int) -> Image.Image:
-    """The whole image at size x size, so that its mask still fits."""
-    return Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
+def _resized(image: np.ndarray, size: int) -> np.ndarray:
+    """The whole image at (size, size, C), so that its mask still fits."""
+    return joined([band.resize((size, size), Image.Resampling.BICUBIC) for band in pictures(image)])
+
+
+def _in_colour(image: np.ndarray) -> Image.Image:
+    """The first three of its channels as red, green and blue; of one or two the first as gray."""
+    if image.shape[2] < 3:
+        return Image.fromarray(image[..., 0]).convert("RGB")
+    return Image.fromarray(np.ascontiguousarray(image[..., :3]))

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from fastdino.config import Config
+from fastdino.config import Config, ConfigError
 from fastdino.config.errors import require
 from fastdino.eval.features import Reading
 
@@ -17,7 +17,7 @@ class Subject:
     """The weights that are evaluated."""
 
     backbone: nn.Module
-    """Maps (B, 3, s, s) normalised images to (B, D); it runs where its parameters are."""
+    """Maps (B, C, s, s) normalised images to (B, D); it runs where its parameters are."""
     config: Config
     """Of the run that made it: how it was shown images."""
     folder: Path
@@ -47,7 +47,13 @@ class Evaluation(ABC):
         """How the images are read: as the weights were trained, but for what the flags say."""
         size = config.views.global_size if self.size is None else self.size
         normalize = self.normalize or config.data.normalize
-        return Reading(size=size, crop=config.data.eval_crop, normalize=normalize, precision=self.precision)
+        channels = config.data.channels
+        if channels != 3 and normalize == "imagenet":
+            raise ConfigError(
+                f"--normalize imagenet needs red, green and blue, and data.channels={channels}: leave it out"
+            )
+        crop = config.data.eval_crop
+        return Reading(size=size, crop=crop, normalize=normalize, precision=self.precision, channels=channels)
 
     @abstractmethod
     def __call__(self, subject: Subject) -> dict[str, Any]:

@@ -32,6 +32,8 @@ class Reading:
     """As in training: data.normalize."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: under autocast."""
+    channels: int = 3
+    """C, as in training: data.channels."""
 
 
 class Features(NamedTuple):
@@ -47,7 +49,7 @@ def extract(
     """Features and labels of every image of ``source``, on the backbone's device.
 
     Args:
-        backbone: maps (B, 3, s, s) normalised images to (B, D). It runs where its parameters are, in evaluation mode
+        backbone: maps (B, C, s, s) normalised images to (B, D). It runs where its parameters are, in evaluation mode
             (restored afterwards), without gradients.
         source: labelled images; each is resized and cropped to reading.size.
         batch: images per forward pass.
@@ -56,9 +58,9 @@ def extract(
     Raises EvaluationError when the backbone cannot take that size or no image can be read; single unreadable images
     are left out.
     """
-    check_size(backbone, reading.size)
+    check_size(backbone, reading.size, reading.channels)
     device, dtype = device_and_dtype(backbone)
-    batches = labelled_batches(source, reading.size, batch, num_workers, reading.crop)
+    batches = labelled_batches(source, reading.size, batch, num_workers, reading.crop, reading.channels)
     vectors, labels = [], []
     with evaluating(backbone), torch.autocast(device.type, torch.bfloat16, enabled=reading.precision == "bf16"):
         for images, batch_labels in tqdm(batches, desc="features", unit="batch", leave=False, disable=None):
@@ -70,12 +72,12 @@ def extract(
     return Features(torch.cat(vectors), torch.cat(labels))
 
 
-def check_size(backbone: nn.Module, size: int) -> None:
+def check_size(backbone: nn.Module, size: int, channels: int = 3) -> None:
     """Raises EvaluationError for a size that the backbone cannot take: a forward pass of one black image tells."""
     device, dtype = device_and_dtype(backbone)
     try:
         with evaluating(backbone):
-            backbone(torch.zeros(1, 3, size, size, device=device, dtype=dtype))
+            backbone(torch.zeros(1, channels, size, size, device=device, dtype=dtype))
     except UserError:
         raise
     except (RuntimeError, AssertionError, ValueError) as error:

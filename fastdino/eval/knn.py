@@ -154,7 +154,7 @@ class OnlineKnn:
 
     def __init__(self, root: str, data: DataConfig, *, size: int, batch: int) -> None:
         self.bank, self.test, _ = bank_and_test(root, data)
-        self.reading = Reading(size=size, crop=data.eval_crop, normalize=data.normalize)
+        self.reading = Reading(size=size, crop=data.eval_crop, normalize=data.normalize, channels=data.channels)
         self.batch, self.num_workers = batch, data.num_workers
 
     def __call__(self, backbone: nn.Module) -> dict[str, float]:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from fastdino.config import Config, ModelConfig
 from fastdino.config.errors import require
-from fastdino.data.sources.shapes import CLASSES, ShapesSource
+from fastdino.data.sources.shapes import CLASSES, ShapesSource, check_shows_shapes
 from fastdino.data.views import normalize
 from fastdino.eval.evaluation import Evaluation, Subject
 from fastdino.eval.features import Reading, check_size, device_and_dtype, evaluating, our_vit
@@ -200,6 +200,7 @@ class PatchProbe(Evaluation):
 
     def __call__(self, subject: Subject) -> dict[str, Any]:
         """{"patch_miou": percent}, the same of the baselines, the picture's path and the protocol."""
+        check_shows_shapes(subject.config.data)
         vit = our_vit(subject.backbone, "patch tokens")
         reading, sheet = self.reading(subject.config), sheet_path(self.out, subject.folder, "patches.png")
         check_size(vit, reading.size)

@@ -8,7 +8,7 @@ from fastdino.data.sources.composed import Subset
 from fastdino.data.sources.decode import BadImage
 from fastdino.data.sources.folder import SPLITS, split_folders
 from fastdino.data.sources.opening import open_part
-from fastdino.data.sources.shapes import ShapesSource
+from fastdino.data.sources.shapes import ShapesSource, check_shows_shapes
 from fastdino.data.sources.source import Source
 
 BANK_SEED, TEST_SEED = 2**31 + 101, 2**31 + 102  # of shapes that are rendered for nothing else
@@ -37,6 +37,7 @@ def bank_and_test(root: str, data: DataConfig) -> Sets:
     a set of which no image can be read.
     """
     if root == "shapes":
+        check_shows_shapes(data)
         bank, test = (ShapesSource(NUM_SHAPES, data.image_size, seed) for seed in (BANK_SEED, TEST_SEED))
         return Sets(bank, test, "rendered shapes of two seeds")
     folders = split_folders(root)

@@ -55,7 +55,7 @@ class Dino:
         ``koleo``: of the student's global views, summed over the two; before the head.
 
         Args:
-            batch: its views are normalised: ``global`` (2, B, 3, G, G), and ``local`` (L, B, 3, l, l) if there are any.
+            batch: its views are normalised: ``global`` (2, B, C, G, G), and ``local`` (L, B, C, l, l) if there are any.
             now: the schedules' values at this step.
         """
         views, masks, config = batch.views, batch.masks, self.config

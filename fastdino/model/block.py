@@ -30,14 +30,14 @@ NORM_EPS, ROPE_NORM_EPS = 1e-6, 1e-5  # of every norm; DINOv3's for a network wi
 
 
 class PatchEmbed(nn.Module):
-    """A linear map of each patch's pixels."""
+    """A linear map of each patch's pixels, of C channels."""
 
-    def __init__(self, patch_size: int, width: int) -> None:
+    def __init__(self, patch_size: int, width: int, channels: int) -> None:
         super().__init__()
-        self.proj = PatchProjection(3, width, patch_size, stride=patch_size)
+        self.proj = PatchProjection(channels, width, patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(R, 3, h, w) -> (R, N, D) in the weights' dtype, row by row of the grid."""
+        """(R, C, h, w) -> (R, N, D) in the weights' dtype, row by row of the grid."""
         return self.proj(x)
 
 
@@ -45,11 +45,11 @@ class PatchProjection(nn.Conv2d):
     """A convolution by its parameters' names and shapes. Patches do not overlap, so it is one matrix product."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(R, 3, h, w) -> (R, N, D)."""
-        p = self.kernel_size[0]
+        """(R, C, h, w) -> (R, N, D)."""
+        p, channels = self.kernel_size[0], self.in_channels
         rows, columns = x.shape[-2] // p, x.shape[-1] // p
-        x = x.to(self.weight.dtype).reshape(-1, 3, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)
-        return F.linear(x.reshape(-1, rows * columns, 3 * p * p), self.weight.flatten(1), self.bias)
+        x = x.to(self.weight.dtype).reshape(-1, channels, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(x.reshape(-1, rows * columns, channels * p * p), self.weight.flatten(1), self.bias)
 
 
 class Block(nn.Module):

@@ -2,12 +2,12 @@
 
 import dataclasses
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastdino.config import Config, ModelConfig, ViewsConfig
+from fastdino.config import Config, DataConfig, ModelConfig, ViewsConfig
 from fastdino.data.batch import Masks
 from fastdino.model.head import Head
 from fastdino.model.timm_backbone import TimmBackbone
@@ -15,11 +15,11 @@ from fastdino.model.vit import ViT
 from fastdino.model.weights import WeightsError, form_of, load_backbone, load_head, read_metadata, settled
 
 Backbone = ViT | TimmBackbone
-"""A module with ``num_features`` (D), ``implementation`` (what runs it, for the log) and ``published`` (the module
-whose state dict has the names under which such weights are published).
+"""A module with ``num_features`` (D), ``channels`` (C), ``implementation`` (what runs it, for the log) and
+``published`` (the module whose state dict has the names under which such weights are published).
 
-Called with (V_i, B, 3, h_i, w_i) normalised views by name, and masks of patches, it gives CLS tokens (sum of V_i, B, D)
-and patches (M, D); with (B, 3, h, w) images (B, D).
+Called with (V_i, B, C, h_i, w_i) normalised views by name, and masks of patches, it gives CLS tokens (sum of V_i, B, D)
+and patches (M, D); with (B, C, h, w) images (B, D).
 """
 
 
@@ -58,7 +58,7 @@ class Network(nn.Module):
         self.backbone, self.head, self.patch_head = backbone, head, patch_head
 
     def forward(self, views: dict[str, Tensor], masks: Masks | None = None) -> Outputs:
-        """(V_i, B, 3, h_i, w_i) normalised views by name, the only way in. ``masks`` are of the first of them.
+        """(V_i, B, C, h_i, w_i) normalised views by name, the only way in. ``masks`` are of the first of them.
 
         A shared head runs once on both kinds of tokens, so its BatchNorm averages over all of them.
         """
@@ -93,7 +93,8 @@ def build_network(config: Config, teacher: bool = False, load: bool = True) -> N
     given = {"global": (views.global_size, 2 * config.run.local_batch)}
     if views.num_local:
         given["local"] = views.local_size, views.num_local * config.run.local_batch
-    backbone = build_backbone(model, views.global_size, given, mask_token=config.loss.patch_weight > 0)
+    mask_token, channels = config.loss.patch_weight > 0, config.data.channels
+    backbone = build_backbone(model, views.global_size, given, mask_token=mask_token, channels=channels)
     settings = [head for head in (config.head, config.patch_head) if head is not None]
     heads = [Head(backbone.num_features, head, model.init) for head in settings]
     network = Network(backbone, *heads)
@@ -110,8 +111,9 @@ def build_backbone(
     image_size: int | tuple[int, int],
     views: dict[str, tuple[int, int]] | None = None,
     mask_token: bool = False,
+    channels: int = 3,
 ) -> Backbone:
-    """A backbone in fp32 on the CPU; its module maps (B, 3, h, w) to (B, D).
+    """A backbone in fp32 on the CPU; its module maps (B, C, h, w) to (B, D).
 
     Args:
         model: arch and its options; ``weights`` is not read here.
@@ -120,13 +122,14 @@ def build_backbone(
         views: by name, side and number of the views of a size that it has to take at a time, by default images of
             ``image_size``; checked for timm's backbones.
         mask_token: our ViT has one.
+        channels: C, of the images.
     """
     if not model.is_vit:
         assert isinstance(image_size, int), "a backbone of timm is made for squares"
-        return TimmBackbone(model, image_size, views or {"global": (image_size, 2)})
+        return TimmBackbone(model, image_size, views or {"global": (image_size, 2)}, channels)
     options = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
     options["image_size"] = model.image_size or image_size
-    return ViT(model.arch.removeprefix("vit_"), mask_token=mask_token, **options)
+    return ViT(model.arch.removeprefix("vit_"), mask_token=mask_token, channels=channels, **options)
 
 
 def restore_backbone(path: Path, arch: str = "", image_size: int | None = None) -> tuple[Backbone, Config]:
@@ -148,14 +151,16 @@ def restore_backbone(path: Path, arch: str = "", image_size: int | None = None) 
             model = dataclasses.replace(form_of(path).of(model), interpolation=model.interpolation)
     elif arch.startswith("timm:"):
         model = ModelConfig(arch=arch)
-        config = _published(model, image_size or 224)
+        config = _published(model, image_size or SIDE)
     else:
         form = form_of(path)
         model = form.of(ModelConfig())
-        config = _published(model, min(form.image_size or SIDE, SIDE // form.patch_size * form.patch_size))
+        config = _published(
+            model, min(form.image_size or SIDE, SIDE // form.patch_size * form.patch_size), form.channels
+        )
     check_arch(path, config, arch)
     model = dataclasses.replace(model, drop_path=0.0, attention="auto", weights=None)
-    backbone = build_backbone(model, config.views.global_size)
+    backbone = build_backbone(model, config.views.global_size, channels=config.data.channels)
     load_backbone(backbone, path)
     return backbone, config
 
@@ -170,6 +175,10 @@ def check_arch(path: Path, config: Config, arch: str) -> None:
         raise WeightsError(f"{path} holds a {config.model.arch}, not the {arch} that was asked for: leave out --arch")
 
 
-def _published(model: ModelConfig, image_size: int) -> Config:
+def _published(model: ModelConfig, image_size: int, channels: int = 3) -> Config:
     model = dataclasses.replace(model, drop_path=0.0)
-    return Config(model=model, views=ViewsConfig(global_size=image_size, num_local=0))
+    views = ViewsConfig(
+        global_size=image_size, num_local=0, jitter=0.0, grayscale=0.0
+    )  # evaluations have no colour steps
+    normalize: Literal["imagenet", "image"] = "imagenet" if channels == 3 else "image"
+    return Config(model=model, views=views, data=DataConfig(channels=channels, normalize=normalize))

@@ -19,16 +19,19 @@ class TimmBackbone(nn.Module):
         image_size: side in pixels that it is made for, where it has to know.
         views: by name, side and number of the views of a size that it will be given at a time; each size is tried,
             with nothing computed.
+        channels: C, of the images.
 
     Raises ConfigError when timm has no such model, or it cannot take a size.
     """
 
     implementation = "the backbone's own code"
 
-    def __init__(self, config: ModelConfig, image_size: int, views: dict[str, tuple[int, int]]) -> None:
+    def __init__(
+        self, config: ModelConfig, image_size: int, views: dict[str, tuple[int, int]], channels: int = 3
+    ) -> None:
         super().__init__()
-        self.arch = config.arch
-        self.model = _create(config, image_size)
+        self.arch, self.channels = config.arch, channels
+        self.model = _create(config, image_size, channels)
         for name, (size, images) in views.items():
             self.num_features = self._probe(name, size)
             if images == 1:
@@ -40,7 +43,7 @@ class TimmBackbone(nn.Module):
         return self.model
 
     def forward(self, x: Tensor | dict[str, Tensor], masks: Masks | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """(V_i, B, 3, h_i, w_i) views by name -> (sum of V_i, B, D) and no patches, (0, D); (B, 3, h, w) -> (B, D)."""
+        """(V_i, B, C, h_i, w_i) views by name -> (sum of V_i, B, D) and no patches, (0, D); (B, C, h, w) -> (B, D)."""
         assert masks is None, "a backbone of timm hides and gives no patches"
         dtype = next(self.model.parameters()).dtype
         if isinstance(x, Tensor):
@@ -51,7 +54,7 @@ class TimmBackbone(nn.Module):
     def _probe(self, view: str, size: int) -> int:
         """D, the width of the features of a view, from shapes alone."""
         try:
-            features = _on_meta(self.model, 2, size, training=False)
+            features = _on_meta(self.model, (2, self.channels, size, size), training=False)
         except (RuntimeError, AssertionError, ValueError) as error:
             raise ConfigError(
                 f"model.arch='{self.arch}' cannot take {view} views of {size} px (views.{view}_size): {error}. "
@@ -65,7 +68,7 @@ class TimmBackbone(nn.Module):
     def _probe_single(self, view: str, size: int) -> None:
         """Raises ConfigError when one view of ``size`` leaves batch normalisation one value per channel."""
         try:
-            _on_meta(self.model, 1, size, training=True)
+            _on_meta(self.model, (1, self.channels, size, size), training=True)
         except ValueError as error:
             raise ConfigError(
                 f"model.arch='{self.arch}' normalises over the batch, and one {view} view of {size} px of one image is "
@@ -73,12 +76,12 @@ class TimmBackbone(nn.Module):
             ) from error
 
 
-def _on_meta(model: nn.Module, images: int, size: int, training: bool) -> Tensor:
-    """Output for ``images`` of ``size`` px, shapes alone; of a copy, because a forward pass may leave caches behind."""
-    return copy.deepcopy(model).train(training).to("meta")(torch.empty(images, 3, size, size, device="meta"))
+def _on_meta(model: nn.Module, shape: tuple[int, ...], training: bool) -> Tensor:
+    """Output for images of ``shape``, shapes alone; of a copy, because a forward pass may leave caches behind."""
+    return copy.deepcopy(model).train(training).to("meta")(torch.empty(shape, device="meta"))
 
 
-def _create(model: ModelConfig, image_size: int) -> nn.Module:
+def _create(model: ModelConfig, image_size: int, channels: int) -> nn.Module:
     import timm  # here, because it takes seconds to import and our own ViT does without
 
     name = model.arch.removeprefix("timm:")
@@ -92,6 +95,8 @@ def _create(model: ModelConfig, image_size: int) -> nn.Module:
             "model.weights=FILE to start from weights"
         )
     options: dict[str, Any] = {"img_size": image_size, "dynamic_img_size": True}
+    if channels != 3:
+        options["in_chans"] = channels
     if model.drop_path:
         options["drop_path_rate"] = model.drop_path
     while True:

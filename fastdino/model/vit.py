@@ -1,7 +1,7 @@
 """Views become features: a Vision Transformer that runs views of several sizes as one packed sequence.
 
 Parameter names are those of timm and DINO v1, so weights move between the three. Shapes below: V views of a size,
-B images, N patches of a view, D width, H heads.
+B images of C channels, N patches of a view, D width, H heads.
 """
 
 import math
@@ -40,6 +40,7 @@ class ViT(nn.Module):
         size: a name in SIZES, or a shape.
         image_size: pixels, one side or (height, width), of the grid that ``pos_embed`` holds; views of any other
             size get interpolated positions.
+        channels: C, of the views.
         mask_token: it has one, for the patches that are hidden from it.
         options: settings of :class:`fastdino.config.ModelConfig`, ``drop_path`` 0 by default; ``arch`` and
             ``weights`` are not read.
@@ -50,6 +51,7 @@ class ViT(nn.Module):
         size: str | Shape = "small",
         *,
         image_size: int | tuple[int, int] = 224,
+        channels: int = 3,
         mask_token: bool = False,
         **options: Any,
     ) -> None:
@@ -59,6 +61,7 @@ class ViT(nn.Module):
         shape = SIZES[size] if isinstance(size, str) else size
         width, depth, rope = shape.width, shape.depth, model.pos_embed == "rope"
         self.num_features, self.head_width, self.patch_size = width, width // shape.num_heads, model.patch_size
+        self.channels = channels
         self.num_prefix = 1 + (model.registers or 0)  # tokens of a sequence before its patches: CLS, registers
         self.interpolation, self.rope_scale = model.interpolation, model.rope_scale
         self.grid = self._grid(*((image_size, image_size) if isinstance(image_size, int) else image_size))
@@ -66,7 +69,7 @@ class ViT(nn.Module):
         self.pos_embed = None if rope else nn.Parameter(torch.zeros(1, 1 + math.prod(self.grid), width))
         self.register_tokens = nn.Parameter(torch.zeros(1, model.registers, width)) if model.registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, width)) if mask_token else None
-        self.patch_embed = PatchEmbed(model.patch_size, width)
+        self.patch_embed = PatchEmbed(model.patch_size, width, channels)
         rates = [model.drop_path] * depth
         if model.drop_path_rule == "linear":
             rates = [model.drop_path * i / max(depth - 1, 1) for i in range(depth)]
@@ -104,7 +107,7 @@ class ViT(nn.Module):
         """Tokens after the final norm: CLS of every view, and the patches that are asked for.
 
         Args:
-            x: (V_i, B, 3, h_i, w_i) normalised views by name; or (B, 3, h, w) images alone, as timm's models take
+            x: (V_i, B, C, h_i, w_i) normalised views by name; or (B, C, h, w) images alone, as timm's models take
                 them.
             masks: which patches of the first group of views are hidden, and which are read.
 
@@ -124,13 +127,13 @@ class ViT(nn.Module):
         return cls[0] if isinstance(x, Tensor) else (cls, patches)
 
     def patch_tokens(self, x: Tensor) -> Tensor:
-        """(B, 3, h, w) -> (B, rows, columns, D), the patches after the final norm."""
+        """(B, C, h, w) -> (B, rows, columns, D), the patches after the final norm."""
         tokens, packing, turns = self._all_but_last_block([x.unsqueeze(0)])
         tokens = self.norm(self.blocks[-1](tokens, packing, turns)).view(*packing.lengths[0], -1)
         return tokens[:, self.num_prefix :].unflatten(1, self._grid(*x.shape[-2:]))
 
     def attention_maps(self, x: Tensor) -> Tensor:
-        """(B, 3, h, w) -> (B, H, N) fp32: how much the CLS token attends to each patch in the last block.
+        """(B, C, h, w) -> (B, H, N) fp32: how much the CLS token attends to each patch in the last block.
 
         A head's row sums to 1 minus what the CLS token keeps for itself and gives to registers.
         """
@@ -143,7 +146,7 @@ class ViT(nn.Module):
     def _all_but_last_block(
         self, groups: list[Tensor], hidden: Tensor | None = None
     ) -> tuple[Tensor, Packing, Rotation | None]:
-        """(V_i, B, 3, h_i, w_i) views -> (1, tokens, D), where each sequence lies in it, how each token is turned."""
+        """(V_i, B, C, h_i, w_i) views -> (1, tokens, D), where each sequence lies in it, how each token is turned."""
         sequences = [self._tokens(views.flatten(0, 1), None if i else hidden) for i, views in enumerate(groups)]
         tokens, packing = pack(sequences)
         turns = None
@@ -155,7 +158,7 @@ class ViT(nn.Module):
         return tokens, packing, turns
 
     def _tokens(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """(R, 3, h, w) -> (R, num_prefix + N, D): CLS, registers, patches; positions added to all but registers."""
+        """(R, C, h, w) -> (R, num_prefix + N, D): CLS, registers, patches; positions added to all but registers."""
         grid = self._grid(*x.shape[-2:])
         cls: Tensor = self.cls_token
         patches = self.patch_embed(x)
@@ -177,7 +180,7 @@ class ViT(nn.Module):
         return resample_positions(positions, self.grid, grid, self.interpolation)
 
     def _angles(self, x: Tensor) -> Tensor:
-        """(N, d / 2) angles of the patches of (.., 3, h, w), both axes stretched by one random factor in training."""
+        """(N, d / 2) angles of the patches of (.., C, h, w), both axes stretched by one random factor in training."""
         dtype = torch.promote_types(self.cls_token.dtype, torch.float32)
         angles = rope_angles(self._grid(*x.shape[-2:]), self.head_width, x.device, dtype)
         if self.training and self.rope_scale != 1:

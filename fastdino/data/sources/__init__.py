@@ -1,1 +1,1 @@
-"""Where images come from: an index becomes an RGB image and a label."""
+"""Where images come from: an index becomes an image and a label."""

@@ -1,6 +1,7 @@
 """A folder of images, as people have them: nested, linked, of any format that Pillow reads."""
 
 import errno
+import logging
 import os
 import stat
 from collections import Counter
@@ -10,16 +11,11 @@ from typing import Literal
 
 import numpy as np
 
-from fastdino.config import ConfigError
-from fastdino.data.sources.decode import (
-    MAX_PIXELS,
-    decode,
-    extensions,
-    file_bytes,
-    image_endings,
-    warn_of_unused_bits,
-)
+from fastdino.config import ConfigError, DataConfig
+from fastdino.data.sources.decode import decode, extensions, file_bytes, image_endings, warn_of_unused_bits
 from fastdino.data.sources.names import Names, printable
+
+log = logging.getLogger(__name__)
 
 TAKEN = (
     "a folder of images, .tar shards or .parquet files (a folder, a glob or shards/{000..099}.tar), also behind a URL, "
@@ -68,23 +64,20 @@ class FileSource:
         folder: what the paths are relative to.
         paths: in the order of the images.
         labels: (len(paths),) int32, -1: none.
-        max_pixels: larger images are BadImages.
-        bits: how many bits the values of 16-bit gray images use.
+        config: how images are decoded.
     """
 
     labels: list[str]
 
-    def __init__(self, folder: bytes, paths: list[bytes], labels: np.ndarray, max_pixels: int, bits: int) -> None:
-        self.folder, self._paths, self._labels = folder, Names(paths), labels
-        self._max_pixels, self._bits = max_pixels, bits
+    def __init__(self, folder: bytes, paths: list[bytes], labels: np.ndarray, config: DataConfig) -> None:
+        self.folder, self._paths, self._labels, self._config = folder, Names(paths), labels, config
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def read(self, index: int) -> tuple[np.ndarray, int]:
-        """RGB bytes (height, width, 3) and label (-1: none); raises BadImage."""
-        image = decode(self.encoded(index), self.name(index), self._max_pixels, self._bits)
-        return image, self.label(index)
+        """Bytes (height, width, channels) and label (-1: none); raises BadImage."""
+        return decode(self.encoded(index), self.name(index), self._config), self.label(index)
 
     def encoded(self, index: int) -> bytes:
         """The file; raises BadImage."""
@@ -109,30 +102,34 @@ class FolderSource(FileSource):
 
     The label of an image in a subfolder is that of the folder's topmost part (``root/cat/2021/a.jpg`` is of class
     ``cat``; classes are sorted by name); an image directly under the root has label -1. Links are followed. Names that
-    begin with a dot are left out.
+    begin with a dot are left out. Where .npy files count as images (data.takes_arrays) and lie beside others, the log
+    says so.
 
     Args:
         path: the folder; ``~`` is the user's home.
-        max_pixels: larger images are BadImages.
-        bits: how many bits the values of 16-bit gray images use.
+        config: how images are decoded.
 
     Raises ConfigError when the folder is missing, is not a folder, cannot be listed or holds no image.
     """
 
-    def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS, bits: int = 16) -> None:
+    def __init__(self, path: str | Path, config: DataConfig | None = None) -> None:
+        config = config or DataConfig()
         root = os.fsencode(os.path.expanduser(path))
         _check_folder(root)
         others: Counter[str] = Counter()
-        paths = list(_scan(root, others))
+        paths = list(_scan(root, image_endings(config.takes_arrays), others))
         if not paths:
-            raise ConfigError(_no_images(printable(root), others))
+            raise ConfigError(_no_images(printable(root), config.takes_arrays, others))
         classes = [path.partition(b"/")[0] if b"/" in path else None for path in paths]
         names = sorted({name for name in classes if name is not None})
         label = {name: i for i, name in enumerate(names)} | {None: -1}
         labels = np.fromiter((label[name] for name in classes), np.int32, len(paths))
-        super().__init__(root, paths, labels, max_pixels, bits)
+        super().__init__(root, paths, labels, config)
         self.labels = [printable(name) for name in names]
-        warn_of_unused_bits(printable(root), len(self), self.encoded, bits)
+        arrays = sum(path.lower().endswith(b".npy") for path in paths)
+        if 0 < arrays < len(paths):
+            log.warning("%s: %d .npy files count as images, like the %d others", path, arrays, len(paths) - arrays)
+        warn_of_unused_bits(printable(root), len(self), self.encoded, config)
 
 
 def _check_folder(root: bytes) -> None:
@@ -150,8 +147,8 @@ def _check_folder(root: bytes) -> None:
     raise ConfigError(f"{printable(root)!r} {what}: give {TAKEN}")
 
 
-def _scan(root: bytes, others: Counter[str]) -> Iterator[bytes]:
-    """Paths of images below ``root``, relative to it; counts the endings of ``others``, files that are no images."""
+def _scan(root: bytes, endings: frozenset[bytes], others: Counter[str]) -> Iterator[bytes]:
+    """Paths of images below ``root``, relative to it, told by their ``endings``; counts those of ``others``."""
     pending: list[tuple[bytes, tuple[tuple[int, int], ...]]] = [
         (b"", ())
     ]  # folders to read: path, and the identity of each folder above
@@ -164,7 +161,7 @@ def _scan(root: bytes, others: Counter[str]) -> Iterator[bytes]:
             if identity in above:  # a link to a folder above: following it would never end
                 continue
             with os.scandir(full) as entries:
-                listing = sorted((e.name, _kind(e)) for e in entries if not e.name.startswith(b"."))
+                listing = sorted((e.name, _kind(e, endings)) for e in entries if not e.name.startswith(b"."))
         except OSError as error:
             at = printable(error.filename or full)
             raise ConfigError(f"cannot list folder {at}: {error.strerror or error}") from error
@@ -180,12 +177,12 @@ def _scan(root: bytes, others: Counter[str]) -> Iterator[bytes]:
         pending.extend(reversed(folders))
 
 
-def _kind(entry: os.DirEntry[bytes]) -> Literal["folder", "image", "other"]:
+def _kind(entry: os.DirEntry[bytes], endings: frozenset[bytes]) -> Literal["folder", "image", "other"]:
     """What a name in a folder is. Raises OSError when it may be a folder, but the file system does not say.
 
     A link that leads nowhere is an image by its name: reading it names it, where leaving it out would hide it.
     """
-    image = os.path.splitext(entry.name)[1].lower() in image_endings()
+    image = os.path.splitext(entry.name)[1].lower() in endings
     try:
         if entry.is_dir():
             return "folder"
@@ -195,9 +192,11 @@ def _kind(entry: os.DirEntry[bytes]) -> Literal["folder", "image", "other"]:
     return "image" if image and (entry.is_symlink() or entry.is_file()) else "other"
 
 
-def _no_images(path: str, others: Counter[str]) -> str:
+def _no_images(path: str, arrays: bool, others: Counter[str]) -> str:
     found = ", ".join(f"{count} with {ending}" for ending, count in others.most_common(5)) or "no files at all"
+    hint = "" if arrays or ".npy" not in others else " (.npy files are images with data.range, or with other channels)"
     return (
-        f"{path!r} holds no images. Found below it: {found}. "
-        f"Looked for files ending in {' '.join(sorted(extensions()))}. Other than a folder of images it may be {TAKEN}"
+        f"{path!r} holds no images. Found below it: {found}{hint}. "
+        f"Looked for files ending in {' '.join(sorted(extensions(arrays)))}. "
+        f"Other than a folder of images it may be {TAKEN}"
     )

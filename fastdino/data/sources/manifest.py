@@ -46,9 +46,9 @@ class ManifestSource(FileSource):
         label = dict(zip([*different, ""], classes.of(different).tolist(), strict=True))
         labels = np.fromiter((label[word] for word in words), np.int32, len(words))
         folder = os.fsencode(os.path.dirname(os.path.abspath(path)))
-        super().__init__(folder, paths, labels, config.max_pixels, config.bits)
+        super().__init__(folder, paths, labels, config)
         self.labels = classes.labels
-        warn_of_unused_bits(str(self._path), len(self), self.encoded, config.bits)
+        warn_of_unused_bits(str(self._path), len(self), self.encoded, config)
 
     def name(self, index: int) -> str:
         """The manifest's line and the path there."""

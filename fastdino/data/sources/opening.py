@@ -20,7 +20,7 @@ from fastdino.data.sources.packed.arrow import open_parquet, open_saved
 from fastdino.data.sources.packed.images import Archive
 from fastdino.data.sources.packed.tar import CLASSES, open_shards
 from fastdino.data.sources.remote import fetched, is_url, listed, text
-from fastdino.data.sources.shapes import ShapesSource
+from fastdino.data.sources.shapes import ShapesSource, check_shows_shapes
 from fastdino.data.sources.source import Source
 
 log = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ def _open_one(root: str, config: DataConfig) -> Source:
     trained on as well.
     """
     if root == "shapes":
+        check_shows_shapes(config)
         return ShapesSource(config.num_images, config.image_size)
     parts = {} if is_url(root) else split_folders(root)
     if len(parts) > 1:
@@ -135,7 +136,7 @@ def _open_folder(root: str, config: DataConfig) -> Source:
     if "dataset_dict.json" in names:
         raise ConfigError(f"data.root={root!r} holds splits of a dataset: give the folder of one, such as {root}/train")
     shards = [os.path.join(root, name) for name, is_folder in visible if not is_folder and _ending(name) in _PACKED]
-    if shards and not any(is_folder or _ending(name) in extensions() for name, is_folder in visible):
+    if shards and not any(is_folder or _ending(name) in extensions(config.takes_arrays) for name, is_folder in visible):
         return _open_files(shards, root, config)
     images = _images(root, config)
     if shards:
@@ -147,7 +148,7 @@ def _open_folder(root: str, config: DataConfig) -> Source:
 
 
 def _images(root: str, config: DataConfig) -> FolderSource:
-    return FolderSource(root, max_pixels=config.max_pixels, bits=config.bits)
+    return FolderSource(root, config)
 
 
 def _open_files(files: Sequence[str], root: str, config: DataConfig) -> Source:

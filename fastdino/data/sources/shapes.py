@@ -12,6 +12,8 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
+from fastdino.config import DataConfig
+from fastdino.config.errors import require
 from fastdino.data.draws import Purpose, uniform
 
 Field = np.ndarray  # (size, size) fp32: a value at each pixel
@@ -38,6 +40,12 @@ _WAVES = 2.0  # texture periods per radius
 _CELLS = (5, 11)  # cells of the background's coarse and fine noise along a side
 _MEAN, _DEVIATION = (0.30, 0.65), (0.04, 0.20)  # of a channel of an image, in [0, 1]
 _NUM_DRAWS = 300  # per image, more than are used
+
+
+def check_shows_shapes(config: DataConfig) -> None:
+    """Raises ConfigError where images have other channels than red, green and blue."""
+    reason = "they are rendered in colour. Give images of your own (data.root, run.knn_root, --data of an evaluation)"
+    require(config.channels == 3, "data.channels", config.channels, "3 for shapes", reason)
 
 
 class ShapesSource:

@@ -1,4 +1,4 @@
-"""What a source of images is: an index becomes an RGB image and a label."""
+"""What a source of images is: an index becomes an image and a label."""
 
 from typing import Protocol
 
@@ -15,7 +15,10 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> tuple[np.ndarray, int]:
-        """RGB bytes (height, width, 3) and class (-1: none). Raises BadImage when the image cannot be read."""
+        """Bytes (height, width, channels), by default RGB, and class (-1: none).
+
+        Raises BadImage when the image cannot be read.
+        """
 
     def encoded(self, index: int) -> bytes:
         """The image as it is stored, or as a PNG where it is rendered. Raises BadImage when it is not there."""

@@ -5,17 +5,16 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from fastdino.data.views.reference import resize
+from fastdino.data.views.reference import joined, pictures, resize
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of red, green and blue in [0, 1]
 STD = (0.229, 0.224, 0.225)
 
 
 def center_view(image: np.ndarray, size: int, crop: float = 0.875) -> Tensor:
-    """DINO v1's evaluation transform of an image, uint8 RGB (h, w, 3): its center, uint8 (3, size, size), bicubic.
+    """DINO v1's evaluation transform of an image, uint8 (h, w, C): its center, uint8 (C, size, size), bicubic.
 
     Its shorter side becomes ``size`` / ``crop``. Of an image that is longer than 8 times its width only the middle is
     resized: all of it could fill the memory.
@@ -23,19 +22,19 @@ def center_view(image: np.ndarray, size: int, crop: float = 0.875) -> Tensor:
     height, width = image.shape[:2]
     longest = 8 * min(height, width)
     top, left = (max(0, side - longest) // 2 for side in (height, width))
-    picture = Image.fromarray(image[top : height - top, left : width - left])
+    bands = pictures(image[top : height - top, left : width - left])
     short = round(size / crop)
-    width, height = (int(short * side / min(picture.size)) for side in picture.size)
+    width, height = (int(short * side / min(bands[0].size)) for side in bands[0].size)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    view = np.asarray(resize(picture, width, height).crop((left, top, left + size, top + size)))
+    view = joined([resize(band, width, height).crop((left, top, left + size, top + size)) for band in bands])
     return torch.from_numpy(view.transpose(2, 0, 1).copy())
 
 
 def normalize(views: Tensor, kind: Literal["imagenet", "image"]) -> Tensor:
-    """uint8 views (..., 3, h, w) as network input, fp32 of the same shape on the same device.
+    """uint8 views (..., C, h, w) as network input, fp32 of the same shape on the same device.
 
-    ``imagenet``: ImageNet's mean subtracted, divided by its deviation, channel by channel. ``image``: each channel of
-    each view by its own mean and deviation (plus one gray level, so that a flat channel becomes 0).
+    ``imagenet``: ImageNet's mean subtracted, divided by its deviation, of red, green and blue alone. ``image``: each
+    channel of each view by its own mean and deviation (plus one gray level, so that a flat channel becomes 0).
     """
     if kind == "imagenet":
         scale, shift = _imagenet(views.device)

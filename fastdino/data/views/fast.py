@@ -30,12 +30,17 @@ SIMD = "FASTDINO_SIMD"
 _BUILD = "python setup.py build_ext --inplace builds it, with a C compiler and Python's headers"
 
 
-def implementation(wanted: Literal["auto", "reference", "fast"]) -> tuple[Write, str]:
-    """What makes the views as data.views asks, and in a few words for the log which one it is.
+def implementation(wanted: Literal["auto", "reference", "fast"], channels: int = 3) -> tuple[Write, str]:
+    """What makes the views of images of ``channels`` as data.views asks, and in a few words for the log which it is.
 
     Raises ConfigError for ``fast`` where it cannot be used, and for an instruction set that this processor lacks.
     """
     reason = why_not()
+    if channels != 3 and wanted != "reference":
+        reason = f"it makes views of 3 channels, and data.channels={channels}"
+        if wanted == "fast":
+            raise ConfigError(f"data.views='fast' cannot be used: {reason}. Set data.views=auto or reference")
+        return reference.write, f"reference, because fast cannot be used: {reason}"
     if wanted == "fast" and reason:
         raise ConfigError(
             f"data.views='fast' cannot be used: {reason}. {_BUILD}; data.views=auto makes the same pixels without it"

@@ -60,10 +60,10 @@ def groups(config: ViewsConfig) -> dict[str, tuple[int, int]]:
     return {name: (count, size) for name, (count, size) in found.items() if count}
 
 
-def new_views(config: ViewsConfig) -> dict[str, Tensor]:
-    """Room for the views of one image: uint8 (count, 3, size, size) of each group."""
+def new_views(config: ViewsConfig, channels: int = 3) -> dict[str, Tensor]:
+    """Room for the views of one image: uint8 (count, channels, size, size) of each group."""
     sizes = groups(config).items()
-    return {name: torch.empty((count, 3, size, size), dtype=torch.uint8) for name, (count, size) in sizes}
+    return {name: torch.empty((count, channels, size, size), dtype=torch.uint8) for name, (count, size) in sizes}
 
 
 def sample_params(seed: int, epoch: int, index: int, config: ViewsConfig, image_size: tuple[int, int]) -> Tensor:

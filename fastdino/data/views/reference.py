@@ -12,12 +12,14 @@ from fastdino.data.views.params import JITTER_ORDERS, SOLARIZE_THRESHOLD, Column
 
 
 def apply(image: np.ndarray, params: Tensor, config: ViewsConfig) -> dict[str, Tensor]:
-    """The views of ``image``, uint8 RGB (h, w, 3), that ``params`` (num_views, len(Column)) describe: uint8 global
-    (2, 3, G, G) and local (L, 3, l, l).
+    """The views of ``image``, uint8 (h, w, C), that ``params`` (num_views, len(Column)) describe: uint8 global
+    (2, C, G, G) and local (L, C, l, l).
 
     Same library calls, and so the same pixels, as DINO v1's torchvision pipeline on Pillow images; see :func:`resize`.
+    Three channels are red, green and blue. Any others are taken apart: what crops, flips, rotates, blurs and solarizes
+    is the same for each, and jitter and grayscale are not defined (fastdino.config.Config refuses them).
     """
-    out = new_views(config)
+    out = new_views(config, image.shape[2])
     write(image, params, out)
     return out
 
@@ -27,10 +29,22 @@ def write(image: np.ndarray, params: Tensor, out: dict[str, Tensor]) -> None:
 
     A view has to be contiguous, but its neighbours may be anywhere: those of one image lie apart in a batch.
     """
-    views, picture = [view for group in out.values() for view in group.numpy()], Image.fromarray(image)
-    for view, box, row in zip(views, crop_boxes(params, picture.size).tolist(), params.tolist(), strict=True):
-        pixels = np.asarray(_view(picture, box, row, view.shape[-1]))
-        view[:] = pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels
+    views, bands = [view for group in out.values() for view in group.numpy()], pictures(image)
+    for view, box, row in zip(views, crop_boxes(params, bands[0].size).tolist(), params.tolist(), strict=True):
+        for part, band in zip(np.split(view, len(bands)), bands, strict=True):
+            pixels = np.asarray(_view(band, box, row, view.shape[-1]))
+            part[:] = pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels
+
+
+def pictures(image: np.ndarray) -> list[Image.Image]:
+    """What Pillow takes of an image, uint8 (h, w, C): the whole of RGB, any other channels one by one."""
+    bands = [image] if image.shape[2] == 3 else np.moveaxis(image, 2, 0)
+    return [Image.fromarray(band) for band in bands]
+
+
+def joined(bands: list[Image.Image]) -> np.ndarray:
+    """uint8 (h, w, C): the other way round."""
+    return np.dstack([np.asarray(band) for band in bands])
 
 
 def resize(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -50,7 +50,8 @@ def export_backbone(
             raise ConfigError(f"{backbone.arch} has no names but timm's: leave out --format {format}")
         _write(path, state, texts)
         name = backbone.arch.removeprefix("timm:")
-        return f'timm.create_model("{name}", num_classes=0, checkpoint_path={str(path)!r})'
+        channels = "" if backbone.channels == 3 else f"in_chans={backbone.channels}, "
+        return f'timm.create_model("{name}", num_classes=0, {channels}checkpoint_path={str(path)!r})'
     rotary = backbone.pos_embed is None
     form = replace(recognise(Published(state, "DINO", rotary, {})), interpolation=backbone.interpolation)
     state = without_key_biases(state) if rotary else state
@@ -97,6 +98,8 @@ def timm_model(form: Form) -> tuple[str, list[str]]:
     name, base = _timm_base(form)
     rotary, shape = form.image_size is None, form.shape
     options = ["num_classes=0"] + ['global_pool="token"'] * rotary
+    if form.channels != 3:
+        options.append(f"in_chans={form.channels}")
     if form.patch_size != base.patch_size:
         options.append(f"patch_size={form.patch_size}")
     if form.image_size != base.image_size:
@@ -162,7 +165,7 @@ def hf_config(form: Form) -> dict[str, Any]:
     shape, rotary = form.shape, form.image_size is None
     config = {
         "num_hidden_layers": shape.depth, "hidden_size": shape.width, "num_attention_heads": shape.num_heads,
-        "patch_size": form.patch_size, "image_size": form.image_size or 224, "num_channels": 3,
+        "patch_size": form.patch_size, "image_size": form.image_size or 224, "num_channels": form.channels,
         "layer_norm_eps": ROPE_NORM_EPS if rotary else NORM_EPS, "layerscale_value": form.layer_scale or 1.0,
         "torch_dtype": "float32",
     }  # fmt: skip

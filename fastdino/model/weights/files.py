@@ -89,7 +89,7 @@ def load_backbone(backbone: "Backbone", path: Path) -> None:
     else:
         state = below(state, best_prefix(state, own)[0])
     state = {name: tensor for name, tensor in state.items() if name in own or name not in CLASSIFIERS}
-    _check(type(module).__name__, own, state, path, "Is it the same arch and patch size?")
+    _check(type(module).__name__, own, state, path, "Are arch, patch size and data.channels the same?")
     if isinstance(backbone, ViT) and _other_grid(state, module.state_dict()):
         backbone.keep_grid_of(state["pos_embed"])
     module.load_state_dict(state)
@@ -132,7 +132,8 @@ def settled(config: Config) -> Config:
     """``config`` with the model's form as model.weights have it: registers, LayerScale, positions and their grid.
 
     The log says what was asked for otherwise and has no effect. Raises ConfigError when the weights are of another arch
-    or patch size than the model, or have another number of registers or another grid than it asks for.
+    or patch size than the model or of images with other channels, or have another number of registers or another grid
+    than it asks for.
     """
     model = config.model
     if model.weights is None or not model.is_vit:
@@ -140,6 +141,11 @@ def settled(config: Config) -> Config:
     form = form_of(model.weights)
     asked = {"arch": model.arch, "patch_size": model.patch_size, "registers": model.registers}
     asked["image_size"] = None if model.image_size is None or form.image_size is None else model.image_size
+    if form.channels != config.data.channels:
+        raise ConfigError(
+            f"model.weights={str(model.weights)!r} are of images with {form.channels} channels, and data.channels="
+            f"{config.data.channels}: set data.channels={form.channels}, or start from other weights or from noise"
+        )
     differ = [name for name, value in asked.items() if value is not None and value != getattr(form, name)]
     if differ:
         theirs = ", ".join(f"{name} {getattr(form, name)}" for name in asked)
@@ -150,7 +156,7 @@ def settled(config: Config) -> Config:
             f"model.weights={str(model.weights)!r} has {theirs}, and the run asks for {ours}: start it with {typed}, "
             "or from other weights"
         )
-    for name, value in vars(form).items():
+    for name, value in form.settings.items():
         was = getattr(model, name)
         if was not in (value, getattr(ModelConfig(), name)):
             log.warning("model.%s=%s has no effect: model.weights have %s", name, was, value)

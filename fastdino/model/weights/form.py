@@ -1,8 +1,8 @@
 """Which ViT a set of weights is of, told by the names and shapes of its tensors."""
 
 import math
-from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from fastdino.config import ModelConfig, UserError
 from fastdino.model.block import Shape
@@ -16,7 +16,7 @@ class WeightsError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Form:
-    """What weights decide of the network that they fit; each name is that of a setting of the model."""
+    """What weights decide of the network that they fit; each name is that of a setting of the model, or of data."""
 
     arch: str
     patch_size: int
@@ -26,6 +26,13 @@ class Form:
     layer_scale: float
     pos_embed: Literal["learned", "rope"]
     interpolation: Literal["offset", "antialias"]
+    channels: int = 3
+    """Of the images: data.channels."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those of the model by name."""
+        return {name: value for name, value in vars(self).items() if name != "channels"}
 
     @property
     def shape(self) -> Shape:
@@ -33,7 +40,7 @@ class Form:
 
     def of(self, model: ModelConfig) -> ModelConfig:
         """``model`` in this form."""
-        return replace(model, **asdict(self))
+        return replace(model, **self.settings)
 
 
 def recognise(published: Published) -> Form:
@@ -75,6 +82,7 @@ def recognise(published: Published) -> Form:
         layer_scale=1e-5 if "blocks.0.ls1.gamma" in state else 0.0,  # where training starts it
         pos_embed="rope" if published.rotary else "learned",
         interpolation="antialias" if registers and not published.rotary else "offset",
+        channels=_size(state, "patch_embed.proj.weight", 1, 4),
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from fastdino.config import DataConfig
 from fastdino.data import BadImage, FolderSource
 from fastdino.data.sources.decode import decode, extensions, formats
 from tests.data.pictures import noise, photo, write
@@ -101,7 +102,7 @@ def test_a_damaged_image_raises_one_clear_error(tmp_path, kind):
     assert len(error.reason) > 10
     assert str(error) == f"cannot read image bad.jpg: {error.reason}"
     if kind == "float":
-        assert "mode F" in error.reason
+        assert error.reason.endswith("values of type float32 have no range of their own: set data.range=LOW HIGH")
 
 
 def test_an_image_that_vanishes_is_a_bad_image(tmp_path):
@@ -167,7 +168,7 @@ def test_random_damage_is_an_image_or_one_error(kind):
         if turn % 4 == 0:
             data = data[: rng.integers(len(data) + 1)]
         try:
-            pixels = decode(bytes(data), "a.png", max_pixels=10**6)
+            pixels = decode(bytes(data), "a.png", DataConfig(max_pixels=10**6))
         except BadImage:
             bad += 1
         else:
@@ -213,8 +214,8 @@ def test_the_limit_of_pixels_may_be_above_and_below_pillows(tmp_path, monkeypatc
     write(tmp_path / "a.png", noise(size=100))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(BadImage, match=r"100 x 100 pixels are more than data\.max_pixels=9999"):
-        FolderSource(tmp_path, max_pixels=9999).read(0)
-    assert FolderSource(tmp_path, max_pixels=10000).read(0)[0].shape == (100, 100, 3)
+        FolderSource(tmp_path, DataConfig(max_pixels=9999)).read(0)
+    assert FolderSource(tmp_path, DataConfig(max_pixels=10000)).read(0)[0].shape == (100, 100, 3)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # somebody wants none
     assert FolderSource(tmp_path).read(0)[0].shape == (100, 100, 3)
     assert Image.MAX_IMAGE_PIXELS is None
@@ -224,7 +225,7 @@ def test_bits_of_16_bit_gray(tmp_path):
     values = np.array([[0, 15, 16, 4095, 4096, 65535]], np.uint16)
     write(tmp_path / "a.tiff", Image.fromarray(values))
     for bits, want in {16: [0, 0, 0, 15, 16, 255], 12: [0, 0, 1, 255, 255, 255], 8: [0, 15, 16, 255, 255, 255]}.items():
-        assert np.asarray(FolderSource(tmp_path, bits=bits).read(0)[0])[0, :, 0].tolist() == want
+        assert np.asarray(FolderSource(tmp_path, DataConfig(bits=bits)).read(0)[0])[0, :, 0].tolist() == want
 
 
 def test_a_file_is_read_only_by_decoders_of_images(tmp_path):

@@ -92,7 +92,7 @@ def test_16_bit_files_that_use_12_bits_are_told(tmp_path, caplog, highest, bits,
         write_gray(tmp_path / f"{i}.tiff", highest)
     write(tmp_path / "8-bit.png")
     (tmp_path / "broken.png").write_bytes(b"")
-    FolderSource(tmp_path, bits=bits)
+    FolderSource(tmp_path, DataConfig(bits=bits))
     assert len(caplog.records) == bool(says)
     assert says in caplog.text
     if says:
@@ -111,7 +111,7 @@ def test_16_bit_colour_that_uses_12_bits_is_told(tmp_path, caplog):
     body = b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + directory
     (tmp_path / "a.tif").write_bytes(body + struct.pack("<3H", 16, 16, 16).rjust(230 + 6 - len(body), b"\0"))
     assert np.unique(FolderSource(tmp_path).read(0)[0]).tolist() == [15]
-    assert "store them with 8 bits per channel" in caplog.text
+    assert "set data.range=0 4095" in caplog.text
 
 
 @pytest.mark.parametrize("make", ["missing", "file", "empty", "text"])

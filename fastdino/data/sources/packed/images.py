@@ -71,7 +71,7 @@ class PackedSource:
     ) -> None:
         where = archives[0].name if len(archives) == 1 else f"{archives[0].name} to {archives[-1].name}"
         found = _indexes(archives, make, kind, config)
-        self._archives, self._max_pixels, self._bits = list(archives), config.max_pixels, config.bits
+        self._archives, self._config = list(archives), config
         self._stamps, indexes = [stamp for stamp, _ in found], [index for _, index in found]
         self._names: list[Names] = [index.names for index in indexes]
         self._ends = np.cumsum([len(index) for index in indexes])
@@ -82,14 +82,14 @@ class PackedSource:
         words = Classes((word for index in indexes for word in index.words), classes, where)
         self.labels = words.labels
         self._labels = np.concatenate([words.of(index.words)[index.word] for index in indexes])
-        warn_of_unused_bits(where, len(self), self.encoded, self._bits)
+        warn_of_unused_bits(where, len(self), self.encoded, config)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def read(self, index: int) -> tuple[np.ndarray, int]:
-        """RGB bytes (height, width, 3) and label (-1: none is stated); raises BadImage."""
-        return decode(self.encoded(index), self.name(index), self._max_pixels, self._bits), self.label(index)
+        """Bytes (height, width, channels) and label (-1: none is stated); raises BadImage."""
+        return decode(self.encoded(index), self.name(index), self._config), self.label(index)
 
     def encoded(self, index: int) -> bytes:
         """The image's bytes in its archive; raises BadImage."""

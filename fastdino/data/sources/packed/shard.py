@@ -14,10 +14,12 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
@@ -27,6 +29,7 @@ from fastdino.data.sources.decode import BadImage, decode, ending
 from fastdino.data.sources.opening import open_source
 from fastdino.data.sources.packed.tar import CLASSES, index_tar
 from fastdino.data.sources.source import Source
+from fastdino.data.views.reference import joined, pictures
 from fastdino.data.workers import end_with
 from fastdino.files import whole_file
 
@@ -60,8 +63,9 @@ class Packing:
     """
 
     short_side: int | None = None
-    """Images whose shorter side is longer are resized to it (bicubic) and stored as JPEG; others are left as they are.
-    Of 512 pixels the smallest local view, 5 % of the area, still covers 114."""
+    """Images whose shorter side is longer are resized to it (bicubic) and stored as JPEG, those of 2 or more than 3
+    channels as .npy of bytes; others are left as they are. Of 512 pixels the smallest local view, 5 % of the area,
+    still covers 114."""
     quality: int | None = None
     """Of those JPEGs, 1 to 95; default: 90."""
     per_shard: int = 5000
@@ -73,7 +77,11 @@ class Packing:
     max_pixels: int = DataConfig.max_pixels
     """Larger images count as unreadable."""
     bits: int = DataConfig.bits
-    """Bits that 16-bit gray images use."""
+    """Bits that 16-bit values use, as --data.bits."""
+    channels: int = DataConfig.channels
+    """Of an image, as --data.channels."""
+    range: tuple[float, float] | None = DataConfig.range
+    """Values that become 0 and 255, as --data.range."""
     image_column: str = ""
     """Of a table: the column of images, as --data.image-column."""
     label_column: str = ""
@@ -97,8 +105,7 @@ class Packing:
 
         Raises ConfigError, and BadShards for too many bad images or a shard that reads back differently.
         """
-        names = "max_pixels", "bits", "image_column", "label_column", "cache", "cache_gb"
-        source = open_source(src, DataConfig(root=src, **{name: getattr(self, name) for name in names}))
+        source = open_source(src, replace(self.data, root=src))
         with _Journal(dst, self._what(source)) as journal:
             if source.labels:
                 with whole_file(dst / CLASSES, _REMEDY) as path:
@@ -108,9 +115,16 @@ class Packing:
         left_out = f"; {len(bad)} that cannot be read are left out: {_some(bad)}" if bad else ""
         return f"{total} images in {count} shard{'s' * (count > 1)}: {dst}{left_out}"
 
+    @cached_property
+    def data(self) -> DataConfig:
+        """How images are read."""
+        names = "max_pixels", "bits", "channels", "range", "image_column", "label_column", "cache", "cache_gb"
+        return DataConfig(**{name: getattr(self, name) for name in names})
+
     def _what(self, source: Source) -> dict[str, Any]:
         """What decides the bytes of the shards."""
-        settings = {name: asdict(self)[name] for name in ("short_side", "quality", "per_shard", "max_pixels", "bits")}
+        names = "short_side", "quality", "per_shard", "max_pixels", "bits", "channels"
+        settings = {name: getattr(self, name) for name in names} | {"range": self.range and [*self.range]}
         return {"version": _VERSION, "images": len(source), "source": source.fingerprint(), **settings}
 
     def _run(self, source: Source, dst: Path, journal: "_Journal") -> list[str]:
@@ -140,15 +154,19 @@ class Packing:
     def stored(self, source: Source, index: int) -> tuple[str, bytes]:
         """Ending and bytes under which an image is stored. Raises BadImage when it cannot be decoded."""
         data, name = source.encoded(index), source.name(index)
-        image = decode(data, name, self.max_pixels, self.bits)
+        image = decode(data, name, self.data)
         height, width = image.shape[:2]
         shorter = min(height, width)
         if self.short_side is None or shorter <= self.short_side:
             return ending(data), data
         width, height = (max(1, round(side * self.short_side / shorter)) for side in (width, height))
-        buffer, small = io.BytesIO(), Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+        small = [picture.resize((width, height), Image.Resampling.BICUBIC) for picture in pictures(image)]
+        buffer = io.BytesIO()
+        if self.channels not in (1, 3):
+            np.save(buffer, joined(small))
+            return ".npy", buffer.getvalue()
         try:
-            small.save(buffer, "JPEG", quality=self.quality or _QUALITY)
+            small[0].save(buffer, "JPEG", quality=self.quality or _QUALITY)
         except (OSError, ValueError) as error:
             raise BadImage(name, f"as a JPEG of {width} x {height} pixels: {error}") from error
         return ".jpg", buffer.getvalue()
@@ -210,7 +228,7 @@ class _Journal:
         for line in lines:
             with contextlib.suppress(ValueError):
                 found.append(json.loads(line))
-        was = found.pop(0) if found else {}
+        was = {"channels": 3, "range": None} | found.pop(0) if found else {}  # which older journals do not name
         for name, now in self.what.items():
             if was.get(name, "missing") != now:
                 raise ConfigError(
@@ -321,7 +339,7 @@ def _advance(images: int) -> None:
 
 def _check_read_back(path: Path, name: Path, written: list[tuple[bytes, str]]) -> None:
     """Raises BadShards unless the shard holds what was written."""
-    index = index_tar(path)
+    index = index_tar(path, arrays=True)
     with open(path, "rb") as file:
         found = []
         for offset, size, word in zip(index.offset.tolist(), index.size.tolist(), index.word.tolist(), strict=True):

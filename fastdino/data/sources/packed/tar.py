@@ -8,6 +8,7 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,20 +38,21 @@ def open_shards(shards: Sequence[Archive], classes: str | None, config: DataConf
     Raises ConfigError for a shard that is none, and shards without an image.
     """
     names = None if classes is None else classes.rstrip("\n").split("\n")
-    return PackedSource(shards, index_tar, "tar", config, names)
+    kind = "tar with arrays" if config.takes_arrays else "tar"
+    return PackedSource(shards, partial(index_tar, arrays=config.takes_arrays), kind, config, names)
 
 
-def index_tar(path: Path) -> Index:
+def index_tar(path: Path, arrays: bool = False) -> Index:
     """The images of a shard, in their order.
 
     As in WebDataset a member's key is its path up to the first dot of its last part, the rest is its ending. The image
-    of a key is the member whose ending is one of an image (``jpg`` before ``seg.png``); KEY.cls names its class. Links,
-    folders and hidden files are left out. A damaged header counts as one image that cannot be read, and the search goes
-    on behind it.
+    of a key is the member whose ending is one of an image (``jpg`` before ``seg.png``), with ``arrays`` also ``npy``;
+    KEY.cls names its class. Links, folders and hidden files are left out. A damaged header counts as one image that
+    cannot be read, and the search goes on behind it.
 
     Raises ConfigError for a file that is empty, compressed, or no tar; OSError.
     """
-    shard = _Shard()
+    shard = _Shard(image_endings(arrays))
     with _Window(path) as window:
         _check_tar(path, window)
         for name, offset, size in _members(window):
@@ -67,6 +69,7 @@ def index_tar(path: Path) -> Index:
 class _Shard:
     """What is known of a shard so far; lists have an entry per image."""
 
+    endings: frozenset[bytes]
     offsets: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
@@ -88,9 +91,9 @@ class _Shard:
         if ending == b".cls":
             if word := window.at(offset, min(size, _BLOCK)).strip():
                 self.word_of[key] = word.decode("utf-8", "backslashreplace")
-        elif ending in image_endings():
+        elif ending in self.endings:
             self._add_image(key, name, offset, size)
-        elif ending[ending.rfind(b".") :] in image_endings():
+        elif ending[ending.rfind(b".") :] in self.endings:
             self._add_image(key, name, offset, size, exact=False)
 
     def _add_image(self, key: bytes, name: bytes, offset: int, size: int, exact: bool = True) -> None:

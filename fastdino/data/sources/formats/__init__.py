@@ -1,0 +1,1 @@
+"""Formats beside Pillow's, and what becomes of values that are no bytes."""
