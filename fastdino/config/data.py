@@ -106,8 +106,12 @@ class DataConfig(Group):
     """Subtract ImageNet's mean and divide by its deviation, or those of each channel of each view (short runs)."""
     eval_crop: float = 0.875
     """Share of an image's shorter side that evaluations see, in the middle. DINO v1: 224 / 256; 1 sees it all."""
-    views: Literal["auto", "reference", "fast"] = "auto"
-    """What makes the views: Pillow (reference), or our C with the same pixels (fast); auto: fast where it is built."""
+    views: Literal["auto", "reference", "fast", "device"] = "auto"
+    """What makes the views: Pillow (reference); our C with the same pixels (fast); kernels on the GPU, within 0.25 gray
+    levels on average, which leave decoding alone to the workers (device). auto: fast where it is built, or reference."""
+    max_side: int = 1024
+    """Pixels of an image's longer side that views=device takes; larger images are reduced to it first. The workers hold
+    3 batches of squares of this side in memory: as they need it, for a GPU all at once."""
     num_workers: int = 10
     """What reads, decodes and makes views, per rank: threads of one process where views are fast, else a process each;
     0 works in the training process."""
@@ -134,6 +138,7 @@ class DataConfig(Group):
         self.require(self.cache_gb >= 0, "cache_gb", "0 or more")
         self.require(0 <= self.max_bad <= 1, "max_bad", "a share in [0, 1]")
         self.require(self.max_pixels >= 1, "max_pixels", "at least 1")
+        self.require(self.max_side >= 16, "max_side", "at least 16 pixels")
         self.require(8 <= self.bits <= 16, "bits", "in [8, 16]", "8 of them are kept")
         self.require(1 <= self.channels <= MAX_CHANNELS, "channels", f"in [1, {MAX_CHANNELS}]")
         if self.range is not None:

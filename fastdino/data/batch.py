@@ -38,10 +38,6 @@ class Batch:
     bad: list[str] = field(default_factory=list)
     """Name and reason of each image that could not be read; others stand in for them."""
 
-    def clone(self) -> "Batch":
-        """The same in memory of its own."""
-        return self._each(Tensor.clone)
-
     def to(self, device: torch.device) -> "Batch":
         """The same on ``device``; from page-locked memory the copy does not wait."""
         return self._each(lambda x: x.to(device, non_blocking=True))

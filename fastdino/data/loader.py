@@ -5,109 +5,43 @@ import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastdino.config import Config, UserError
+from fastdino.config import Config
 from fastdino.data import views
 from fastdino.data.batch import Batch, Masks
-from fastdino.data.draws import Purpose, random_bits
-from fastdino.data.masks import check_masks, masks_of, sample_masks
+from fastdino.data.makers import BadData, Decoded, Labelled, TrainMaker, Views
 from fastdino.data.sampler import Key, Plan
 from fastdino.data.sources.composed import Mixture
-from fastdino.data.sources.decode import BadImage
 from fastdino.data.sources.source import Source
 from fastdino.data.views import reference
-from fastdino.data.workers import Hold, Made, MadeAhead, Tensors, affordable
+from fastdino.data.workers import MadeAhead, Tensors, affordable
 
 log = logging.getLogger(__name__)
 
-_MAX_ATTEMPTS = 20  # replacements in a row that may be unreadable too: beyond it the source is broken, not an image
 _THREADS = 8  # of a process at most: more would wait for its interpreter, which draws and reads
 _NAMED = 3  # bad images that a message names
-
-
-class BadData(UserError, RuntimeError):
-    """More images are unreadable than data.max_bad allows."""
-
-
-class _Views:
-    """Keys (epoch, index) become the views of their images, and masks."""
-
-    def __init__(self, config: Config, source: Source, write: views.Write) -> None:
-        self.views, self.seed, self.source, self.write = config.views, config.run.seed, source, write
-        size = config.run.local_batch
-        self.fields: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            name: ((count, size, config.data.channels, side, side), torch.uint8)
-            for name, (count, side) in views.groups(config.views).items()
-        }
-        self.grid = None
-        if config.loss.patch_weight:
-            self.grid = (config.views.global_size // config.model.patch_size,) * 2
-            check_masks(size, config.views, self.grid)
-            for name, x in self._masks([(0, index) for index in range(size)])._asdict().items():
-                self.fields[name] = (tuple(x.shape), x.dtype)  # the same for every batch
-
-    def prepare(self, out: Tensors, keys: list[Key]) -> None:
-        """The masks, by the images as planned, whichever stand in for them."""
-        if self.grid is not None:
-            for name, x in self._masks(keys)._asdict().items():
-                out[name].copy_(x)
-
-    def make(self, out: Tensors, first: int, keys: list[Key], hold: Hold) -> list[list[str]]:
-        """The views of some images. Returns the name and reason of each that could not be read in its place."""
-        bad = [list[str]() for _ in keys]
-        images = [self._read(epoch, index, told, hold) for (epoch, index), told in zip(keys, bad, strict=True)]
-        (epoch,) = {epoch for epoch, _ in keys}  # a step lies within one
-        sizes = [(image.shape[1], image.shape[0]) for image in images]
-        params = views.sample_params_of_many(self.seed, epoch, [index for _, index in keys], self.views, sizes)
-        for place, image in enumerate(images):
-            here = {name: out[name][:, first + place] for name in views.groups(self.views)}
-            self.write(image, params[place], here)
-        return bad
-
-    def name(self, index: int) -> str:
-        """That of the source."""
-        return self.source.name(index)
-
-    def _masks(self, keys: list[Key]) -> Masks:
-        assert self.grid is not None
-        (epoch,) = {epoch for epoch, _ in keys}
-        return masks_of(sample_masks(self.seed, epoch, [index for _, index in keys], self.views, self.grid))
-
-    def _read(self, epoch: int, index: int, bad: list[str], hold: Hold) -> np.ndarray:
-        """Image ``index``, or the first readable one of a random row; what was not readable is added to ``bad``.
-
-        Raises BadData when none is.
-        """
-        for candidate in self._candidates(epoch, index):
-            hold(candidate)
-            try:
-                return self.source.read(candidate)[0]
-            except BadImage as error:
-                bad.append(f"{error.name}: {error.reason}")
-                last = error
-        raise BadData(
-            f"{_MAX_ATTEMPTS + 1} images drawn at random cannot be read, so data.root itself looks gone or damaged. "
-            f"The last: {last}"
-        )
-
-    def _candidates(self, epoch: int, index: int) -> Iterator[int]:
-        yield index
-        row = random_bits(Purpose.REPLACEMENT, self.seed, epoch, index, _MAX_ATTEMPTS) % np.uint64(len(self.source))
-        yield from row.tolist()
 
 
 class TrainBatches:
     """Iterator over a rank's micro batches, without end; see :func:`train_batches`."""
 
-    def __init__(self, batches: MadeAhead[Key], plan: Plan, start_step: int, max_bad: float, device: torch.device):
+    def __init__(
+        self,
+        maker: TrainMaker,
+        batches: MadeAhead[Key],
+        plan: Plan,
+        start_step: int,
+        max_bad: float,
+        device: torch.device,
+    ) -> None:
         self.steps_per_epoch = plan.steps_per_epoch
         self.plan, self.max_bad, self.device = plan, max_bad, device
-        self._batches = batches
+        self._maker, self._batches = maker, batches
         self._made = start_step * plan.accumulate  # micro batches since the run's start
         self.num_bad = 0  # images that could not be read, since this process began
+        self.num_reduced = 0  # images that were too large for views by the device, since then
         self._bad: list[str] = []  # those of the present epoch, as far as this process read it
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: Batch | None = None  # on its way to the device
@@ -120,9 +54,10 @@ class TrainBatches:
         """The next micro batch, on the device. Raises BadData and WorkerDied."""
         if self._stream is None:
             made = next(self._batches)
-            batch = self._batch(made).clone()
+            self._count(made.tensors, made.notes)
+            uploaded = self._maker.upload(made.tensors, self.device)
             made.free()
-            return batch
+            return self._batch(uploaded, made.notes)
         batch = self._ahead or self._upload(self._stream)
         torch.cuda.current_stream(self.device).wait_stream(self._stream)
         batch.record_stream(torch.cuda.current_stream(self.device))
@@ -134,13 +69,16 @@ class TrainBatches:
         self._batches.close()
 
     def _upload(self, stream: torch.cuda.Stream) -> Batch:
-        """Starts the copy of the next batch. That of the one before was over long ago, but for the very first."""
+        """Starts the copy of the next batch, and what the device makes of it. That of the one before was over long ago,
+        but for the very first."""
         self._copied()
         made = next(self._batches)
+        self._count(made.tensors, made.notes)
         with torch.cuda.stream(stream):
-            batch = self._batch(made).to(self.device)
+            uploaded = self._maker.upload(made.tensors, self.device)
             over = torch.cuda.Event()
             over.record(stream)
+            batch = self._batch(uploaded, made.notes)
 
         def copied() -> None:
             over.synchronize()
@@ -149,12 +87,17 @@ class TrainBatches:
         self._copied = copied
         return batch
 
-    def _batch(self, made: Made) -> Batch:
-        """In the memory of ``made``."""
-        bad = [image for place in made.notes for image in place]
-        self._count_bad(bad)
-        masks = [made.tensors.pop(name) for name in Masks._fields if name in made.tensors]
-        return Batch(made.tensors, Masks(*masks) if masks else None, bad)
+    def _batch(self, uploaded: Tensors, notes: list[list[str]]) -> Batch:
+        masks = [uploaded[name] for name in Masks._fields if name in uploaded]
+        bad = [image for place in notes for image in place]
+        return Batch(self._maker.views(uploaded), Masks(*masks) if masks else None, bad)
+
+    def _count(self, made: Tensors, notes: list[list[str]]) -> None:
+        self._count_bad([image for place in notes for image in place])
+        if "reduced" in made and (count := int(made["reduced"].sum())):
+            if not self.num_reduced:
+                log.info("images of more than data.max_side pixels are reduced to it before the device sees them")
+            self.num_reduced += count
 
     def _count_bad(self, bad: list[str]) -> None:
         if self._made % (self.plan.accumulate * self.plan.steps_per_epoch) == 0:
@@ -203,51 +146,28 @@ def train_batches(
     num_workers = affordable(config.data.num_workers)
     if num_workers < config.data.num_workers and rank == 0:
         log.info("data.num_workers=%d lowered to %d, what this process can use", config.data.num_workers, num_workers)
-    write, name = views.implementation(config.data.views, config.data.channels)
+    maker, threads, name = _maker(config, source, device)
     if rank == 0:
         log.info("views by %s", name)
-    keys, maker = plan.micro_batches(rank, start_step), _Views(config, source, write)
-    batches = MadeAhead(maker, keys, *_shares(num_workers, write), pinned=device.type == "cuda")
-    return TrainBatches(batches, plan, start_step, config.data.max_bad, device)
+    keys, shares = plan.micro_batches(rank, start_step), _shares(num_workers, threads)
+    batches = MadeAhead(maker, keys, *shares, pinned=device.type == "cuda")
+    return TrainBatches(maker, batches, plan, start_step, config.data.max_bad, device)
 
 
-def _shares(num_workers: int, write: views.Write) -> tuple[int, int]:
-    """Processes, and threads of each. Our C leaves the interpreter to other threads, which cost less than processes;
-    Pillow keeps it for much of its work."""
-    processes = num_workers if write is reference.write else math.ceil(num_workers / _THREADS)
+def _maker(config: Config, source: Source, device: torch.device) -> tuple[TrainMaker, int, str]:
+    """What makes the batches, how many threads of a process help each other with it, and what to call it in the log."""
+    if config.data.views == "device":
+        slow = "" if device.type == "cuda" else ", a CPU, where this is slower than data.views=auto"
+        return Decoded(config, source), _THREADS, f"the device{slow}"
+    write, name = views.implementation(config.data.views, config.data.channels)
+    # Our C leaves the interpreter to other threads, which cost less than processes; Pillow keeps it most of the time.
+    return Views(config, source, write), 1 if write is reference.write else _THREADS, name
+
+
+def _shares(num_workers: int, threads: int) -> tuple[int, int]:
+    """Processes, and threads of each, at most ``threads``."""
+    processes = math.ceil(num_workers / threads)
     return processes, math.ceil(num_workers / max(processes, 1))
-
-
-class _Labelled:
-    """Indices become centered views and labels."""
-
-    def __init__(self, source: Source, size: int, batch_size: int, crop: float, channels: int) -> None:
-        self.source, self.size, self.crop = source, size, crop
-        self.fields = {
-            "pixels": ((batch_size, channels, size, size), torch.uint8),
-            "labels": ((batch_size,), torch.int64),
-        }
-
-    def prepare(self, out: Tensors, keys: list[int]) -> None:
-        """Nothing belongs to the batch as a whole."""
-
-    def make(self, out: Tensors, first: int, keys: list[int], hold: Hold) -> list[list[str]]:
-        """Views and labels of some images. Returns why each could not be read, if it could not."""
-        return [self._make(out, place, index, hold) for place, index in enumerate(keys, first)]
-
-    def _make(self, out: Tensors, place: int, index: int, hold: Hold) -> list[str]:
-        hold(index)
-        try:
-            image, label = self.source.read(index)
-        except BadImage as error:
-            return [str(error)]
-        out["pixels"][place] = views.center_view(image, self.size, self.crop)
-        out["labels"][place] = label
-        return []
-
-    def name(self, index: int) -> str:
-        """That of the source."""
-        return self.source.name(index)
 
 
 def labelled_batches(
@@ -259,7 +179,7 @@ def labelled_batches(
     with a warning that names them.
     """
     keys = (list(range(start, min(start + batch_size, len(source)))) for start in range(0, len(source), batch_size))
-    batches = MadeAhead(_Labelled(source, size, batch_size, crop, channels), keys, affordable(num_workers))
+    batches = MadeAhead(Labelled(source, size, batch_size, crop, channels), keys, affordable(num_workers))
     try:
         for made in batches:
             for message in (message for place in made.notes for message in place):

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 Key = TypeVar("Key")
 Tensors = dict[str, Tensor]
+Fields = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shape and dtype of each tensor of a batch."""
 Hold = Callable[[int], None]  # called with the index of the image that is read next, so that a message can name it
 
 _TOGETHER = 4  # places that are made together: numpy's part of each costs less, and few images are held decoded
@@ -65,8 +67,8 @@ class Maker(Protocol[Key]):
     """Makes batches, some places at a time: a pure function of the keys, wherever and in whatever order it runs."""
 
     @property
-    def fields(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of each tensor of a batch."""
+    def fields(self) -> Fields:
+        """Of a batch."""
 
     def prepare(self, out: Tensors, keys: list[Key]) -> None:
         """Writes what belongs to a batch as a whole."""
@@ -151,7 +153,7 @@ def _end(children: "list[_Child[Any]]") -> None:
 class _Slot:
     """Memory of one batch that a child writes and this process reads."""
 
-    def __init__(self, fields: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+    def __init__(self, fields: Fields) -> None:
         sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in fields.items()}
         starts, end = {}, 0
         for name, size in sizes.items():

@@ -123,6 +123,20 @@ def test_every_order_of_the_jitter(large_tiles: None, poisoned_memory: None) -> 
     assert list(permutations(range(4)))[1] == (0, 1, 3, 2)  # what the index means
 
 
+@pytest.mark.parametrize("shift", [0.21, -0.43, 0.5])
+def test_the_hue_of_any_colour(shift: float, large_tiles: None) -> None:
+    """Byte by byte, gray and saturated ones among them: where it wraps around the circle too."""
+    picture = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(3)).to(torch.uint8)
+    picture[:8, :, 1:] = picture[:8, :, :1]
+    picture[8:16, :, 2], picture[16:24, :, 0] = 0, 255
+    source, (box, params, _) = packed([picture]), tables([[{"hue": shift}]], [[(0, 0, 64, 64)]])
+    off = (
+        multi_crop(*source, box, params, None, 64).int() - multi_crop_reference(*source, box, params, None, 64)
+    ).abs()
+    assert off.max() <= 1
+    assert off.float().mean() <= 1e-3
+
+
 @pytest.mark.parametrize(
     ("image", "box", "size"),
     [

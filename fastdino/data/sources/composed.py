@@ -8,7 +8,7 @@ import numpy as np
 
 from fastdino.data.draws import Purpose, random_bits, uniform
 from fastdino.data.sources.decode import BadImage
-from fastdino.data.sources.source import Source
+from fastdino.data.sources.source import Room, Source
 
 
 class Subset:
@@ -20,9 +20,9 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def read(self, index: int) -> tuple[np.ndarray, int]:
+    def read(self, index: int, room: Room | None = None) -> tuple[np.ndarray, int]:
         """Image and label, as in the source."""
-        return self.source.read(self.indices[index])
+        return self.source.read(self.indices[index], room)
 
     def encoded(self, index: int) -> bytes:
         """As in the source."""
@@ -80,11 +80,11 @@ class Mixture:
                 order[some] = turn * len(self) + start + np.argsort(bits, kind="stable")[: len(some)]
         return order
 
-    def read(self, index: int) -> tuple[np.ndarray, int]:
+    def read(self, index: int, room: Room | None = None) -> tuple[np.ndarray, int]:
         """Image and label, as in its source; the label counts the labels of all."""
         number, place = self._place(index)
         with self._named(index):
-            image, label = self._sources[number].read(place)
+            image, label = self._sources[number].read(place, room)
         return image, self._labels[number][label]
 
     def encoded(self, index: int) -> bytes:

@@ -17,6 +17,7 @@ from fastdino.config import DataConfig, UserError
 from fastdino.data.sources.formats.levels import to_bytes, wrong_channels
 from fastdino.data.sources.formats.npy import MAGIC, read_npy
 from fastdino.data.sources.formats.tiff import is_tiff, read_tiff
+from fastdino.data.sources.source import Room
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def image_endings(arrays: bool = False) -> frozenset[bytes]:
     return frozenset(map(os.fsencode, extensions(arrays)))
 
 
-def decode(data: bytes, name: str, config: DataConfig = _PLAIN) -> np.ndarray:
+def decode(data: bytes, name: str, config: DataConfig = _PLAIN, room: Room | None = None) -> np.ndarray:
     """The image as bytes, uint8 (height, width, config.channels), by default RGB; raises :class:`BadImage`, which calls
     it ``name``, whatever is wrong.
 
@@ -81,12 +82,12 @@ def decode(data: bytes, name: str, config: DataConfig = _PLAIN) -> np.ndarray:
     that numbers compare with published ones. Of 16-bit gray the upper 8 of the lower ``config.bits`` are kept, where
     Pillow would clip all but the darkest 1/256 to white; of 16-bit colour Pillow keeps the high byte. ``config.range``
     maps both, and values of other types. JPEG is decoded at full size: scaling it meanwhile is faster but changes
-    pixels.
+    pixels. Into memory that ``room`` gives, if it is in colour and without a fault.
 
     Raises ConfigError for a file that needs a package which is not installed.
     """
     try:
-        pixels = _jpeg(data, config.max_pixels) if config.channels == 3 else None
+        pixels = _jpeg(data, config.max_pixels, room) if config.channels == 3 else None
         return _pixels(data, config) if pixels is None else pixels
     except UserError:
         raise
@@ -94,7 +95,7 @@ def decode(data: bytes, name: str, config: DataConfig = _PLAIN) -> np.ndarray:
         raise BadImage(name, f"{type(error).__name__}: {error}") from error
 
 
-def _jpeg(data: bytes, max_pixels: int) -> np.ndarray | None:
+def _jpeg(data: bytes, max_pixels: int, room: Room | None) -> np.ndarray | None:
     """A JPEG in colour without a fault, by the library that Pillow takes, but without the interpreter and a copy; None
     for all else, on which Pillow has the verdict."""
     if not data.startswith(b"\xff\xd8"):
@@ -103,7 +104,7 @@ def _jpeg(data: bytes, max_pixels: int) -> np.ndarray | None:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         if colours != "YCbCr" or height * width > max_pixels:
             return None
-        return simplejpeg.decode_jpeg(data)
+        return simplejpeg.decode_jpeg(data, buffer=room(height, width) if room else None)
     except ValueError:  # also of what Pillow forgives
         return None
 

@@ -14,6 +14,7 @@ import numpy as np
 from fastdino.config import ConfigError, DataConfig
 from fastdino.data.sources.decode import decode, extensions, file_bytes, image_endings, warn_of_unused_bits
 from fastdino.data.sources.names import Names, printable
+from fastdino.data.sources.source import Room
 
 log = logging.getLogger(__name__)
 
@@ -75,9 +76,9 @@ class FileSource:
     def __len__(self) -> int:
         return len(self._paths)
 
-    def read(self, index: int) -> tuple[np.ndarray, int]:
+    def read(self, index: int, room: Room | None = None) -> tuple[np.ndarray, int]:
         """Bytes (height, width, channels) and label (-1: none); raises BadImage."""
-        return decode(self.encoded(index), self.name(index), self._config), self.label(index)
+        return decode(self.encoded(index), self.name(index), self._config, room), self.label(index)
 
     def encoded(self, index: int) -> bytes:
         """The file; raises BadImage."""

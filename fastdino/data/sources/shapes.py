@@ -15,6 +15,7 @@ from PIL import Image
 from fastdino.config import DataConfig
 from fastdino.config.errors import require
 from fastdino.data.draws import Purpose, uniform
+from fastdino.data.sources.source import Room
 
 Field = np.ndarray  # (size, size) fp32: a value at each pixel
 # Texture and silhouette of each class, in the order of the labels; alike silhouettes have different textures.
@@ -61,7 +62,7 @@ class ShapesSource:
     def __len__(self) -> int:
         return self.num_images
 
-    def read(self, index: int) -> tuple[np.ndarray, int]:
+    def read(self, index: int, room: Room | None = None) -> tuple[np.ndarray, int]:
         """RGB bytes (image_size, image_size, 3) and its label."""
         pixels, _ = self._render(index)
         return pixels, self.label(index)

@@ -1,8 +1,12 @@
 """What a source of images is: an index becomes an image and a label."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
+
+Room = Callable[[int, int], np.ndarray | None]
+"""Height and width become memory for an RGB image, uint8 (height, width, 3), or None where there is too little."""
 
 
 class Source(Protocol):
@@ -14,9 +18,10 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, index: int) -> tuple[np.ndarray, int]:
+    def read(self, index: int, room: Room | None = None) -> tuple[np.ndarray, int]:
         """Bytes (height, width, channels), by default RGB, and class (-1: none).
 
+        ``room`` gives memory that the image may be decoded into, or not; from a failure it may hold anything.
         Raises BadImage when the image cannot be read.
         """
 

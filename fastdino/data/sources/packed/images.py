@@ -11,6 +11,7 @@ from fastdino.config import ConfigError, DataConfig
 from fastdino.data.sources.decode import BadImage, decode, warn_of_unused_bits
 from fastdino.data.sources.names import Classes, Names
 from fastdino.data.sources.packed.index import FLAWS, Index, Stamp, indexes
+from fastdino.data.sources.source import Room
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,9 @@ class PackedSource:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def read(self, index: int) -> tuple[np.ndarray, int]:
+    def read(self, index: int, room: Room | None = None) -> tuple[np.ndarray, int]:
         """Bytes (height, width, channels) and label (-1: none is stated); raises BadImage."""
-        return decode(self.encoded(index), self.name(index), self._config), self.label(index)
+        return decode(self.encoded(index), self.name(index), self._config, room), self.label(index)
 
     def encoded(self, index: int) -> bytes:
         """The image's bytes in its archive; raises BadImage."""

@@ -1,0 +1,86 @@
+"""Decoded images, and what is drawn for their views, become the views of a batch on the device."""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastdino.config import ViewsConfig
+from fastdino.data.views.fast import turns_of
+from fastdino.data.views.params import Column, crop_boxes, groups
+from fastdino.data.views.reference import resize
+from fastdino_kernels import multi_crop
+
+_ALIGNED = 16  # bytes: where an image begins
+
+
+def aligned(position: int) -> int:
+    """The first place from ``position`` on where an image may begin."""
+    return -(-position // _ALIGNED) * _ALIGNED
+
+
+def fields(config: ViewsConfig, images: int, room: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """The tensors of a batch: ``pixels`` with ``room`` bytes for each image; where each starts and ends; its width;
+    whether it was reduced; and of each view the crop box, the parameters and, if views rotate, the turn."""
+    of_views = images, config.num_views
+    turns = {"turns": ((*of_views, 2), torch.float32)} if config.rotate else {}
+    return {
+        "pixels": ((images * room,), torch.uint8),
+        "starts": ((images,), torch.int64),
+        "ends": ((images,), torch.int64),
+        "widths": ((images,), torch.int32),
+        "reduced": ((images,), torch.bool),
+        "boxes": ((*of_views, 4), torch.int32),
+        "params": ((*of_views, len(Column)), torch.float32),
+        **turns,
+    }
+
+
+def enter_draws(out: dict[str, Tensor], place: int, params: Tensor, image: np.ndarray) -> None:
+    """Writes what is drawn for the views of one image, ``params`` (views, columns)."""
+    out["params"][place] = params
+    out["boxes"][place] = torch.from_numpy(crop_boxes(params, (image.shape[1], image.shape[0])))
+    if "turns" in out:
+        out["turns"][place] = torch.from_numpy(turns_of(params))
+
+
+def reduced(image: np.ndarray, side: int) -> np.ndarray:
+    """``image`` (h, w, 3) at ``side`` pixels of its longer side, bicubic and antialiased."""
+    height, width = image.shape[:2]
+    sizes = (max(1, round(length * side / max(height, width))) for length in (width, height))
+    return np.asarray(resize(Image.fromarray(image), *sizes))
+
+
+def upload(made: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Copies on ``device`` of what :func:`make_views` takes. Of ``pixels`` those of images alone, in few pieces.
+
+    From page-locked memory the copies do not wait. ``made`` is for nothing else then: it has the new places of images.
+    """
+    pieces = list[list[int]]()
+    for start, end in zip(made["starts"].tolist(), made["ends"].tolist(), strict=True):
+        if not pieces or start != aligned(pieces[-1][1]):
+            pieces.append([start, start])
+        pieces[-1][1] = end
+    pixels = torch.empty(sum(aligned(end - start) for start, end in pieces), dtype=torch.uint8, device=device)
+    place, moved = 0, torch.empty_like(made["starts"])
+    for start, end in pieces:
+        pixels[place : place + end - start].copy_(made["pixels"][start:end], non_blocking=True)
+        inside = (made["starts"] >= start) & (made["starts"] < end)
+        moved[inside] = made["starts"][inside] + (place - start)
+        place += aligned(end - start)
+    made["starts"].copy_(moved)
+    rest = {name: x for name, x in made.items() if name not in ("pixels", "ends", "reduced")}
+    return {"pixels": pixels, **{name: x.to(device, non_blocking=True, copy=True) for name, x in rest.items()}}
+
+
+def make_views(tensors: dict[str, Tensor], config: ViewsConfig) -> dict[str, Tensor]:
+    """The views, uint8 by size as in Batch, of images and draws where they lie."""
+    pixels, starts, widths = (tensors[name] for name in ("pixels", "starts", "widths"))
+    boxes, params, turns = tensors["boxes"], tensors["params"], tensors.get("turns")
+    made, first = {}, 0
+    for name, (count, size) in groups(config).items():
+        of = slice(first, first + count)
+        turn = None if turns is None else turns[:, of]
+        made[name] = multi_crop(pixels, starts, widths, boxes[:, of], params[:, of], turn, size)
+        first += count
+    return made
