@@ -362,17 +362,12 @@ def test_a_strip_that_swells_is_not_taken_whole(compression):
     assert peak < 4 * len(data) + 2**22
 
 
-def test_a_description_of_other_files_is_not_followed(tmp_path):
-    """OME's describes files beside it, by name."""
-    tifffile = pytest.importorskip("tifffile")
-    secret = tmp_path / "secret.tif"
-    tifffile.imwrite(secret, np.full((2, 11, 14), 9, np.uint8), ome=True, metadata={"axes": "CYX"})
-    with tifffile.TiffFile(secret) as file:
-        text = file.ome_metadata.replace(
-            "<TiffData", f'<TiffData FirstC="0" IFD="0"><UUID FileName="{secret}"/></TiffData><TiffData', 1
-        )
-    data = tiff(values(2, np.uint8), planarconfig="contig", description=text)
-    assert np.array_equal(decode(data, "a.tif", config(2)), values(2, np.uint8))
+def test_a_description_changes_no_shape():
+    """tifffile's own, which its reader of whole files goes by."""
+    raw = values(4)
+    for text in ('{"shape": [22, 7, 4]}', '{"shape": [4, 11, 14]}', "ImageJ=1.11a\nimages=4\nchannels=4"):
+        data = tiff(raw, planarconfig="contig", description=text, metadata=None)
+        assert np.array_equal(decode(data, "a.tif", config(4)), levels(raw))
 
 
 def test_without_tifffile_the_extra_is_named(monkeypatch):

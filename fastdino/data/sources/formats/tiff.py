@@ -25,8 +25,8 @@ def read_tiff(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
     """The values of the first image, (h, w, c).
 
     Of 1 or 3 ``channels`` those of its first page without alpha, for which another number may be found; else exactly
-    ``channels``, in one page, or in as many pages of one each. Pages are read by themselves: what a file's description
-    says of others, also in other files, is not followed.
+    ``channels``, in one page, or in as many pages of one each. Pages are read by their tags alone: what a file's
+    description says of its shape, or of other files, is not followed.
 
     Raises ConfigError without tifffile; for all else whatever tifffile raises, ValueError where it reads more.
     """
