@@ -362,14 +362,6 @@ def test_a_strip_that_swells_is_not_taken_whole(compression):
     assert peak < 4 * len(data) + 2**22
 
 
-def test_a_description_changes_no_shape():
-    """tifffile's own, which its reader of whole files goes by."""
-    raw = values(4)
-    for text in ('{"shape": [22, 7, 4]}', '{"shape": [4, 11, 14]}', "ImageJ=1.11a\nimages=4\nchannels=4"):
-        data = tiff(raw, planarconfig="contig", description=text, metadata=None)
-        assert np.array_equal(decode(data, "a.tif", config(4)), levels(raw))
-
-
 def test_without_tifffile_the_extra_is_named(monkeypatch):
     data = tiff(values(4), planarconfig="contig")
     tiff_format._tifffile.cache_clear()
