@@ -21,9 +21,8 @@ def read_npy(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
     version = header.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"a .npy file of version {version[0]}.{version[1]}, which holds no plain array")
-    shape, by_columns, dtype = (header.read_array_header_1_0 if version == (1, 0) else header.read_array_header_2_0)(
-        file
-    )
+    read_header = header.read_array_header_1_0 if version == (1, 0) else header.read_array_header_2_0
+    shape, by_columns, dtype = read_header(file)
     if dtype.kind not in "biuf":
         raise ValueError(f"an array of {dtype}, and an image is of numbers")
     axis = _channel_axis(shape, channels)

@@ -13,7 +13,7 @@ from fastdino.data.sources.formats.levels import wrong_channels
 _MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two are BigTIFF's
 # Those whose decoders write no more than they are told to; JPEG and the like are made for photographs.
 _COMPRESSIONS = {1: "none", 5: "LZW", 8: "deflate", 32946: "deflate", 32773: "PackBits", 50000: "Zstandard"}
-_RGB = 2  # of tag 262
+_RGB, _PLANES = 2, 2  # of tags 262 and 284
 
 
 def is_tiff(data: bytes) -> bool:
@@ -25,8 +25,8 @@ def read_tiff(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
     """The values of the first image, (h, w, c).
 
     Of 1 or 3 ``channels`` those of its first page without alpha, for which another number may be found; else exactly
-    ``channels``, in one page, or in as many pages of one each. Pages are read by themselves: what a file's description
-    says of others, also in other files, is not followed.
+    ``channels``, in one page, or in as many pages of one each. Pages are read by their tags alone: what a file's
+    description says of its shape, or of other files, is not followed.
 
     Raises ConfigError without tifffile; for all else whatever tifffile raises, ValueError where it reads more.
     """
@@ -70,10 +70,9 @@ def _values(page: Any, max_pixels: int) -> np.ndarray:
         known = ", ".join(dict.fromkeys(_COMPRESSIONS.values()))
         raise ValueError(f"its values are compressed by {page.compression!r}: store them with one of {known}")
     values = page.asarray(maxworkers=1)
-    apart = samples > 1 and page.planarconfig == 2
-    return (
-        np.moveaxis(values.reshape(samples, height, width), 0, 2) if apart else values.reshape(height, width, samples)
-    )
+    if samples > 1 and page.planarconfig == _PLANES:
+        return np.moveaxis(values.reshape(samples, height, width), 0, 2)
+    return values.reshape(height, width, samples)
 
 
 @cache
