@@ -1,4 +1,5 @@
-"""Images per second and core: reading a JPEG, making its views, both, and a loader with workers; torchvision v2 beside.
+"""Images per second and core: reading a JPEG, making its views, both, what views by the device leave to a core, and a
+loader with workers; torchvision v2 beside.
 
 The files are made here: photographs they are not, but as large and as hard to decode. ``python -m bench.data`` writes
 bench/results/data-cpu.json. Both of our implementations must equal torchvision's pixels, drawn alike, before anything
@@ -29,7 +30,9 @@ from bench.record import provenance, result_path, write
 from bench.timing import Clock, Work, interleave, paired_ratio
 from fastdino.config import Config, DataConfig, RunConfig, ViewsConfig
 from fastdino.data import FolderSource, train_batches
+from fastdino.data.makers import Decoded
 from fastdino.data.views import Write, implementation, new_views, sample_params
+from fastdino.data.workers import TOGETHER
 
 OURS, REFERENCE = "fastdino", "fastdino, reference"
 SAME, PEER, TENSORS = "torchvision, same draws", "torchvision", "torchvision, tensors"
@@ -146,6 +149,16 @@ def stage_ways(folder: Path, paths: list[Path], config: ViewsConfig) -> dict[str
     on_pil, on_tensors = (peers.multi_crop(config, tensors=tensors) for tensors in (False, True))
     ours = {OURS: implementation("fast")[0], REFERENCE: implementation("reference")[0]}
 
+    config_of_slots = Config(views=config, data=DataConfig(views="device"), run=RunConfig(local_batch=TOGETHER))
+    maker = Decoded(config_of_slots, source)
+    slot = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in maker.fields.items()}
+
+    def decode_into_slot(index: int) -> None:
+        """Of so many at once, with the last of them."""
+        if index % TOGETHER == TOGETHER - 1:
+            keys = [(index // count, i % count) for i in range(index - TOGETHER + 1, index + 1)]
+            maker.make(slot, 0, keys, lambda _: None)
+
     def params(index: int) -> Tensor:
         return sample_params(0, index // count, index % count, config, images[index % count].size)
 
@@ -153,6 +166,10 @@ def stage_ways(folder: Path, paths: list[Path], config: ViewsConfig) -> dict[str
         return _views(write, image, params(index), config)
 
     return {
+        "for the device": {
+            OURS: decode_into_slot,
+            REFERENCE: lambda i: make(ours[REFERENCE], source.read(i % count)[0], i),
+        },
         "decode": {
             OURS: lambda i: source.read(i % count),
             PEER: lambda i: peers.read_pil(paths[i % count]),

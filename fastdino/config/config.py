@@ -63,6 +63,10 @@ class Config:
     def _check_channels(self) -> None:
         """What is defined for red, green and blue is not asked of other channels."""
         views, channels = self.views, self.data.channels
+        if channels != 3 and self.data.views == "device":
+            raise ConfigError(
+                f"data.views='device' makes views of 3 channels, and data.channels={channels}: set data.views=reference"
+            )
         changes = {"data.normalize": "image"} if self.data.normalize == "imagenet" else {}
         if views.jitter and any(views.jitter_strength):
             changes["views.jitter"] = "0"
@@ -123,6 +127,7 @@ class Config:
             (self.model.pos_embed != "rope", "model", "rope_scale", f"model.pos_embed is {self.model.pos_embed}"),
             (not self.data.renders, "data", "num_images", "a folder has as many as it holds"),
             (self.data.root == "shapes", "data", "max_pixels bits range", "shapes are rendered"),
+            (self.data.views != "device", "data", "max_side", f"data.views is {self.data.views}"),
             (self.views.num_local == 0, "views", "local_size local_scale", "views.num_local is 0"),
             (self.head.num_layers == 1, "head", "hidden_dim", "head.num_layers is 1"),
             (self.patch_head is not None and self.patch_head.num_layers == 1, "patch_head", "hidden_dim",

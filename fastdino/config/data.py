@@ -108,7 +108,7 @@ class DataConfig(Group):
     """Share of an image's shorter side that evaluations see, in the middle. DINO v1: 224 / 256; 1 sees it all."""
     views: Literal["auto", "reference", "fast", "device"] = "auto"
     """What makes the views: Pillow (reference); our C with the same pixels (fast); kernels on the GPU, within 0.25 gray
-    levels on average, which leave decoding alone to the workers (device). auto: fast where it is built, or reference."""
+    levels on average, which leave the workers decoding alone (device). auto: fast where it is built, or reference."""
     max_side: int = 1024
     """Pixels of an image's longer side that views=device takes; larger images are reduced to it first. The workers hold
     3 batches of squares of this side in memory: as they need it, for a GPU all at once."""

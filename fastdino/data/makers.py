@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdino.config import Config, ConfigError, UserError
+from fastdino.config import Config, UserError
 from fastdino.data import views
 from fastdino.data.batch import Masks
 from fastdino.data.draws import Purpose, random_bits
@@ -132,11 +132,6 @@ class Decoded(_Images):
 
     def __init__(self, config: Config, source: Source) -> None:
         super().__init__(config, source)
-        if config.data.channels != 3:
-            raise ConfigError(
-                f"data.views='device' makes views of 3 channels, and data.channels={config.data.channels}: set "
-                "data.views=auto or reference"
-            )
         self.side = config.data.max_side
         self.room = device.aligned(3 * self.side**2)
         self.fields |= device.fields(config.views, config.run.local_batch, self.room)

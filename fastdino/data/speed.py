@@ -15,12 +15,13 @@ import torch
 from fastdino.config import Config, ConfigError
 from fastdino.data import views
 from fastdino.data.loader import train_batches
+from fastdino.data.makers import Decoded
 from fastdino.data.sources.decode import BadImage, decode
 from fastdino.data.sources.opening import open_source
 from fastdino.data.sources.packed.shard import Packing
 from fastdino.data.sources.source import Source
 from fastdino.data.views import fast
-from fastdino.data.workers import affordable
+from fastdino.data.workers import TOGETHER, affordable
 
 Item = TypeVar("Item")
 
@@ -44,6 +45,9 @@ class Speed:
     """Drawing and making the views by Pillow."""
     fast: float | None
     """The same by our C."""
+    device: float | None
+    """All that is left to a core where the device makes the views: reading, decoding into a slot, drawing. Of other
+    channels than three neither this nor ``fast`` is to be had."""
     loader: float
     """Wall time between images of the loader, of which nothing else waits for its turn."""
     num_workers: int
@@ -71,6 +75,7 @@ class Speed:
             "views, fast": self.fast,
             "decode and views, reference": self.decode + self.reference,
             "decode and views, fast": None if self.fast is None else self.decode + self.fast,
+            "for views by the device": self.device,
             f"loader, {self.num_workers} worker{'s' * (self.num_workers != 1)}": self.loader * max(1, self.num_workers),
         }
         lines = [
@@ -79,7 +84,7 @@ class Speed:
         ]
         for name, seconds in steps.items():
             if seconds is None:
-                lines.append(f"{name:32}{'not built':>18}")
+                lines.append(f"{name:32}{'not to be had':>18}")
             else:
                 lines.append(f"{name:32}{1 / seconds:18,.0f}{wanted * seconds:28,.1f}")
         return "\n".join([*lines, *self.advice(wanted)])
@@ -87,7 +92,7 @@ class Speed:
     def advice(self, wanted: float) -> list[str]:
         """What makes the pipeline faster, most first; that it is fast enough if nothing does."""
         found = []
-        if self.fast is None:
+        if self.fast is None and self.device is not None:
             found.append(f"build the fast views, which make the same pixels several times as fast: {fast.why_not()}")
         packed = self.best - self.decode + self.packed
         if self.best > WORTH_IT * packed:
@@ -99,11 +104,16 @@ class Speed:
             found.append(
                 "reading takes longer than all else: pack the images (fastdino shard SRC DST), on a local disk"
             )
-        cores = math.ceil(wanted * self.best)
-        return [
-            *found,
-            f"{wanted:,.0f} images/s need {cores} core{'s' * (cores != 1)} per GPU: --data.num-workers {cores}",
-        ]
+        found.append(f"{wanted:,.0f} images/s need {_cores(wanted * self.best)}")
+        if self.device is not None and self.best > WORTH_IT * self.device:
+            cores = _cores(wanted * self.device)
+            found.append(f"where there are fewer, let the GPU make the views, --data.views device: {cores}")
+        return found
+
+
+def _cores(number: float) -> str:
+    cores = math.ceil(number)
+    return f"{cores} core{'s' * (cores != 1)} per GPU: --data.num-workers {cores}"
 
 
 def measure(config: Config, seconds: float = SECONDS) -> Speed:
@@ -127,13 +137,14 @@ def measure(config: Config, seconds: float = SECONDS) -> Speed:
         raise ConfigError(f"none of {len(sample)} images of data.root={config.data.root!r} can be read")
     packing = Packing(short_side=SHORT_SIDE, max_pixels=config.data.max_pixels, bits=config.data.bits)
     small = [packing.stored(source, index)[1] for index in files]
-    workers = affordable(config.data.num_workers)
+    workers, in_colour = affordable(config.data.num_workers), config.data.channels == 3
     return Speed(
         read=read / len(files),
         decode=_each([*files.values()], lambda _, data: _decode(config, data), seconds),
         packed=_each(small, lambda _, data: _decode(config, data), seconds),
         reference=_views(config, "reference", images, seconds),
-        fast=None if fast.why_not() else _views(config, "fast", images, seconds),
+        fast=None if fast.why_not() or not in_colour else _views(config, "fast", images, seconds),
+        device=_slots(config, source, [*files], seconds) if in_colour else None,
         loader=_loader(config, source, workers, seconds),
         num_workers=workers,
         shorter=round(median(min(image.shape[:2]) for image in images)),
@@ -146,13 +157,26 @@ def _decode(config: Config, data: bytes) -> np.ndarray:
 
 
 def _views(config: Config, by: Literal["reference", "fast"], images: Sequence[np.ndarray], seconds: float) -> float:
-    write, _ = views.implementation(by)
-    out = views.new_views(config.views)
+    write, _ = views.implementation(by, config.data.channels)
+    out = views.new_views(config.views, config.data.channels)
 
     def work(turn: int, image: np.ndarray) -> None:
         write(image, views.sample_params(config.run.seed, 0, turn, config.views, (image.shape[1], image.shape[0])), out)
 
     return _each(images, work, seconds)
+
+
+def _slots(config: Config, source: Source, indices: Sequence[int], seconds: float) -> float:
+    """As many together as a worker makes."""
+    maker = Decoded(config, source)
+    out = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in maker.fields.items()}
+    together = min(TOGETHER, config.run.local_batch)
+    parts = [[indices[(first + i) % len(indices)] for i in range(together)] for first in range(len(indices))]
+
+    def work(turn: int, part: list[int]) -> None:
+        maker.make(out, 0, [(turn, index) for index in part], lambda _: None)
+
+    return _each(parts, work, seconds) / together
 
 
 def _each(items: Sequence[Item], work: Callable[[int, Item], object], seconds: float) -> float:

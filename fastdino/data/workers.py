@@ -37,7 +37,7 @@ Fields = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype of each tensor of a batch."""
 Hold = Callable[[int], None]  # called with the index of the image that is read next, so that a message can name it
 
-_TOGETHER = 4  # places that are made together: numpy's part of each costs less, and few images are held decoded
+TOGETHER = 4  # places that are made together: numpy's part of each costs less, and few images are held decoded
 _LONG = 60  # seconds without a batch that are worth a warning
 _ALIGNED = 64  # bytes, of a tensor's place in a slot
 _NOTHING = -1  # is held
@@ -141,8 +141,8 @@ class MadeAhead(Generic[Key]):
 
 
 def _parts(keys: Sized) -> list[slice]:
-    """The places of a batch, _TOGETHER at a time."""
-    return [slice(first, first + _TOGETHER) for first in range(0, len(keys), _TOGETHER)]
+    """The places of a batch, TOGETHER at a time."""
+    return [slice(first, first + TOGETHER) for first in range(0, len(keys), TOGETHER)]
 
 
 def _end(children: "list[_Child[Any]]") -> None:

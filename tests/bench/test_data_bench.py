@@ -88,7 +88,7 @@ def test_random_transforms_act_as_often_as_ours(paths: list[Path]) -> None:
 
 def test_measure_and_table(tmp_path: Path) -> None:
     document = data.measure(SIZES, VIEWS, [1])
-    assert set(document["stages"]) == {"decode", "views", "decode and views", "loader, 1 worker"}
+    assert set(document["stages"]) == {"for the device", "decode", "views", "decode and views", "loader, 1 worker"}
     assert data.REFERENCE in document["stages"]["views"]
     assert data.REFERENCE in document["stages"]["decode and views"]
     for contenders in document["stages"].values():

@@ -15,6 +15,7 @@ SPEED = Speed(
     packed=1.5e-3,
     reference=20e-3,
     fast=2.5e-3,
+    device=1.6e-3,
     loader=2.1e-3,
     num_workers=2,
     shorter=375,
@@ -23,10 +24,15 @@ SPEED = Speed(
 
 
 def test_cores_are_those_of_decoding_and_making_views():
-    assert SPEED.advice(3500) == ["3,500 images/s need 14 cores per GPU: --data.num-workers 14"]
-    assert SPEED.advice(250) == ["250 images/s need 1 core per GPU: --data.num-workers 1"]
+    assert SPEED.advice(3500) == [
+        "3,500 images/s need 14 cores per GPU: --data.num-workers 14",
+        "where there are fewer, let the GPU make the views, --data.views device: 6 cores per GPU: --data.num-workers 6",
+    ]
+    (line,) = dataclasses.replace(SPEED, device=None).advice(250)
+    assert line == "250 images/s need 1 core per GPU: --data.num-workers 1"
     lines = {line[:32].strip(): line[32:].split() for line in SPEED.table(3500, "views").splitlines()}
     assert lines["decode and views, fast"] == ["250", "14.0"]
+    assert lines["for views by the device"] == ["625", "5.6"]
     assert lines["views, reference"] == ["50", "70.0"]
     assert lines["loader, 2 workers"] == ["238", "14.7"], "of one of its two workers"
 
@@ -61,6 +67,7 @@ def test_a_source_is_measured(tmp_path):
     assert found.loader > 0
     assert (found.fast is None) == bool(fast.why_not())
     assert found.fast is None or 0 < found.fast < found.reference
+    assert found.device > 0
 
 
 def test_a_source_of_which_nothing_can_be_read(tmp_path):

@@ -216,19 +216,16 @@ def _hue_shifted(x: Tensor, shift: int) -> Tensor:
 
 
 def _blurred(x: Tensor, deviation: float) -> Tensor:
-    """Pillow's Gaussian blur: the box of _box_filter three times, here composed and rounded once."""
-    box = torch.tensor(_box_filter(deviation), device=x.device)
-    taps = box.view(1, 1, -1)
-    for _ in range(2):
-        taps = F.conv1d(taps, box.view(1, 1, -1), padding=4)
-    planes, margin = x[:, None], taps.shape[-1] // 2
-    planes = F.conv2d(F.pad(planes, (margin, margin, 0, 0), "replicate"), taps[..., None, :])
-    planes = F.conv2d(F.pad(planes, (0, 0, margin, margin), "replicate"), taps[..., None])
+    """Pillow's Gaussian blur: a box three times across and three times down; here without roundings in between."""
+    box, planes = torch.tensor(_box_filter(deviation), device=x.device), x[:, None]
+    for kernel, padding in ((box.view(1, 1, 1, 5), (2, 2, 0, 0)), (box.view(1, 1, 5, 1), (0, 0, 2, 2))):
+        for _ in range(3):
+            planes = F.conv2d(F.pad(planes, padding, "replicate"), kernel)
     return _round(planes[:, 0])
 
 
 def _box_filter(deviation: float) -> list[float]:
-    """Five weights: the box, with fractions at its ends, whose third power has a Gaussian's variance.
+    """Five weights: a box, with fractions at its ends, whose third power has a Gaussian's variance.
 
     Source: Gwosdek et al. 2011 (Theoretical Foundations of Gaussian Convolution by Extended Box Filtering), equations
     7, 11 and 14.
