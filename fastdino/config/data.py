@@ -138,7 +138,7 @@ class DataConfig(Group):
         self.require(self.cache_gb >= 0, "cache_gb", "0 or more")
         self.require(0 <= self.max_bad <= 1, "max_bad", "a share in [0, 1]")
         self.require(self.max_pixels >= 1, "max_pixels", "at least 1")
-        self.require(self.max_side >= 16, "max_side", "at least 16 pixels")
+        self.require(16 <= self.max_side <= 16384, "max_side", "in [16, 16384] pixels")
         self.require(8 <= self.bits <= 16, "bits", "in [8, 16]", "8 of them are kept")
         self.require(1 <= self.channels <= MAX_CHANNELS, "channels", f"in [1, {MAX_CHANNELS}]")
         if self.range is not None:
