@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from bench.kernels import multi_crop
 from bench.kernels.case import OURS, PLAIN, Case, Variant, check
 from bench.kernels.measure import BENCHES, NoRoom, make_cases, measure, num_inputs
+from fastdino.config import ViewsConfig
 from tests.bench.conftest import Python
 
 CPU = torch.device("cpu")
@@ -25,6 +27,7 @@ SMALL = {
     "koleo_loss": ["2,10,32", "1,9,40,bf16"],
     "gather_layer_norm": ["4,5,6,2,32", "4,5,32,bf16"],
     "scatter_add_scaled": ["4,5,6,2,32", "4,5,32,bf16"],
+    "multi_crop": ["2,60,50"],
 }
 
 
@@ -33,7 +36,8 @@ def small(operation: str, shape: str) -> Case:
 
 
 @pytest.mark.parametrize("operation", BENCHES)
-def test_variants_agree(operation: str) -> None:
+def test_variants_agree(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multi_crop, "VIEWS", ViewsConfig(global_size=32, local_size=16, num_local=1))
     for case in (small(operation, shape) for shape in SMALL[operation]):
         assert len(case.variants) >= 3
         assert check(case)[OURS] < 1e-2
@@ -116,6 +120,7 @@ import sys
 from dataclasses import replace
 from bench.kernels import measure
 from bench.kernels.__main__ import main
+from bench.kernels import multi_crop
 from bench.kernels.case import Bench
 def failing(function):
     def fail(*inputs): raise RuntimeError("no such kernel")
