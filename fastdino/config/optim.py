@@ -80,5 +80,9 @@ class EngineConfig(Group):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPUs if there are any."""
 
+    def uses_bf16(self, device: str) -> bool:
+        """True when weights and gradients of the forward and backward passes are bf16 on a device of this type."""
+        return self.precision == "bf16" or (self.precision == "auto" and device == "cuda")
+
     def check(self) -> None:
         self.require(self.accumulate >= 1, "accumulate", "at least 1")

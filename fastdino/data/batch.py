@@ -32,7 +32,8 @@ class Batch:
     """The views of ``local_batch`` images, as bytes."""
 
     views: dict[str, Tensor]
-    """uint8, by size: "global" (2, B, C, G, G) and, unless views.num_local is 0, "local" (L, B, C, l, l)."""
+    """uint8, by size: "global" (2, B, C, G, G) and, unless views.num_local is 0, "local" (L, B, C, l, l). Or, as the
+    device makes them for a step in bf16, network input in patches: (2, B, N, C p^2), (L, B, N', C p^2)."""
     masks: Masks | None = None
     """None: every patch is seen."""
     bad: list[str] = field(default_factory=list)

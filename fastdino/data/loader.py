@@ -157,8 +157,10 @@ def train_batches(
 def _maker(config: Config, source: Source, device: torch.device) -> tuple[TrainMaker, int, str]:
     """What makes the batches, how many threads of a process help each other with it, and what to call it in the log."""
     if config.data.views == "device":
+        # Normalised and in patches, where the step would make the same of them.
+        as_read = config.model.is_vit and config.data.normalize == "imagenet" and config.engine.uses_bf16(device.type)
         slow = "" if device.type == "cuda" else ", a CPU, where this is slower than data.views=auto"
-        return Decoded(config, source), _THREADS, f"the device{slow}"
+        return Decoded(config, source, config.model.patch_size if as_read else 0), _THREADS, f"the device{slow}"
     write, name = views.implementation(config.data.views, config.data.channels)
     # Our C leaves the interpreter to other threads, which cost less than processes; Pillow keeps it most of the time.
     return Views(config, source, write), 1 if write is reference.write else _THREADS, name

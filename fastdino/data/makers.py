@@ -130,9 +130,9 @@ class Decoded(_Images):
     device, and no image needs to know how large the others are.
     """
 
-    def __init__(self, config: Config, source: Source) -> None:
+    def __init__(self, config: Config, source: Source, patch: int = 0) -> None:
         super().__init__(config, source)
-        self.side = config.data.max_side
+        self.side, self.patch = config.data.max_side, patch
         self.room = device.aligned(3 * self.side**2)
         self.fields |= device.fields(config.views, config.run.local_batch, self.room)
 
@@ -168,7 +168,7 @@ class Decoded(_Images):
 
     def views(self, uploaded: Tensors) -> dict[str, Tensor]:
         """By the kernels, or on a CPU by their twin in plain torch."""
-        return device.make_views(uploaded, self.config)
+        return device.make_views(uploaded, self.config, self.patch)
 
 
 class Labelled:

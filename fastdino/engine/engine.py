@@ -35,7 +35,7 @@ class Engine(ABC):
     def __init__(self, config: Config, student: nn.Module, teacher: nn.Module, ranks: Ranks) -> None:
         self.ranks, self.accumulate = ranks, config.engine.accumulate
         self.student_network, self.teacher = student, teacher
-        self.dtype = torch.bfloat16 if uses_bf16(config, ranks) else torch.float32
+        self.dtype = torch.bfloat16 if config.engine.uses_bf16(ranks.device.type) else torch.float32
         self.groups = parameter_groups(student)
         self.optimizer = OPTIMIZERS[config.optim.name](self.groups, config.optim)
         self._untrained = {
@@ -167,9 +167,3 @@ class Engine(ABC):
             for flat, mine in self._teacher_flats:
                 work = dist.all_gather_into_tensor(flat, mine, async_op=True)
                 self._gathers.append(work)
-
-
-def uses_bf16(config: Config, ranks: Ranks) -> bool:
-    """True when weights and gradients of the forward and backward passes are bf16."""
-    precision = config.engine.precision
-    return precision == "bf16" or (precision == "auto" and ranks.device.type == "cuda")

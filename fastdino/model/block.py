@@ -37,7 +37,7 @@ class PatchEmbed(nn.Module):
         self.proj = PatchProjection(channels, width, patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(R, C, h, w) -> (R, N, D) in the weights' dtype, row by row of the grid."""
+        """(R, C, h, w), or patches (R, N, C p^2) -> (R, N, D) in the weights' dtype, row by row of the grid."""
         return self.proj(x)
 
 
@@ -45,11 +45,13 @@ class PatchProjection(nn.Conv2d):
     """A convolution by its parameters' names and shapes. Patches do not overlap, so it is one matrix product."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(R, C, h, w) -> (R, N, D)."""
-        p, channels = self.kernel_size[0], self.in_channels
-        rows, columns = x.shape[-2] // p, x.shape[-1] // p
-        x = x.to(self.weight.dtype).reshape(-1, channels, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)
-        return F.linear(x.reshape(-1, rows * columns, channels * p * p), self.weight.flatten(1), self.bias)
+        """(R, C, h, w), or patches (R, N, C p^2) -> (R, N, D)."""
+        p, channels, x = self.kernel_size[0], self.in_channels, x.to(self.weight.dtype)
+        if x.dim() == 4:
+            rows, columns = x.shape[-2] // p, x.shape[-1] // p
+            x = x.reshape(-1, channels, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)
+            x = x.reshape(-1, rows * columns, channels * p * p)
+        return F.linear(x, self.weight.flatten(1), self.bias)
 
 
 class Block(nn.Module):

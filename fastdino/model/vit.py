@@ -107,8 +107,8 @@ class ViT(nn.Module):
         """Tokens after the final norm: CLS of every view, and the patches that are asked for.
 
         Args:
-            x: (V_i, B, C, h_i, w_i) normalised views by name; or (B, C, h, w) images alone, as timm's models take
-                them.
+            x: (V_i, B, C, h_i, w_i) normalised views by name, or square ones in patches, (V_i, B, N_i, C p^2); or
+                (B, C, h, w) images alone, as timm's models take them.
             masks: which patches of the first group of views are hidden, and which are read.
 
         Returns (sum of V_i, B, D), views in the order given, and (M, D), M = 0 without masks; of images alone (B, D).
@@ -146,20 +146,22 @@ class ViT(nn.Module):
     def _all_but_last_block(
         self, groups: list[Tensor], hidden: Tensor | None = None
     ) -> tuple[Tensor, Packing, Rotation | None]:
-        """(V_i, B, C, h_i, w_i) views -> (1, tokens, D), where each sequence lies in it, how each token is turned."""
-        sequences = [self._tokens(views.flatten(0, 1), None if i else hidden) for i, views in enumerate(groups)]
-        tokens, packing = pack(sequences)
+        """Views as :meth:`forward` takes them -> (1, tokens, D), where each sequence lies in it, how each token is
+        turned."""
+        rows = [views.flatten(0, 1) for views in groups]
+        tokens, packing = pack([self._tokens(x, None if i else hidden) for i, x in enumerate(rows)])
         turns = None
         if self.pos_embed is None:
-            angles = [self._angles(views) for views in groups]
+            angles = [self._angles(x) for x in rows]
             turns = rotation(angles, [count for count, _ in packing.lengths], self.num_prefix)
         for block in self.blocks[:-1]:
             tokens = block(tokens, packing, turns)
         return tokens, packing, turns
 
     def _tokens(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """(R, C, h, w) -> (R, num_prefix + N, D): CLS, registers, patches; positions added to all but registers."""
-        grid = self._grid(*x.shape[-2:])
+        """(R, C, h, w), or patches -> (R, num_prefix + N, D): CLS, registers, patches; positions added to all but
+        registers."""
+        grid = self._grid_of(x)
         cls: Tensor = self.cls_token
         patches = self.patch_embed(x)
         if hidden is not None:
@@ -180,13 +182,17 @@ class ViT(nn.Module):
         return resample_positions(positions, self.grid, grid, self.interpolation)
 
     def _angles(self, x: Tensor) -> Tensor:
-        """(N, d / 2) angles of the patches of (.., C, h, w), both axes stretched by one random factor in training."""
+        """(N, d / 2) angles of the patches of (R, C, h, w), both axes stretched by one random factor in training."""
         dtype = torch.promote_types(self.cls_token.dtype, torch.float32)
-        angles = rope_angles(self._grid(*x.shape[-2:]), self.head_width, x.device, dtype)
+        angles = rope_angles(self._grid_of(x), self.head_width, x.device, dtype)
         if self.training and self.rope_scale != 1:
             most = math.log(self.rope_scale)
             angles = angles * torch.empty(1, device=x.device, dtype=dtype).uniform_(-most, most).exp()
         return angles
+
+    def _grid_of(self, x: Tensor) -> Grid:
+        """Of (R, C, h, w), or of square views in patches, (R, N, C p^2)."""
+        return self._grid(*x.shape[-2:]) if x.dim() == 4 else (math.isqrt(x.shape[1]),) * 2
 
     def _grid(self, height: int, width: int) -> Grid:
         """Patches per column and row. Raises ConfigError when patches do not tile the image."""

@@ -142,7 +142,10 @@ class Trainer:
 
     def _normalized(self, batch: Batch) -> Batch:
         """The batch with its views as network input."""
-        views = {name: normalize(group, self.config.data.normalize) for name, group in batch.views.items()}
+        views = {
+            name: group if group.is_floating_point() else normalize(group, self.config.data.normalize)
+            for name, group in batch.views.items()
+        }
         return replace(batch, views=views)
 
     def _logs(self, step: int) -> bool:

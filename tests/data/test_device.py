@@ -3,6 +3,7 @@
 import dataclasses
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from fastdino.config import (
 from fastdino.data import FolderSource, ShapesSource, Source
 from fastdino.data.makers import Decoded
 from fastdino.data.sampler import Plan
-from fastdino.data.views import device
+from fastdino.data.views import device, normalize
 from fastdino.data.workers import Tensors
 from fastdino.training.export import export_run
 from tests.data.batches import assert_equal, make_config, start, take
@@ -181,6 +182,21 @@ def test_a_jpeg_is_decoded_where_it_is_wanted(pictures: Path) -> None:
     assert np.array_equal(source.read(0, lambda height, width: None)[0], source.read(0)[0])
 
 
+def test_a_step_in_bf16_is_given_what_it_would_make_of_the_bytes(pictures: Path) -> None:
+    source, config = FolderSource(pictures), on_device(make_config())
+    lower = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision="bf16"))
+    for got, plain in zip(take(3, lower, source), take(3, config, source), strict=True):
+        for name, views in plain.views.items():
+            wanted = normalize(views, "imagenet").to(torch.bfloat16).flatten(0, 1)
+            patches = torch.nn.functional.unfold(wanted.float(), 8, stride=8).mT.to(torch.bfloat16)
+            assert torch.equal(got.views[name].flatten(0, 1), patches)
+    for change in (
+        {"data": dataclasses.replace(lower.data, normalize="image")},
+        {"model": ModelConfig(arch="timm:resnet18")},
+    ):
+        assert next(start(dataclasses.replace(lower, **change), source)).views["global"].dtype == torch.uint8
+
+
 def test_other_channels_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"data.views='device' .* data.channels=4"):
         dataclasses.replace(
@@ -218,7 +234,8 @@ def test_batches_on_a_gpu_are_those_of_the_cpu(pictures: Path, num_workers: int)
             assert (views[name].cpu().float() - group.float()).abs().mean() < 0.1
 
 
-def test_a_run_is_resumed_exactly(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_is_resumed_exactly(tmp_path: Path, precision: Literal["fp32", "bf16"]) -> None:
     """Through the trainer, with another number of workers."""
     rng = np.random.default_rng(1)
     (tmp_path / "images").mkdir()
@@ -233,7 +250,7 @@ def test_a_run_is_resumed_exactly(tmp_path: Path) -> None:
             views=ViewsConfig(global_size=32, local_size=16, num_local=2),
             data=DataConfig(root=str(tmp_path / "images"), num_workers=num_workers, views="device", max_side=64),
             optim=OptimConfig(warmup_epochs=0, schedule="constant"),
-            engine=EngineConfig(name="torch", device="cpu"),
+            engine=EngineConfig(name="torch", device="cpu", precision=precision),
             run=RunConfig(dir=tmp_path / name, epochs=epochs, local_batch=8, log_every=1, knn_every=0),
         )
         fastdino.train(config)

@@ -157,6 +157,24 @@ def test_image_that_patches_do_not_tile() -> None:
         nano()(torch.zeros(1, 3, 48, 50))
 
 
+@pytest.mark.parametrize("pos_embed", ["learned", "rope"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_views_in_patches_are_the_same_views(pos_embed: str, dtype: torch.dtype) -> None:
+    """As the device makes them: a patch's pixels in the order of the projection's weight."""
+    vit = nano(pos_embed=pos_embed, mask_token=True).to(dtype).eval()
+    planes = {name: x.to(dtype) for name, x in views((2, 3, 3, 32, 32), (1, 3, 3, 16, 16)).items()}
+    p = vit.patch_size
+    patches = {
+        name: F.unfold(x.flatten(0, 1).float(), p, stride=p).mT.contiguous().to(dtype).unflatten(0, x.shape[:2])
+        for name, x in planes.items()
+    }
+    hidden = torch.rand(6, (32 // p) ** 2) < 0.3
+    rows = hidden.flatten().nonzero().squeeze(1)
+    masks = Masks(hidden, rows, torch.ones(len(rows)))
+    for got, want in zip(vit(patches, masks), vit(planes, masks), strict=True):
+        assert torch.equal(got, want)
+
+
 def test_drop_path_drops_whole_branches_of_sequences() -> None:
     torch.manual_seed(0)
     rates = [block.drop_path for block in nano(drop_path=0.3).blocks]

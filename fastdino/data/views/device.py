@@ -6,6 +6,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastdino.config import ViewsConfig
+from fastdino.data.views.evaluation import imagenet
 from fastdino.data.views.fast import turns_of
 from fastdino.data.views.params import Column, crop_boxes, groups
 from fastdino.data.views.reference import resize
@@ -73,14 +74,20 @@ def upload(made: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {"pixels": pixels, **{name: x.to(device, non_blocking=True, copy=True) for name, x in rest.items()}}
 
 
-def make_views(tensors: dict[str, Tensor], config: ViewsConfig) -> dict[str, Tensor]:
-    """The views, uint8 by size as in Batch, of images and draws where they lie."""
+def make_views(tensors: dict[str, Tensor], config: ViewsConfig, patch: int = 0) -> dict[str, Tensor]:
+    """The views, by size as in Batch, of images and draws where they lie.
+
+    With ``patch`` they are what a ViT of this patch size reads in bf16, normalised for ImageNet: patches, of which
+    neither planes of bytes nor of floats are ever written.
+    """
+    normal = imagenet(tensors["pixels"].device) if patch else None
     pixels, starts, widths = (tensors[name] for name in ("pixels", "starts", "widths"))
     boxes, params, turns = tensors["boxes"], tensors["params"], tensors.get("turns")
     made, first = {}, 0
     for name, (count, size) in groups(config).items():
         of = slice(first, first + count)
         turn = None if turns is None else turns[:, of]
-        made[name] = multi_crop(pixels, starts, widths, boxes[:, of], params[:, of], turn, size)
+        views = multi_crop(pixels, starts, widths, boxes[:, of], params[:, of], turn, size, patch=patch, normal=normal)
+        made[name] = views.flatten(2, 3) if patch else views
         first += count
     return made

@@ -37,7 +37,7 @@ def normalize(views: Tensor, kind: Literal["imagenet", "image"]) -> Tensor:
     channel of each view by its own mean and deviation (plus one gray level, so that a flat channel becomes 0).
     """
     if kind == "imagenet":
-        scale, shift = _imagenet(views.device)
+        scale, shift = imagenet(views.device).view(2, 3, 1, 1)
         return (views * scale).add_(shift)
     pixels = views.float()
     variance, mean = torch.var_mean(pixels, dim=(-2, -1), correction=0, keepdim=True)
@@ -45,7 +45,7 @@ def normalize(views: Tensor, kind: Literal["imagenet", "image"]) -> Tensor:
 
 
 @lru_cache
-def _imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Scale and shift, (3, 1, 1) fp32, from byte to (byte / 255 - mean) / std. Cached: the copy to a GPU waits."""
+def imagenet(device: torch.device) -> Tensor:
+    """Scale and shift, (2, 3) fp32, from byte to (byte / 255 - mean) / std. Cached: the copy to a GPU waits."""
     mean, std = torch.tensor(MEAN, dtype=torch.float64), torch.tensor(STD, dtype=torch.float64)
-    return tuple(x.float().view(3, 1, 1).to(device) for x in (1 / (255 * std), -mean / std))  # type: ignore[return-value]
+    return torch.stack([1 / (255 * std), -mean / std]).float().to(device)
