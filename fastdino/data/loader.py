@@ -42,6 +42,7 @@ class TrainBatches:
         self._made = start_step * plan.accumulate  # micro batches since the run's start
         self.num_bad = 0  # images that could not be read, since this process began
         self.num_reduced = 0  # images that were too large for views by the device, since then
+        self._reduced = 0  # those of the present epoch, likewise
         self._bad: list[str] = []  # those of the present epoch, as far as this process read it
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: Batch | None = None  # on its way to the device
@@ -94,10 +95,18 @@ class TrainBatches:
 
     def _count(self, made: Tensors, notes: list[list[str]]) -> None:
         self._count_bad([image for place in notes for image in place])
-        if "reduced" in made and (count := int(made["reduced"].sum())):
-            if not self.num_reduced:
-                log.info("images of more than data.max_side pixels are reduced to it before the device sees them")
-            self.num_reduced += count
+        if "reduced" in made:
+            self._count_reduced(int(made["reduced"].sum()))
+
+    def _count_reduced(self, count: int) -> None:
+        """Said when it begins, and after each epoch how many they were."""
+        if count and not self.num_reduced:
+            log.info("images longer than data.max_side are reduced to it before the device sees them")
+        self.num_reduced += count
+        self._reduced += count
+        if self._made % (self.plan.accumulate * self.plan.steps_per_epoch) == 0 and self._reduced:
+            log.info("%d images of an epoch on this rank were longer than data.max_side and reduced", self._reduced)
+            self._reduced = 0
 
     def _count_bad(self, bad: list[str]) -> None:
         if self._made % (self.plan.accumulate * self.plan.steps_per_epoch) == 0:

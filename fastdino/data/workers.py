@@ -41,6 +41,7 @@ TOGETHER = 4  # places that are made together: numpy's part of each costs less, 
 _LONG = 60  # seconds without a batch that are worth a warning
 _ALIGNED = 64  # bytes, of a tensor's place in a slot
 _NOTHING = -1  # is held
+_NOTICES = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # to the whole process group, of which one takes care
 
 
 class WorkerDied(UserError, RuntimeError):
@@ -48,7 +49,8 @@ class WorkerDied(UserError, RuntimeError):
 
     def __init__(self, what: str) -> None:
         super().__init__(
-            f"{what}. Most often memory ran out: lower data.num_workers or run.local_batch, or give the job more"
+            f"{what}. Most often memory ran out: lower data.num_workers, run.local_batch or, with views by the device, "
+            "data.max_side, or give the job more"
         )
 
 
@@ -134,7 +136,10 @@ class MadeAhead(Generic[Key]):
         return made
 
     def _make(self, keys: list[Key]) -> Made:
-        out = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in self._maker.fields.items()}
+        try:
+            out = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in self._maker.fields.items()}
+        except RuntimeError as error:
+            raise WorkerDied(f"there is no room for a batch ({str(error).splitlines()[0]})") from error
         self._maker.prepare(out, keys)
         made = (self._maker.make(out, part.start, keys[part], lambda _: None) for part in _parts(keys))
         return Made(out, [notes for part in made for notes in part], lambda: None)
@@ -193,7 +198,12 @@ class _Child(Generic[Key]):
         context = multiprocessing.get_context("fork")
         workshop = _Workshop(maker, self._slots, self._held, ready)
         self._process = context.Process(target=workshop.run, args=(batches, theirs, ours, os.getpid()), daemon=True)
-        self._process.start()
+        # A notice that comes now waits: until the child ignores it, and until this process can handle it.
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, _NOTICES)
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
         theirs.close()
         ready.close()
         for slot in range(len(self._slots)):
@@ -284,8 +294,9 @@ class _Workshop(Generic[Key]):
     ) -> NoReturn:
         """Makes a batch wherever a slot is free, until the trainer ends this process or ends."""
         # Ctrl-C and a cluster's notice reach the whole process group; the trainer finishes its step first, on our data.
-        for notice in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for notice in _NOTICES:
             signal.signal(notice, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _NOTICES)
         for end in theirs:
             end.close()
         threading.Thread(target=end_with, args=(trainer,), daemon=True).start()

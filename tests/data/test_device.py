@@ -27,7 +27,7 @@ from fastdino.data import FolderSource, ShapesSource, Source
 from fastdino.data.makers import Decoded
 from fastdino.data.sampler import Plan
 from fastdino.data.views import device, normalize
-from fastdino.data.workers import Tensors
+from fastdino.data.workers import Tensors, WorkerDied
 from fastdino.training.export import export_run
 from tests.data.batches import assert_equal, make_config, start, take
 
@@ -113,11 +113,20 @@ def test_a_large_image_is_reduced_and_told(pictures: Path, caplog: pytest.LogCap
     got = list(islice(batches, 2))
     sizes = [max(source.read(index)[0].shape) for index in range(len(source))]
     assert batches.num_reduced == sum(size > 64 for size in sizes) > 3
-    assert caplog.text.count("data.max_side") == 1
+    assert caplog.text.count("images longer than data.max_side") == 1
+    assert f"{batches.num_reduced} images of an epoch on this rank were longer" in caplog.text
     batches.close()
     want = take(2, on_device(make_config(local_batch=11)), source)
     off = [(a.views["global"].float() - b.views["global"].float()).abs().mean() for a, b in zip(got, want, strict=True)]
     assert 0 < max(off) < 20, "another picture"
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_too_much_memory_is_one_message(num_workers: int) -> None:
+    """3.3 terabytes."""
+    config = on_device(make_config(num_workers, local_batch=4096), max_side=16384)
+    with pytest.raises(WorkerDied, match=r"memory ran out.* data\.max_side"):
+        next(start(config, ShapesSource(4096, 8)))
 
 
 @pytest.mark.parametrize(("size", "want"), [((400, 100), (64, 16)), ((64, 64), (64, 64)), ((3, 900), (1, 64))])
