@@ -1,5 +1,5 @@
 """Images per second and core: reading a JPEG, making its views, both, what views by the device leave to a core, and a
-loader with workers; torchvision v2 beside.
+loader with workers; torchvision v2 beside, and DALI as a loader where it is installed (nvidia-dali-cuda130).
 
 The files are made here: photographs they are not, but as large and as hard to decode. ``python -m bench.data`` writes
 bench/results/data-cpu.json. Both of our implementations must equal torchvision's pixels, drawn alike, before anything
@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from bench.peers import dali
 from bench.peers import views as peers
 from bench.record import provenance, result_path, write
 from bench.timing import Clock, Work, interleave, paired_ratio
@@ -35,7 +36,7 @@ from fastdino.data.views import Write, implementation, new_views, sample_params
 from fastdino.data.workers import TOGETHER
 
 OURS, REFERENCE = "fastdino", "fastdino, reference"
-SAME, PEER, TENSORS = "torchvision, same draws", "torchvision", "torchvision, tensors"
+SAME, PEER, TENSORS, DALI = "torchvision, same draws", "torchvision", "torchvision, tensors", "DALI"
 CPU = torch.device("cpu")
 QUALITY = 90
 DEVIATIONS = 5.0  # by which the averages over our views and a peer's, whose draws are others, may differ
@@ -118,9 +119,7 @@ def check(paths: list[Path], config: ViewsConfig) -> None:
             for number, (a, b) in enumerate(zip(ours[index], theirs, strict=True)):
                 assert torch.equal(a, b), f"no figure: view {number} of image {index} by {name} is not torchvision's"
     peers.seed_all(0)
-    for name, read, tensors in ((PEER, peers.read_pil, False), (TENSORS, peers.read_tensor, True)):
-        transform = peers.multi_crop(config, tensors=tensors)
-        theirs = [transform(read(path)) for path in paths]
+    for name, theirs in _of_peers(paths, config).items():
         assert [x.shape for x in theirs[0]] == [x.shape for x in ours[0]], (
             f"no figure: {name} makes views of other sizes"
         )
@@ -130,6 +129,18 @@ def check(paths: list[Path], config: ViewsConfig) -> None:
             assert abs(got.mean() - want.mean()) < allowed, (
                 f"no figure: {of.__name__} of the views by {name} is {got.mean():.1f}, by us {want.mean():.1f}"
             )
+
+
+def _of_peers(paths: list[Path], config: ViewsConfig) -> dict[str, list[list[Tensor]]]:
+    """The views of every image by each library that draws for itself."""
+    found = {}
+    for name, read, tensors in ((PEER, peers.read_pil, False), (TENSORS, peers.read_tensor, True)):
+        transform = peers.multi_crop(config, tensors=tensors)
+        found[name] = [transform(read(path)) for path in paths]
+    if not dali.why_not():
+        (batch,) = itertools.islice(dali.loader(paths, config, len(paths), 1), 1)
+        found[DALI] = [list(views) for views in zip(*batch, strict=True)]
+    return found
 
 
 def _views(write: Write, image: np.ndarray, params: Tensor, config: ViewsConfig) -> list[Tensor]:
@@ -211,8 +222,10 @@ def _loaders(
     ahead, timed = 2 * workers + 1, sizes.batches * workers
     starts = {
         OURS: lambda: _ours(folder, views, sizes.batch, workers),
-        PEER: lambda: _peer(paths, views, sizes.batch, workers),
+        PEER: lambda: _peer(peers.loader(paths, views, sizes.batch, workers)),
     }
+    if not dali.why_not():
+        starts[DALI] = lambda: _peer(dali.loader(paths, views, sizes.batch, workers))
     seconds: dict[str, list[float]] = {name: [] for name in starts}
     for index in range(sizes.loader_rounds):
         for name in list(starts) if index % 2 else reversed(starts):
@@ -237,10 +250,10 @@ def _ours(folder: Path, views: ViewsConfig, batch: int, workers: int) -> Iterato
 
 
 @contextmanager
-def _peer(paths: list[Path], views: ViewsConfig, batch: int, workers: int) -> Iterator[Iterator[object]]:
-    batches = (x for x in peers.loader(paths, views, batch, workers))
+def _peer(loader: Iterable[object]) -> Iterator[Iterator[object]]:
+    batches = (x for x in loader)
     yield batches
-    batches.close()  # drops torch's iterator, which ends its workers
+    batches.close()  # drops its iterator, which ends its workers
 
 
 def _figures(seconds: dict[str, list[float]], images: int, cores: int) -> dict[str, dict[str, Any]]:
