@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 H200 = "nvidia-h200"  # its files' DEVICE: the bounds of bench.compile are for it alone
 PACKAGES = (
-    "torch", "triton", "deepspeed", "xformers", "lightly", "timm", "liger-kernel", "fla-core", "torchvision", "pillow",
+    "torch", "triton", "deepspeed", "xformers", "lightly", "timm", "liger-kernel", "fla-core", "torchvision", "kornia",
+    "nvidia-dali-cuda130", "pillow",
 )  # fmt: skip
 
 
