@@ -1,7 +1,6 @@
 """The ranks of a run: which of them this process is, and the few collectives that a trainer needs."""
 
 import functools
-import gc
 import itertools
 import logging
 import os
@@ -140,9 +139,6 @@ class Ranks:
             self.barrier()
         if kind is None or self.world_size == 1 or dist.get_backend() != "nccl":
             self._destroy()
-            # An engine and its hooks hold each other, and a group with its threads, which must not meet the end of the
-            # interpreter: a rank that had done all of its work would abort.
-            gc.collect()
 
 
 def init(device: Literal["auto", "cpu", "cuda"] = "auto") -> Ranks:
