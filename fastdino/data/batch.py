@@ -29,7 +29,7 @@ class Masks(NamedTuple):
 
 @dataclass
 class Batch:
-    """The views of ``local_batch`` images, as bytes."""
+    """The views of ``local_batch`` images."""
 
     views: dict[str, Tensor]
     """uint8, by size: "global" (2, B, C, G, G) and, unless views.num_local is 0, "local" (L, B, C, l, l). Or, as the

@@ -57,19 +57,17 @@ def upload(made: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
 
     From page-locked memory the copies do not wait. ``made`` is for nothing else then: it has the new places of images.
     """
-    pieces = list[list[int]]()
+    place, places, pieces = 0, list[int](), list[list[int]]()  # a piece: start, end, and its place on the device
     for start, end in zip(made["starts"].tolist(), made["ends"].tolist(), strict=True):
         if not pieces or start != aligned(pieces[-1][1]):
-            pieces.append([start, start])
+            pieces.append([start, end, place])
         pieces[-1][1] = end
-    pixels = torch.empty(sum(aligned(end - start) for start, end in pieces), dtype=torch.uint8, device=device)
-    place, moved = 0, torch.empty_like(made["starts"])
-    for start, end in pieces:
-        pixels[place : place + end - start].copy_(made["pixels"][start:end], non_blocking=True)
-        inside = (made["starts"] >= start) & (made["starts"] < end)
-        moved[inside] = made["starts"][inside] + (place - start)
-        place += aligned(end - start)
-    made["starts"].copy_(moved)
+        places.append(place)
+        place = aligned(place + end - start)
+    pixels = torch.empty(place, dtype=torch.uint8, device=device)
+    for start, end, to in pieces:
+        pixels[to : to + end - start].copy_(made["pixels"][start:end], non_blocking=True)
+    made["starts"].copy_(torch.tensor(places))
     rest = {name: x for name, x in made.items() if name not in ("pixels", "ends", "reduced")}
     return {"pixels": pixels, **{name: x.to(device, non_blocking=True, copy=True) for name, x in rest.items()}}
 

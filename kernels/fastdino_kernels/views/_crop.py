@@ -26,7 +26,7 @@ def _span(first, num, count, scale):
 
 @triton.jit
 def _bicubic(pixel, position, scale):
-    # Weight of a box's pixel in a view's, up to a factor. Rounded to fp16's 11 bits it moves one byte in 600 by one.
+    # Weight of a box's pixel in a view's, up to a factor; fp16's 11 bits seldom move a byte, and then by one.
     by_width = 1 / tl.maximum(scale, 1.0)
     t = tl.abs(pixel * by_width - ((position + 0.5) * scale - 0.5) * by_width)
     beyond = tl.maximum(2 - t, 0.0)
@@ -35,7 +35,7 @@ def _bicubic(pixel, position, scale):
 
 @triton.jit
 def _by_sum(position, count, scale):
-    # 1 / the sum of the weights in each view pixel, one of which in a row the box's edge may cut off.
+    # 1 / the sum of the weights in each view pixel, of which the box's edge may cut off some.
     reach = 2 * tl.maximum(scale, 1.0)
     first = tl.floor((position + 0.5) * scale - reach).to(tl.int32)
     total = tl.zeros(position.shape, tl.float32)
