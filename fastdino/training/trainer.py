@@ -139,7 +139,7 @@ class Trainer:
                 figures[f"loss_{name}"] += part / len(batches)
         if logs:
             figures.update(self.method.statistics())
-        applied = self.engine.step(now, figures["loss"].isfinite())
+        applied = self.engine.step(now, figures["loss"])
         self.method.after_step(applied)
         self.step += 1
         return figures
