@@ -82,6 +82,9 @@ class EngineConfig(Group):
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of each block and of the heads: faster and smaller steps after a first one that takes a minute.
     auto: on a GPU. What cannot be compiled runs eagerly, with a warning."""
+    fp8: bool = False
+    """The blocks' linear layers multiply in fp8, but for the weights' gradients, as in DINOv3: of our ViTs of width
+    1024 and more, in bf16, on GPUs of compute capability 8.9 and more, compiled, which fuses the rounding."""
 
     def uses_bf16(self, device: str) -> bool:
         """True when weights and gradients of the forward and backward passes are bf16 on a device of this type."""
@@ -89,3 +92,7 @@ class EngineConfig(Group):
 
     def check(self) -> None:
         self.require(self.accumulate >= 1, "accumulate", "at least 1")
+        if self.fp8:
+            beside = "with engine.fp8=True"
+            self.require(self.precision != "fp32", "precision", f"auto or bf16 {beside}")
+            self.require(self.device != "cpu", "device", f"auto or cuda {beside}", "a CPU has no products in fp8")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastdino.model.attention import attention, implementation
 from fastdino.model.packing import Drop, Packing, Reading, Subset
 from fastdino.model.positions import Rotation
-from fastdino_kernels import gather_layer_norm, scatter_add_scaled
+from fastdino_kernels import fp8_linear, gather_layer_norm, scatter_add_scaled
 
 
 class Shape(NamedTuple):
@@ -122,7 +122,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.choice = shape.num_heads, choice
         self.qkv = Qkv(shape.width, shape.num_heads, key_bias=not rope)
-        self.proj = nn.Linear(shape.width, shape.width)
+        self.proj = Linear(shape.width, shape.width)
 
     def forward(
         self, x: Tensor, packing: Packing, rotation: Rotation | None = None, reading: Reading | None = None
@@ -161,7 +161,21 @@ class Attention(nn.Module):
         return (scores / math.sqrt(q.shape[-1])).softmax(dim=-1)
 
 
-class Qkv(nn.Linear):
+class Linear(nn.Linear):
+    """A linear layer of a block, in fp8 where that is asked for."""
+
+    fp8 = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(.., K) -> (.., N)."""
+        return self.product(x, self.weight, self.bias)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The same by this weight and bias, or rows of them."""
+        return fp8_linear(x, weight, bias) if self.fp8 else F.linear(x, weight, bias)
+
+
+class Qkv(Linear):
     """Queries, keys and values in one matrix: rows q, k, v; within each, head by head.
 
     Without ``key_bias`` the keys' third of the bias is there by name and shape, and never acts: a rotation, unlike the
@@ -183,7 +197,7 @@ class Qkv(nn.Linear):
             first = "qkv".index(wanted) * self.in_features
             rows = slice(first, first + len(wanted) * self.in_features)
             weight, bias = weight[rows], bias[rows]
-        return F.linear(x, weight, bias).unflatten(-1, (len(wanted), self.num_heads, -1)).unbind(-3)
+        return self.product(x, weight, bias).unflatten(-1, (len(wanted), self.num_heads, -1)).unbind(-3)
 
 
 class Mlp(nn.Module):
@@ -191,8 +205,8 @@ class Mlp(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(shape.width, shape.hidden)
-        self.fc2 = nn.Linear(shape.hidden, shape.width)
+        self.fc1 = Linear(shape.width, shape.hidden)
+        self.fc2 = Linear(shape.hidden, shape.width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(.., D) -> (.., D)."""
@@ -204,8 +218,8 @@ class SwiGlu(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.w12 = nn.Linear(shape.width, 2 * shape.hidden)
-        self.w3 = nn.Linear(shape.hidden, shape.width)
+        self.w12 = Linear(shape.width, 2 * shape.hidden)
+        self.w3 = Linear(shape.hidden, shape.width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(.., D) -> (.., D)."""
