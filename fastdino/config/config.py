@@ -47,6 +47,9 @@ class Config:
         self._check_engine()
         self._check_lengths()
         self._check_rates()
+        if self.engine.fp8:
+            reason = "only our ViTs have layers for it"
+            require(self.model.is_vit, "engine.fp8", True, f"False with model.arch={self.model.arch}", reason)
         if self.model.attention == "xformers" and self.engine.device == "cpu":
             raise ConfigError(
                 "model.attention='xformers' needs a GPU, and engine.device='cpu': xformers has no CPU path; "

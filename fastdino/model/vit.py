@@ -14,7 +14,16 @@ from torch.utils.checkpoint import checkpoint
 from fastdino.config import ConfigError, ModelConfig
 from fastdino.data.batch import Masks
 from fastdino.model.attention import check_choice
-from fastdino.model.block import NORM_EPS, ROPE_NORM_EPS, Attention, Block, PatchEmbed, Shape, init_linears
+from fastdino.model.block import (
+    NORM_EPS,
+    ROPE_NORM_EPS,
+    Attention,
+    Block,
+    Linear,
+    PatchEmbed,
+    Shape,
+    init_linears,
+)
 from fastdino.model.packing import Drop, Packing, is_packed, packing_of
 from fastdino.model.positions import (
     Grid,
@@ -41,6 +50,7 @@ SIZES = {
     "7b": Shape(4096, 40, 32, 8192, swiglu=True),
 }
 
+FP8_WIDTH = 1024  # from which a product in fp8 saves more than the rounding of its factors costs
 Drops = tuple[Drop, Drop]  # of the branches of a block
 
 
@@ -117,6 +127,17 @@ class ViT(nn.Module):
         self.checkpointing = how
         for block in self.blocks:
             cast(Block, block).selective = how == "selective"
+
+    def use_fp8(self) -> None:
+        """The blocks' linear layers compute in fp8. Raises ConfigError for a network that is too narrow for it."""
+        if self.num_features < FP8_WIDTH:
+            raise ConfigError(
+                f"engine.fp8=True needs a model.arch of width {FP8_WIDTH} or more, such as vit_large; this one has "
+                f"{self.num_features}, where it would lose accuracy and no time: leave it out"
+            )
+        for layer in self.blocks.modules():
+            if isinstance(layer, Linear):
+                layer.fp8 = True
 
     def keep_grid_of(self, positions: Tensor) -> None:
         """Makes room for ``positions`` (1, 1 + N, D) of another square grid, whose views get interpolated positions."""
