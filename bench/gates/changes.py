@@ -86,7 +86,7 @@ def _headline(now: Cases, missing: list[str], changes: list[Change]) -> str:
 
 
 def _cell(figures: dict[str, Any], counter: str, change: Change | None) -> str:
-    total = f"{_total(figures.get(counter)):,}"
+    total = f"{_total(figures[counter]):,}" if counter in figures else "-"
     return f"**{total}** (was {change.was:,})" if change else total
 
 

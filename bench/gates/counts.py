@@ -8,6 +8,7 @@ torch's. Each is rank 0 of two in a group whose collectives do nothing, so their
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from bench.counters import HostReads, OpCounts, kernels_counted, saved_bytes
 from bench.gates.changes import as_markdown, in_lines
+from bench.gates.compiled import count_compiled
 from bench.record import RESULTS, provenance, write
 from bench.workload import build_trainer, nano_config, nano_dinov2, random_batch
 from fastdino.config import Config
@@ -30,6 +32,7 @@ from fastdino.distributed import Ranks
 COUNTS = RESULTS / "counts.json"
 CPU = torch.device("cpu")
 WARMUP_STEPS = 2  # the first one makes buffers and caches that later ones keep
+COMPILED = "gpu, DINOv2, compiled"  # counted otherwise: see bench.gates.compiled
 CASES = {
     "cpu, ZeRO 1": nano_config(),
     "gpu, not sharded": nano_config(engine="torch", precision="bf16"),
@@ -37,6 +40,7 @@ CASES = {
     "gpu, ZeRO 1": nano_config(precision="bf16"),
     "gpu, ZeRO 2": nano_config(precision="bf16", zero_stage=2),
     "gpu, DINOv2": nano_dinov2(nano_config(precision="bf16", local_batch=8), sinkhorn=False),
+    COMPILED: nano_dinov2(nano_config(precision="bf16", local_batch=8), sinkhorn=False),
     "gpu, DINOv2, separate heads, Sinkhorn": nano_dinov2(nano_config(precision="bf16", local_batch=8), sinkhorn=True),
 }
 HOW_TO = "If this is meant, record it with `python -m bench.gates.counts` and say why in the commit."
@@ -46,22 +50,36 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gates.counts", description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare with the record; write nothing")
     parser.add_argument("--markdown", action="store_true", help="--check whose report is a table for a job's summary")
+    parser.add_argument("--only", nargs="+", choices=list(CASES), metavar="CASE", help="check these cases alone")
     options = parser.parse_args()
+    check, chosen = options.check or options.markdown, options.only or list(CASES)
+    if options.only and not check:
+        parser.error("--only goes with --check or --markdown: a record is of all cases")
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    now = {name: count(config, Ranks(0, 2, 0, CPU), name.startswith("gpu")) for name, config in CASES.items()}
+    now = {name: _counters(name) for name in chosen}
     dist.destroy_process_group()
     where = provenance(CPU, "bench.gates.counts")
-    if not (options.check or options.markdown):
+    if not check:
         write(COUNTS, {"provenance": where, "cases": now})
         return 0
-    recorded = json.loads(COUNTS.read_text())
-    print((as_markdown if options.markdown else in_lines)(recorded["cases"], now))
-    if recorded["cases"] == now:
+    document = json.loads(COUNTS.read_text())
+    recorded = {name: case for name, case in document["cases"].items() if name in chosen or not options.only}
+    print((as_markdown if options.markdown else in_lines)(recorded, now))
+    if recorded == now:
         return 0
     print(f"\n{HOW_TO}")
-    if recorded["provenance"]["versions"] != where["versions"]:
-        print(f"recorded with {recorded['provenance']['versions']}, compared with {where['versions']}")
+    if document["provenance"]["versions"] != where["versions"]:
+        print(f"recorded with {document['provenance']['versions']}, compared with {where['versions']}")
     return 1
+
+
+def _counters(name: str) -> dict[str, Any]:
+    """Of a case; all but the first are on the path of a GPU."""
+    config, ranks = CASES[name], Ranks(0, 2, 0, CPU)
+    if name == COMPILED:
+        engine = dataclasses.replace(config.engine, compile="on")
+        return count_compiled(dataclasses.replace(config, engine=engine), ranks)
+    return count(config, ranks, as_on_gpu=name.startswith("gpu"))
 
 
 def count(config: Config, ranks: Ranks, as_on_gpu: bool) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from fastdino.engine.torch_engine import TorchEngine
 from fastdino.method import dino
 from fastdino.training.trainer import Trainer
 from fastdino_kernels import AdamWHyper, adamw_ema_, dino_loss, ema_update_
+from tests.bench.conftest import Python
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 CONFIGS = {"cpu": nano_config(engine="torch"), "gpu": nano_config(engine="torch", precision="bf16")}
@@ -173,6 +174,46 @@ def test_a_case_or_a_counter_that_is_gone_is_no_silence() -> None:
     for report in (in_lines, as_markdown):
         assert "b: is recorded, but measured no more" in report(recorded, now)
         assert "2 cases, 1 better, 2 unmatched" in report(recorded, now)
+
+
+EAGER = """
+import torch
+from fastdino.model import block
+whole = block.Attention.forward
+def forward(self, *args):
+    torch._dynamo.graph_break()
+    return whole(self, *args)
+block.Attention.forward = forward
+"""
+ANEW = """
+from fastdino.model import head, vit
+from fastdino.training.trainer import Trainer
+vit.ViT.regions = lambda self: []  # the heads alone, which is quick
+steps, project, train_step = [0], head.Head.project, Trainer.train_step
+def counted(self, batches):
+    steps[0] += 1
+    return train_step(self, batches)
+def scaled(self, x):
+    return project(self, x * steps[0])
+Trainer.train_step, head.Head.project = counted, scaled
+"""
+
+
+@pytest.mark.parametrize(
+    ("plant", "words"),
+    [
+        (EAGER, ["worse, fallbacks was 0, is 1 (Block.forward 0 -> 1)", "aten::native_layer_norm ", "cpp_fused_gelu"]),
+        (ANEW, ["worse, recompilations was 0, is ", "scaled in "]),
+    ],
+    ids=["a compiled block that falls back to eager", "a recompilation per step"],
+)
+def test_the_counts_of_the_compiled_step_name(plant: str, words: list[str], python: Python) -> None:
+    """The whole gate, in a process of its own."""
+    run = "import sys\nfrom bench.gates import counts\nsys.exit(counts.main())"
+    done = python("-c", plant + run, "--check", "--only", counts.COMPILED)
+    assert done.returncode == 1, done.stdout + done.stderr[-2000:]
+    for word in words:
+        assert word in done.stdout
 
 
 @pytest.fixture
