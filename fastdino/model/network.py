@@ -105,6 +105,8 @@ def build_network(config: Config, teacher: bool = False, load: bool = True) -> N
         given["local"] = views.local_size, views.num_local * config.run.local_batch
     mask_token, channels = config.loss.patch_weight > 0, config.data.channels
     backbone = build_backbone(model, views.global_size, given, mask_token=mask_token, channels=channels)
+    if not teacher:
+        backbone.set_checkpointing(config.engine.checkpointing)
     settings = [head for head in (config.head, config.patch_head) if head is not None]
     heads = [Head(backbone.num_features, head, model.init) for head in settings]
     network = Network(backbone, *heads)

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastdino.config import ConfigError, ModelConfig
 from fastdino.data.batch import Masks
@@ -87,6 +88,7 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(
             Block(shape, rate, model.attention, layer_scale=model.layer_scale, rope=rope) for rate in rates
         )
+        self.checkpointing = "none"
         self.norm = nn.LayerNorm(width, eps=ROPE_NORM_EPS if rope else NORM_EPS)
         for token in (self.cls_token, self.pos_embed, self.register_tokens):
             if token is not None:
@@ -109,6 +111,12 @@ class ViT(nn.Module):
         """The blocks, and what makes their input."""
         start = [(self, "embed")] if self.pos_embed is not None else [(self, "embed"), (self, "turns")]
         return [*start, *((block, "forward") for block in self.blocks)]
+
+    def set_checkpointing(self, how: str) -> None:
+        """What blocks compute again in the backward pass, see :class:`fastdino.config.EngineConfig`."""
+        self.checkpointing = how
+        for block in self.blocks:
+            cast(Block, block).selective = how == "selective"
 
     def keep_grid_of(self, positions: Tensor) -> None:
         """Makes room for ``positions`` (1, 1 + N, D) of another square grid, whose views get interpolated positions."""
@@ -133,7 +141,7 @@ class ViT(nn.Module):
         groups = [x.unsqueeze(0)] if isinstance(x, Tensor) else list(x.values())
         tokens, packing, turns, drops = self._all_but_last_block(groups, None if masks is None else masks.hidden)
         reading = packing.reading(None if masks is None else masks.rows, self.num_prefix)
-        tokens = self.norm(self.blocks[-1](tokens, packing, turns, reading, drops)).squeeze(0)
+        tokens = self.norm(self._run(self.blocks[-1], tokens, packing, turns, reading, drops)).squeeze(0)
         cls, patches = tokens, tokens[:0]
         if masks is not None:
             cls, patches = tokens.split([packing.num_sequences, len(masks.rows)])
@@ -165,8 +173,13 @@ class ViT(nn.Module):
         tokens, packing, turns = self._start(groups, hidden)
         *drops, last = self._draw(packing, tokens.dtype)
         for block, dropped in zip(self.blocks[:-1], drops, strict=True):
-            tokens = block(tokens, packing, turns, None, dropped)
+            tokens = self._run(block, tokens, packing, turns, None, dropped)
         return tokens, packing, turns, last
+
+    def _run(self, block: nn.Module, tokens: Tensor, *args: Any) -> Tensor:
+        if self.checkpointing == "full" and torch.is_grad_enabled():
+            return checkpoint(block, tokens, *args, use_reentrant=False, preserve_rng_state=False)
+        return block(tokens, *args)
 
     def _start(self, groups: list[Tensor], hidden: Tensor | None) -> tuple[Tensor, Packing, Rotation | None]:
         """What the first block is given."""
