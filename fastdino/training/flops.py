@@ -2,7 +2,6 @@
 
 import itertools
 import resource
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +46,7 @@ def step_flops(config: Config) -> float:
     what a step does once for all images, such as resampling positions.
     """
     views, batch = config.views, config.run.local_batch
-    heads = [(views.num_views, 2, config.head)]
+    heads: list[tuple[float, float, HeadConfig]] = [(views.num_views, 2, config.head)]
     if config.loss.patch_weight:
         side = views.global_size // config.model.patch_size
         hidden = num_hidden(batch, views, (side, side)) / batch
@@ -121,21 +120,6 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, clock: Callable[[Call
     out = torch.empty_like(a)
     seconds = [clock(lambda: torch.mm(a, b, out=out)) for _ in range(12)]
     return 2 * n**3 / min(seconds[2:])
-
-
-def wait(device: torch.device) -> None:
-    """Returns when the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def wall_seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Until the device has done ``work``."""
-    wait(device)
-    started = time.perf_counter()
-    work()
-    wait(device)
-    return time.perf_counter() - started
 
 
 def peak_memory(device: torch.device) -> int:

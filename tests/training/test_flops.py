@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.workload import nano_config, random_batch
 from fastdino import recipes
-from fastdino.config import Config, ModelConfig, PatchHeadConfig
+from fastdino.config import Config, PatchHeadConfig
 from fastdino.distributed import Ranks
 from fastdino.model import Outputs, build_network, vit
 from fastdino.model.block import Block
