@@ -79,6 +79,9 @@ class EngineConfig(Group):
     """Forward and backward passes per optimizer step; teacher, center and schedules move once per step."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPUs if there are any."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of each block and of the heads: faster and smaller steps after a first one that takes a minute.
+    auto: on a GPU. What cannot be compiled runs eagerly, with a warning."""
 
     def uses_bf16(self, device: str) -> bool:
         """True when weights and gradients of the forward and backward passes are bf16 on a device of this type."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdino.model.attention import attention, implementation
-from fastdino.model.packing import Packing, Reading, Subset
+from fastdino.model.packing import Drop, Packing, Reading, Subset
 from fastdino.model.positions import Rotation
 from fastdino_kernels import gather_layer_norm, scatter_add_scaled
 
@@ -57,29 +57,22 @@ class PatchProjection(nn.Conv2d):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)), each branch dropped for some sequences in training.
 
+    What is dropped is drawn outside, so that the same input gives the same output and all blocks are one to a compiler.
+
     Args:
         shape: widths.
-        drop_path: probability of dropping a branch.
-        subset: a branch runs on the sequences that keep it alone, as many at every step; else it runs on all, and each
-            sequence keeps it or not. The rows of a ``reading`` are dropped the second way in either case.
-        attention: "auto" | "xformers" | "sdpa".
+        drop_path: probability of dropping a branch, for who draws.
+        attention: "auto" | "varlen" | "xformers" | "sdpa".
         layer_scale: start of a factor per channel on each branch; 0: none.
         rope: it is given rotary positions. Then keys have no bias.
     """
 
     def __init__(
-        self,
-        shape: Shape,
-        drop_path: float,
-        attention: str,
-        *,
-        subset: bool = False,
-        layer_scale: float = 0.0,
-        rope: bool = False,
+        self, shape: Shape, drop_path: float, attention: str, *, layer_scale: float = 0.0, rope: bool = False
     ) -> None:
         super().__init__()
         eps = ROPE_NORM_EPS if rope else NORM_EPS
-        self.drop_path, self.subset = drop_path, subset
+        self.drop_path = drop_path
         self.norm1 = Norm(shape.width, eps=eps)
         self.attn = Attention(shape, attention, rope)
         self.ls1 = LayerScale(shape.width, layer_scale)
@@ -88,32 +81,38 @@ class Block(nn.Module):
         self.ls2 = LayerScale(shape.width, layer_scale)
 
     def forward(
-        self, x: Tensor, packing: Packing, rotation: Rotation | None = None, reading: Reading | None = None
+        self,
+        x: Tensor,
+        packing: Packing,
+        rotation: Rotation | None = None,
+        reading: Reading | None = None,
+        drops: tuple[Drop, Drop] = (None, None),
     ) -> Tensor:
-        """(1, tokens, D) -> (1, tokens, D); with ``reading`` those rows of the same result, (1, read, D)."""
-        if self.subset and self.drop_path and self.training and reading is None:
-            return self._on_subsets(x, packing, rotation)
+        """(1, tokens, D) -> (1, tokens, D); with ``reading`` those rows of the same result, (1, read, D).
+
+        ``drops`` are the branches'; a subset takes no reading.
+        """
+        x = self._attend(x, packing, rotation, reading, drops[0])
+        if isinstance(drops[1], Subset):
+            return self.ls2(self.mlp(self.norm2(x, drops[1])), x, drops[1])
+        return _add(x, self.ls2(self.mlp(self.norm2(x))), packing, reading, drops[1])
+
+    def _attend(
+        self, x: Tensor, packing: Packing, rotation: Rotation | None, reading: Reading | None, drop: Drop
+    ) -> Tensor:
+        """x + attention(norm(x)), of what is read."""
+        if isinstance(drop, Subset):
+            turns = None if rotation is None else rotation.take(drop.tokens())
+            return self.ls1(self.attn(self.norm1(x, drop), drop.packing, turns), x, drop)
         branch = self.attn(self.norm1(x), packing, rotation, reading)
         if reading is not None:
             x = x.index_select(1, reading.rows)
-        x = self._add(x, self.ls1(branch), packing, reading)
-        return self._add(x, self.ls2(self.mlp(self.norm2(x))), packing, reading)
+        return _add(x, self.ls1(branch), packing, reading, drop)
 
-    def _on_subsets(self, x: Tensor, packing: Packing, rotation: Rotation | None) -> Tensor:
-        """Each branch on a draw of its own; times n / M where M of n sequences are kept."""
-        kept = packing.draw(self.drop_path)
-        turns = None if rotation is None else rotation.take(kept.tokens())
-        x = self.ls1(self.attn(self.norm1(x, kept), kept.packing, turns), x, kept)
-        kept = packing.draw(self.drop_path)
-        return self.ls2(self.mlp(self.norm2(x, kept)), x, kept)
 
-    def _add(self, x: Tensor, branch: Tensor, packing: Packing, reading: Reading | None = None) -> Tensor:
-        """Residual sum with drop path: a sequence keeps its branch with probability 1 - p, then divided by 1 - p."""
-        if not self.training or not self.drop_path:
-            return x + branch
-        keep = 1 - self.drop_path
-        kept = torch.empty(packing.num_sequences, 1, device=x.device, dtype=x.dtype).bernoulli_(keep)
-        return torch.addcmul(x, branch, packing.per_token(kept, reading), value=1 / keep)
+def _add(x: Tensor, branch: Tensor, packing: Packing, reading: Reading | None, factors: Tensor | None) -> Tensor:
+    """The residual sum, the branch times its sequence's factor."""
+    return x + branch if factors is None else torch.addcmul(x, branch, packing.per_token(factors, reading))
 
 
 class Attention(nn.Module):
@@ -129,16 +128,18 @@ class Attention(nn.Module):
         self, x: Tensor, packing: Packing, rotation: Rotation | None = None, reading: Reading | None = None
     ) -> Tensor:
         """(1, tokens, D) -> (1, tokens, D); with ``reading`` those rows of the same result, (1, read, D)."""
-        queries = packing.lengths
+        queries, starts = packing.lengths, packing.starts
         if reading is None:
             q, k, v = self.qkv(x)
         else:
             (q,), (k, v) = self.qkv(x.index_select(1, reading.asking), "q"), self.qkv(x, "kv")
-            queries = reading.queries
+            queries, starts = reading.queries, reading.starts
         if rotation is not None:
             k = rotation.turn(k)
             q = (rotation if reading is None else rotation.take(reading.asking)).turn(q)
-        x = attention(q, k, v, queries=queries, keys=packing.lengths, choice=self.choice).flatten(2)
+        x = attention(
+            q, k, v, queries=queries, keys=packing.lengths, starts=(starts, packing.starts), choice=self.choice
+        ).flatten(2)
         if reading is not None and reading.answers is not None:
             x = x.index_select(1, reading.answers)
         return self.proj(x)

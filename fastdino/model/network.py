@@ -15,8 +15,8 @@ from fastdino.model.vit import ViT
 from fastdino.model.weights import WeightsError, form_of, load_backbone, load_head, read_metadata, settled
 
 Backbone = ViT | TimmBackbone
-"""A module with ``num_features`` (D), ``channels`` (C), ``implementation`` (what runs it, for the log) and
-``published`` (the module whose state dict has the names under which such weights are published).
+"""A module with ``num_features`` (D), ``channels`` (C), ``implementation`` (what runs it, for the log),
+``regions()`` (what of it to compile, see :meth:`Network.regions`) and ``published`` (the module whose state dict has the names under which such weights are published).
 
 Called with (V_i, B, C, h_i, w_i) normalised views by name, and masks of patches, it gives CLS tokens (sum of V_i, B, D)
 and patches (M, D); with (B, C, h, w) images (B, D).
@@ -73,6 +73,17 @@ class Network(nn.Module):
             cls_points, patch_points = self.head.points(cls), head.points(patches)
             patch_prototypes = prototypes if head is self.head else head.prototypes()
         return Outputs(cls, patches, cls_points, patch_points, prototypes, patch_prototypes)
+
+    def regions(self) -> list[tuple[nn.Module, str]]:
+        """The parts worth compiling, as a module and its method, that hold no branch on a value and no collective.
+
+        Batch statistics over several ranks are one, so that a head with them is left out.
+        """
+        found = list(self.backbone.regions())
+        for head in (self.head, self.patch_head):
+            if head is not None and not any(isinstance(m, nn.SyncBatchNorm) for m in head.modules()):
+                found.append((head, "project"))
+        return found
 
 
 def build_network(config: Config, teacher: bool = False, load: bool = True) -> Network:

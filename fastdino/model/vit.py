@@ -5,7 +5,7 @@ B images of C channels, N patches of a view, D width, H heads.
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from fastdino.config import ConfigError, ModelConfig
 from fastdino.data.batch import Masks
 from fastdino.model.attention import check_choice
 from fastdino.model.block import NORM_EPS, ROPE_NORM_EPS, Attention, Block, PatchEmbed, Shape, init_linears
-from fastdino.model.packing import Packing, pack
+from fastdino.model.packing import Drop, Packing, pack
 from fastdino.model.positions import Grid, Rotation, resample_positions, rope_angles, rotation, sincos_positions
 
 SIZES = {
@@ -31,6 +31,8 @@ SIZES = {
     "giant2": Shape(1536, 40, 24, 4096, swiglu=True),
     "7b": Shape(4096, 40, 32, 8192, swiglu=True),
 }
+
+Drops = tuple[Drop, Drop]  # of the branches of a block
 
 
 class ViT(nn.Module):
@@ -73,10 +75,9 @@ class ViT(nn.Module):
         rates = [model.drop_path] * depth
         if model.drop_path_rule == "linear":
             rates = [model.drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        subset = model.drop_path_rule == "uniform"
+        self.subsets = model.drop_path_rule == "uniform"  # dropped branches are not computed
         self.blocks = nn.ModuleList(
-            Block(shape, rate, model.attention, subset=subset, layer_scale=model.layer_scale, rope=rope)
-            for rate in rates
+            Block(shape, rate, model.attention, layer_scale=model.layer_scale, rope=rope) for rate in rates
         )
         self.norm = nn.LayerNorm(width, eps=ROPE_NORM_EPS if rope else NORM_EPS)
         for token in (self.cls_token, self.pos_embed, self.register_tokens):
@@ -95,6 +96,10 @@ class ViT(nn.Module):
     def published(self) -> nn.Module:
         """The module whose state dict has the published names: this one."""
         return self
+
+    def regions(self) -> list[tuple[nn.Module, str]]:
+        """The blocks."""
+        return [(block, "forward") for block in self.blocks]
 
     def keep_grid_of(self, positions: Tensor) -> None:
         """Makes room for ``positions`` (1, 1 + N, D) of another square grid, whose views get interpolated positions."""
@@ -117,9 +122,9 @@ class ViT(nn.Module):
         what is read alone: queries of the groups of which patches are read and of CLS tokens, the rest for such rows.
         """
         groups = [x.unsqueeze(0)] if isinstance(x, Tensor) else list(x.values())
-        tokens, packing, turns = self._all_but_last_block(groups, None if masks is None else masks.hidden)
+        tokens, packing, turns, drops = self._all_but_last_block(groups, None if masks is None else masks.hidden)
         reading = packing.reading(None if masks is None else masks.rows, self.num_prefix)
-        tokens = self.norm(self.blocks[-1](tokens, packing, turns, reading)).squeeze(0)
+        tokens = self.norm(self.blocks[-1](tokens, packing, turns, reading, drops)).squeeze(0)
         cls, patches = tokens, tokens[:0]
         if masks is not None:
             cls, patches = tokens.split([packing.num_sequences, len(masks.rows)])
@@ -128,8 +133,8 @@ class ViT(nn.Module):
 
     def patch_tokens(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, rows, columns, D), the patches after the final norm."""
-        tokens, packing, turns = self._all_but_last_block([x.unsqueeze(0)])
-        tokens = self.norm(self.blocks[-1](tokens, packing, turns)).view(*packing.lengths[0], -1)
+        tokens, packing, turns, drops = self._all_but_last_block([x.unsqueeze(0)])
+        tokens = self.norm(self.blocks[-1](tokens, packing, turns, None, drops)).view(*packing.lengths[0], -1)
         return tokens[:, self.num_prefix :].unflatten(1, self._grid(*x.shape[-2:]))
 
     def attention_maps(self, x: Tensor) -> Tensor:
@@ -137,7 +142,7 @@ class ViT(nn.Module):
 
         A head's row sums to 1 minus what the CLS token keeps for itself and gives to registers.
         """
-        tokens, packing, turns = self._all_but_last_block([x.unsqueeze(0)])
+        tokens, packing, turns, _ = self._all_but_last_block([x.unsqueeze(0)])
         last = self.blocks[-1]
         assert isinstance(last, Block)
         weights = last.attn.cls_weights(last.norm1(tokens).view(*packing.lengths[0], -1), turns)
@@ -145,18 +150,30 @@ class ViT(nn.Module):
 
     def _all_but_last_block(
         self, groups: list[Tensor], hidden: Tensor | None = None
-    ) -> tuple[Tensor, Packing, Rotation | None]:
+    ) -> tuple[Tensor, Packing, Rotation | None, Drops]:
         """Views as :meth:`forward` takes them -> (1, tokens, D), where each sequence lies in it, how each token is
-        turned."""
+        turned, and what the last block drops."""
         rows = [views.flatten(0, 1) for views in groups]
         tokens, packing = pack([self._tokens(x, None if i else hidden) for i, x in enumerate(rows)])
         turns = None
         if self.pos_embed is None:
             angles = [self._angles(x) for x in rows]
             turns = rotation(angles, [count for count, _ in packing.lengths], self.num_prefix)
-        for block in self.blocks[:-1]:
-            tokens = block(tokens, packing, turns)
-        return tokens, packing, turns
+        *drops, last = self._draw(packing, tokens.dtype)
+        for block, dropped in zip(self.blocks[:-1], drops, strict=True):
+            tokens = block(tokens, packing, turns, None, dropped)
+        return tokens, packing, turns, last
+
+    def _draw(self, packing: Packing, dtype: torch.dtype) -> list[Drops]:
+        """What each block drops. The last has factors under either rule, for it computes what is read alone."""
+        rates = [cast(Block, block).drop_path for block in self.blocks]
+        if not self.training or not any(rates):
+            return [(None, None)] * len(rates)
+        if not self.subsets:
+            return [(attn, mlp) for attn, mlp in packing.draw_factors(rates, dtype)]
+        drawn = iter(packing.draw_subsets(rates[0], 2 * (len(rates) - 1)))
+        attn, mlp = packing.draw_factors(rates[-1:], dtype)[0]
+        return [*zip(drawn, drawn, strict=True), (attn, mlp)]
 
     def _tokens(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
         """(R, C, h, w), or patches -> (R, num_prefix + N, D): CLS, registers, patches; positions added to all but

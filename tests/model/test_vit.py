@@ -16,6 +16,7 @@ from fastdino.data import Masks
 from fastdino.model import ViT
 from fastdino.model import attention as attention_room
 from fastdino.model import packing as packing_room
+from fastdino.model.block import _add
 from fastdino.model.packing import pack
 from fastdino.model.positions import resample_positions, rope_angles
 from tests.model.textbook import literal, nano, views
@@ -179,11 +180,12 @@ def test_drop_path_drops_whole_branches_of_sequences() -> None:
     torch.manual_seed(0)
     rates = [block.drop_path for block in nano(drop_path=0.3).blocks]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
-    block = nano(drop_path=0.3).blocks[-1].train()
     lengths = ((3000, 2), (2000, 3))
     packing = packing_room._packing(lengths, torch.device("cpu"))
     tokens = torch.ones(1, 12000, 1)
-    out = block._add(10 * tokens, tokens, packing)[0, :, 0] - 10
+    drawn = packing.draw_factors([0.0, 0.3], torch.float32)
+    assert torch.equal(_add(10 * tokens, tokens, packing, None, drawn[0, 0]), 11 * tokens)  # no rate, no drop
+    out = _add(10 * tokens, tokens, packing, None, drawn[1, 0])[0, :, 0] - 10
     per_sequence = torch.cat([out[:6000].view(3000, 2)[:, 0], out[6000:].view(2000, 3)[:, 0]])
     assert torch.equal(
         out, torch.cat([per_sequence[:3000].repeat_interleave(2), per_sequence[3000:].repeat_interleave(3)])
@@ -191,9 +193,7 @@ def test_drop_path_drops_whole_branches_of_sequences() -> None:
     kept = per_sequence != 0
     torch.testing.assert_close(per_sequence[kept], torch.full((int(kept.sum()),), 1 / 0.7), rtol=1e-5, atol=1e-5)
     assert kept.double().mean().item() == pytest.approx(0.7, abs=4 * math.sqrt(0.7 * 0.3 / 5000))
-    again = block._add(10 * tokens, tokens, packing)[0, :, 0] - 10
-    assert (again != out).any()  # each branch draws anew
-    assert torch.equal(block.eval()._add(tokens, tokens, packing), 2 * tokens)
+    assert (drawn[1, 0] != drawn[1, 1]).any()  # each branch draws anew
 
 
 def test_drop_path_follows_the_seed_and_pruning_changes_no_draw() -> None:
@@ -208,8 +208,8 @@ def test_drop_path_follows_the_seed_and_pruning_changes_no_draw() -> None:
     assert not torch.equal(run(0)[0], run(1)[0])
     torch.manual_seed(0)
     x, packing = pack([vit._tokens(g.flatten(0, 1)) for g in groups.values()])
-    for block in vit.blocks:
-        x = block(x, packing)  # the last block in full
+    for block, drops in zip(vit.blocks, vit._draw(packing, x.dtype), strict=True):
+        x = block(x, packing, drops=drops)  # the last block in full
     x = vit.norm(x)[0]
     want = x[packing.first].view(5, 4, -1)
     torch.testing.assert_close(run(0)[0], want, rtol=1e-10, atol=1e-10)
