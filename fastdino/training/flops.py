@@ -156,7 +156,7 @@ class Meter:
         return cls(ranks.device, ranks.world_size, step_flops(config) / images if peak else 0.0, peak)
 
     def __call__(self, images_per_second: float) -> dict[str, float]:
-        """Figures by name: ``images_per_second_per_gpu``, ``peak_memory_gb`` (1e9 bytes) and, if known, ``mfu``."""
+        """Figures by name: ``images_per_second_per_device``, ``peak_memory_gb`` (1e9 bytes) and, if known, ``mfu``."""
         each = images_per_second / self.world_size
-        found = {"images_per_second_per_gpu": each, "peak_memory_gb": peak_memory(self.device) / 1e9}
+        found = {"images_per_second_per_device": each, "peak_memory_gb": peak_memory(self.device) / 1e9}
         return found | ({"mfu": each * self.flops / self.peak} if self.peak else {})

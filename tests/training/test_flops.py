@@ -165,10 +165,10 @@ def test_the_peak_is_that_of_the_device_and_of_the_precision(
 def test_a_meter_says_what_a_device_makes_of_a_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     config = changed(engine={"accumulate": 2})
     unknown = Meter.of(config, Ranks(0, 4, 0, CPU))(100.0)
-    assert unknown.keys() == {"images_per_second_per_gpu", "peak_memory_gb"}, "no MFU, not one of 0"
+    assert unknown.keys() == {"images_per_second_per_device", "peak_memory_gb"}, "no MFU, not one of 0"
     monkeypatch.setattr(flops, "published_peak", lambda config, device: 1e12)
     known = Meter.of(config, Ranks(0, 4, 0, CPU))(100.0)
-    assert known["images_per_second_per_gpu"] == 25.0
+    assert known["images_per_second_per_device"] == 25.0
     assert known["mfu"] == pytest.approx(25.0 * step_flops(config) / 8 / 1e12)
 
 

@@ -75,14 +75,14 @@ class Throughput:
         """The figures in some lines, with what to do."""
         best = self.published_flops or self.matmul_flops
         what = "the published peak" if self.published_flops else "what matrix products reach here"
-        lines = [self.runs, f"{'':20}{'images/s':>12}{'per GPU':>12}{'MFU':>9}"]
+        lines = [self.runs, f"{'':20}{'images/s':>12}{'per device':>12}{'MFU':>9}"]
         for name, pace in (("training", self.training), ("step alone", self.step)):
             lines.append(f"{name:20}{pace:12.1f}{pace / self.world_size:12.1f}{self.mfu(pace, best):9.1%}")
         workers = f"{self.num_workers} worker{'s' * (self.num_workers != 1)} per rank"
         lines += [
             f"{'pipeline alone':20}{self.pipeline:12.1f}{self.pipeline / self.world_size:12.1f}   {workers}",
             f"{'waiting for images':20}{self.data_wait:12.1%}   of training",
-            f"{'peak memory':20}{self.peak_memory / 1e9:12.2f} GB per rank",
+            f"{'peak memory':20}{self.peak_memory / 1e9:12.2f} GB per device",
             f"MFU: the share of {best / 1e12:,.3g} TFLOP/s, {what}; an image takes {self.image_flops / 1e9:,.3g} GFLOP",
         ]
         if self.published_flops:

@@ -125,7 +125,8 @@ def trace(trainer: Trainer, fetch: Callable[[], list[Batch]], path: Path) -> Non
     Every rank calls it. Nothing waits, so a part's kernels may run after its range.
     """
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (trainer.ranks.device.type == "cuda")
-    with profile(activities=activities) as profiler, in_ranges(trainer, record_function, lambda _: None):
+    profiler = profile(activities=activities, acc_events=True)
+    with profiler, in_ranges(trainer, record_function, lambda _: None):
         for _ in range(TRACED_STEPS):
             with record_function("data"):
                 batches = fetch()
