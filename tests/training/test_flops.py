@@ -17,7 +17,7 @@ from fastdino.config import Config, PatchHeadConfig
 from fastdino.distributed import Ranks
 from fastdino.model import Outputs, build_network, vit
 from fastdino.model.block import Block
-from fastdino.model.packing import Packing, Reading
+from fastdino.model.packing import Drop, Packing, Reading
 from fastdino.model.positions import Rotation
 from fastdino.model.vit import SIZES, Shape
 from fastdino.training import flops
@@ -68,10 +68,14 @@ def _as_defined(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Block.forward
 
     def forward(
-        self: Block, x: Tensor, packing: Packing, rotation: Rotation | None = None, reading: Reading | None = None
+        self: Block,
+        x: Tensor,
+        packing: Packing,
+        rotation: Rotation | None = None,
+        reading: Reading | None = None,
+        drops: tuple[Drop, Drop] = (None, None),
     ) -> Tensor:
-        self.subset = self.subset and reading is None
-        whole = original(self, x, packing, rotation)
+        whole = original(self, x, packing, rotation, None, drops)
         return whole if reading is None else whole.index_select(1, reading.rows)
 
     monkeypatch.setattr(Block, "forward", forward)

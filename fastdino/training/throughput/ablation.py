@@ -50,6 +50,7 @@ def _attention(trainer: Trainer) -> str:
 
 SWITCHES = (
     Switch("model.attention", "auto", "sdpa", _attention),
+    Switch("engine.compile", "auto", "off", lambda t: t.compiled),
     Switch("engine.zero_stage", "auto", 0, lambda t: t.engine.sharded and zero_stage(t.config, t.ranks)),
 )
 
@@ -186,7 +187,8 @@ def _cost(both: list[tuple[float, int] | None]) -> Cost | None:
 
 
 def _free(ranks: Ranks) -> None:
-    """Gives back what a trainer held; an engine and its hooks hold each other."""
+    """Gives back what a trainer held, its compiled code too; an engine and its hooks hold each other."""
+    torch.compiler.reset()
     gc.collect()
     if ranks.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -114,7 +114,7 @@ class Bench:
     seconds: float = 10.0
     """Seconds of each measurement: training, the step alone, the pipeline alone, each variant of --ablate."""
     ablate: bool = False
-    """Also measure what each switch gives: attention, sharding."""
+    """Also measure what each switch of the engine gives, alone and when all others are on."""
     profile: Path | None = None
     """A file for a trace of 3 steps with named parts, for ui.perfetto.dev or chrome://tracing; .gz compresses it."""
     json: Path | None = None
@@ -213,9 +213,8 @@ def _what_runs(trainer: Trainer) -> str:
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
     engine = f"deepspeed ZeRO {zero_stage(config, ranks)}" if config.engine.name == "deepspeed" else "torch engine"
     dtype = str(trainer.engine.dtype).removeprefix("torch.")
-    return (
-        f"{config.model.arch} on {ranks.world_size} x {device}, {dtype}, {engine}, {trainer.global_batch} images a step"
-    )
+    how = f"{dtype}, {engine}{', compiled' * trainer.compiled}"
+    return f"{config.model.arch} on {ranks.world_size} x {device}, {how}; {trainer.global_batch} images a step"
 
 
 def _document(found: Throughput, config: Config) -> dict[str, Any]:
