@@ -129,10 +129,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """(1, tokens, D) -> (1, tokens, D); with ``reading`` those rows of the same result, (1, read, D)."""
         queries, starts = packing.lengths, packing.starts
-        if reading is None:
-            q, k, v = self.qkv(x)
-        else:
-            (q,), (k, v) = self.qkv(x.index_select(1, reading.asking), "q"), self.qkv(x, "kv")
+        q, k, v = self.qkv(x, None if reading is None else reading.asking)
+        if reading is not None:
             queries, starts = reading.queries, reading.starts
         if rotation is not None:
             k = rotation.turn(k)
@@ -154,7 +152,7 @@ class Attention(nn.Module):
 
         ``rotation`` is of the R * tokens; it leaves the CLS token's query as it is.
         """
-        (q,), (k,) = self.qkv(x[:, :1], "q"), self.qkv(x, "k")
+        q, k, _ = self.qkv(x, torch.zeros(1, dtype=torch.long, device=x.device))
         if rotation is not None:
             k = rotation.turn(k.flatten(0, 1).unsqueeze(0)).view_as(k)
         scores = torch.einsum("rqhd,rnhd->rhn", q.float(), k.float())
@@ -172,18 +170,22 @@ class Qkv(nn.Linear):
         super().__init__(width, 3 * width)
         self.num_heads, self.key_bias = num_heads, key_bias
 
-    def forward(self, x: Tensor, wanted: str = "qkv") -> tuple[Tensor, ...]:  # type: ignore[override]
-        """(.., D) -> those of q, k and v that are ``wanted``, neighbours of "qkv", each (.., H, d)."""
-        weight: Tensor = self.weight
+    def forward(self, x: Tensor, asking: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        """(.., N, D) -> q, k, v, each (.., N, H, d); queries of the tokens ``asking`` alone where these are given."""
         bias: Tensor = self.bias
         if not self.key_bias:
             q, k, v = bias.chunk(3)
             bias = torch.cat([q, torch.zeros_like(k), v])
-        if wanted != "qkv":
-            first = "qkv".index(wanted) * self.in_features
-            rows = slice(first, first + len(wanted) * self.in_features)
-            weight, bias = weight[rows], bias[rows]
-        return F.linear(x, weight, bias).unflatten(-1, (len(wanted), self.num_heads, -1)).unbind(-3)
+        if asking is None:
+            return self._heads(F.linear(x, self.weight, bias)).unbind(-3)  # type: ignore[return-value]
+        rows = [self.in_features, 2 * self.in_features]
+        (of_q, of_kv), (bias_q, bias_kv) = self.weight.split(rows), bias.split(rows)
+        q = self._heads(F.linear(x.index_select(-2, asking), of_q, bias_q)).squeeze(-3)
+        return q, *self._heads(F.linear(x, of_kv, bias_kv)).unbind(-3)  # type: ignore[return-value]
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(.., n D) -> (.., n, H, d)."""
+        return x.unflatten(-1, (-1, self.num_heads, self.in_features // self.num_heads))
 
 
 class Mlp(nn.Module):
