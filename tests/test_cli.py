@@ -70,6 +70,11 @@ def run(tmp_path_factory) -> Path:
         (["train", "vit_small_16", "--model.patch-size", "15"], "use 210 or 225"),
         (["train", "vit_small_16"], "data.root is empty"),
         (["train", "vit_small_16", "--data.root", "/no/such/folder"], "does not exist"),
+        (["bench", "vit_smal_16"], "no recipe 'vit_smal_16': did you mean vit_small_16?"),
+        (["bench", "demo", "--json", "/no/such/folder/figures.json"], "--json /no/such/folder/figures.json cannot be"),
+        (["bench", "demo", "--profile", "/"], "--profile / cannot be written: Is a directory"),
+        (["bench", "demo", "--seconds", "0"], "--seconds=0.0 must be a positive number of seconds"),
+        (["bench", "demo", "--second", "3"], "--seconds"),
         (["train", "vit_small_16", "--model.attention", "xformers", *TINY], "needs a GPU"),
         (["train", "vit_small_16", "--data.root", "shapes", "--model.arch", "timm:resnet5O"], "resnet50"),
         (["train", "vit_small_16", *TINY, "--run.local-batch", 64], "do not fill one global batch"),
@@ -229,6 +234,10 @@ def test_help_teaches():
     assert "k-NN 69.3" in page, "the recipe's docstring is the page's head"
     assert "are bank and test" in knn
     assert "Side in pixels that the backbone sees" in knn, "flags that all evaluations share are explained too"
+    bench = " ".join(fastdino("bench", "vit_small_16", "--help").stdout.replace("\u2502", " ").split())
+    assert "Seconds of each measurement" in bench
+    assert "alone and when all others are on" in bench
+    assert "--views.num-local" in bench, "settings are flags here too"
     assert "vit_base_16" in fastdino("recipes").stdout
     assert '"arch": "vit_nano"' in fastdino("recipes", "demo").stdout
 
