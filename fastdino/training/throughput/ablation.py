@@ -121,7 +121,8 @@ def ablate(config: Config, ranks: Ranks, views: list[Batch], seconds: float) -> 
     variants = [*dict.fromkeys(variants)] if switches else []
     found: dict[On, list[tuple[float, int] | None]] = {on: [] for on in variants}
     for turn, on in enumerate([*variants, *reversed(variants)], 1):
-        log.info("ablation, %d of %d: %s", turn, 2 * len(variants), ", ".join(sorted(on)) or "all off")
+        if ranks.is_main:
+            log.info("ablation, %d of %d: %s", turn, 2 * len(variants), ", ".join(sorted(on)) or "all off")
         found[on].append(_measure(_with(config, on), ranks, views, seconds / 2))
         _free(ranks)
     costs = {on: _cost(both) for on, both in found.items()}

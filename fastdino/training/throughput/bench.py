@@ -161,14 +161,14 @@ class Bench:
         training = step_seconds(step, ranks, self.seconds)
         data_wait = waited / (time.perf_counter() - started)
         memory = max(ranks.gather(peak_memory(ranks.device)))
+        self._say("the parts of a step", ranks)  # here, where the pipeline is as far ahead as in training
+        steps = ranks.gather(max(2, min(MOST_STEPS, round(self.seconds / training))))[0]
+        parts = breakdown(trainer, fetch, steps)
         views = fetch()
         self._say("the step alone", ranks)
         alone = step_seconds(lambda: trainer.train_step(views), ranks, self.seconds)
         self._say("the pipeline alone", ranks)
         pipeline = step_seconds(fetch, ranks, self.seconds)
-        self._say("the parts of a step", ranks)
-        steps = ranks.gather(max(2, min(MOST_STEPS, round(self.seconds / training))))[0]
-        parts = breakdown(trainer, fetch, steps)
         if self.profile:
             self._say(f"a trace of {TRACED_STEPS} steps", ranks)
             trace(trainer, fetch, self.profile)

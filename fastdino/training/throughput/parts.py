@@ -20,7 +20,7 @@ from fastdino.training.throughput.timing import wait
 from fastdino.training.trainer import Trainer
 
 PARTS = {
-    "data": "waiting for images",
+    "data": "images and their copy to the device",
     "teacher": "",
     "student forward": "",
     "losses": "logits, centers and losses",
