@@ -82,6 +82,12 @@ class EngineConfig(Group):
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of each block and of the heads: faster and smaller steps after a first one that takes a minute.
     auto: on a GPU. What cannot be compiled runs eagerly, with a warning."""
+    cuda_graphs: bool = False
+    """Replays whole steps as one launch each, where kernels are launched more slowly than they run: small models on
+    fast GPUs. adamw, and ZeRO 0 or engine.name=torch; what cannot be captured is launched as ever, with a warning."""
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the student's blocks compute again in the backward pass rather than keep. selective: norms and the MLP's
+    hidden layer, most of what a block keeps for a sixth of its work; our ViT only. full: everything but its input."""
     fp8: bool = False
     """The blocks' linear layers multiply in fp8, but for the weights' gradients, as in DINOv3: of our ViTs of width
     1024 and more, in bf16, on GPUs of compute capability 8.9 and more, compiled, which fuses the rounding."""

@@ -91,6 +91,13 @@ class Dino:
                 target.after_step(applied)
         self._newest = None  # its centers have moved
 
+    def abandon(self) -> None:
+        """Forgets the losses of a step that is not taken."""
+        for target in (self.target, self.patch_target):
+            if target is not None:
+                target.abandon()
+        self._newest = None
+
     def state(self) -> dict[str, Tensor]:
         """Live tensors, equal on all ranks, that a checkpoint saves and restores by name; ``patch_`` for patches."""
         patch_state = self.patch_target.state() if self.patch_target else {}
@@ -139,10 +146,10 @@ class _Newest(NamedTuple):
     logits: Tensor  # (T, B, K)
     center: Tensor  # (K,)
     patch_center: Tensor | None  # (K',)
-    temp: float
+    temp: float | Tensor
 
 
-def _entropies(logits: Tensor, center: Tensor, temp: float) -> tuple[Tensor, Tensor]:
+def _entropies(logits: Tensor, center: Tensor, temp: float | Tensor) -> tuple[Tensor, Tensor]:
     """Of the targets that (R, K) logits become: their mean entropy, and the entropy of their mean."""
     log_p = torch.log_softmax((logits.float() - center) / temp, dim=-1)
     p = log_p.exp()

@@ -5,7 +5,7 @@ import importlib
 import itertools
 import warnings
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,8 @@ Lengths = tuple[tuple[int, int], ...]  # (sequences, tokens of each) per group; 
 
 
 FASTEST: dict[str, str] = {}
-"""What auto takes on a GPU, by a part of its name: the faster one in bench/results/attention-*.json. On a GPU that is not
-here, not measured that is, it takes what launches least."""
+"""What auto takes on a GPU, by a part of its name: the fastest in bench/results/attention-*.json. On a GPU that is not
+here, that is not measured, it takes what launches least."""
 
 
 def attention(
@@ -49,7 +49,8 @@ def attention(
         case "varlen":
             starts = starts or (starts_of(queries, q.device), starts_of(keys, q.device))
             longest = [max([tokens for _, tokens in lengths]) for lengths in (queries, keys)]
-            return varlen_attn(q.squeeze(0), k.squeeze(0), v.squeeze(0), *starts, *longest).unsqueeze(0)
+            attended = varlen_attn(q.squeeze(0), k.squeeze(0), v.squeeze(0), *starts, *longest)
+            return cast(Tensor, attended).unsqueeze(0)
         case "xformers":
             mask = _block_diagonal(queries, keys, q.device)
             return _xformers().memory_efficient_attention(q, k, v, attn_bias=mask)

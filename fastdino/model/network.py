@@ -15,8 +15,9 @@ from fastdino.model.vit import ViT
 from fastdino.model.weights import WeightsError, form_of, load_backbone, load_head, read_metadata, settled
 
 Backbone = ViT | TimmBackbone
-"""A module with ``num_features`` (D), ``channels`` (C), ``implementation`` (what runs it, for the log),
-``regions()`` (what of it to compile, see :meth:`Network.regions`) and ``published`` (the module whose state dict has the names under which such weights are published).
+"""A module with ``num_features`` (D), ``channels`` (C), ``implementation`` (what runs it, for the log), ``regions()``
+(what of it to compile, see :meth:`Network.regions`) and ``published`` (the module whose state dict has the names under
+which such weights are published).
 
 Called with (V_i, B, C, h_i, w_i) normalised views by name, and masks of patches, it gives CLS tokens (sum of V_i, B, D)
 and patches (M, D); with (B, C, h, w) images (B, D).
@@ -79,11 +80,9 @@ class Network(nn.Module):
 
         Batch statistics over several ranks are one, so that a head with them is left out.
         """
-        found = list(self.backbone.regions())
-        for head in (self.head, self.patch_head):
-            if head is not None and not any(isinstance(m, nn.SyncBatchNorm) for m in head.modules()):
-                found.append((head, "project"))
-        return found
+        heads = [head for head in (self.head, self.patch_head) if head is not None]
+        alone = [head for head in heads if not any(isinstance(m, nn.SyncBatchNorm) for m in head.modules())]
+        return [*self.backbone.regions(), *((head, "project") for head in alone)]
 
 
 def build_network(config: Config, teacher: bool = False, load: bool = True) -> Network:
@@ -106,6 +105,8 @@ def build_network(config: Config, teacher: bool = False, load: bool = True) -> N
         given["local"] = views.local_size, views.num_local * config.run.local_batch
     mask_token, channels = config.loss.patch_weight > 0, config.data.channels
     backbone = build_backbone(model, views.global_size, given, mask_token=mask_token, channels=channels)
+    if not teacher:
+        backbone.set_checkpointing(config.engine.checkpointing)
     settings = [head for head in (config.head, config.patch_head) if head is not None]
     heads = [Head(backbone.num_features, head, model.init) for head in settings]
     if config.engine.fp8:

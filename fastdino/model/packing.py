@@ -104,7 +104,7 @@ class Packing:
     def draw_subsets(self, rate: float, count: int) -> list[Subset]:
         """``count`` draws of max(1, int(n * (1 - rate))) of the n sequences of each group, uniformly, all at once."""
         lengths = tuple((max(1, int(sequences * (1 - rate))), tokens) for sequences, tokens in self.lengths)
-        packing = _packing(lengths, self.first.device)
+        packing = packing_of(lengths, self.first.device)
         drawn = []  # per group (count, kept)
         for (sequences, _), (kept, _) in zip(self.lengths, lengths, strict=True):
             order = torch.rand(count, sequences, device=self.first.device).argsort(dim=1)
@@ -117,15 +117,9 @@ class Packing:
         return x if sequence is None else x[sequence]
 
 
-def pack(groups: list[Tensor]) -> tuple[Tensor, Packing]:
-    """(sequences, tokens, D) per group -> (1, all tokens, D) and where each sequence lies in it."""
-    lengths = tuple((x.shape[0], x.shape[1]) for x in groups)
-    packed = torch.cat([x.flatten(0, 1) for x in groups]).unsqueeze(0)
-    return packed, _packing(lengths, packed.device)
-
-
 @functools.lru_cache(maxsize=64)
-def _packing(lengths: Lengths, device: torch.device) -> Packing:
+def packing_of(lengths: Lengths, device: torch.device) -> Packing:
+    """The packing of groups of (sequences, tokens of each), the sequences of each group one after the other."""
     with torch.inference_mode(False):  # kept between calls, so they must not be inference tensors
         sequence, first, first_sequence, first_token = [], [], 0, 0
         for sequences, tokens in lengths:
@@ -148,7 +142,7 @@ def _asking(lengths: Lengths, device: torch.device) -> tuple[Tensor, Tensor, Ten
     """Where the first group asks all its queries: the tokens that ask, each CLS among them, each sequence's number."""
     with torch.inference_mode(False):
         sequences, tokens = lengths[0]
-        first = _packing(lengths, device).first
+        first = packing_of(lengths, device).first
         number = torch.arange(len(first), device=device)
         asking = torch.cat([torch.arange(sequences * tokens, device=device), first[sequences:]])
         answers = torch.cat([first[:sequences], sequences * (tokens - 1) + number[sequences:]])

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastdino.config import ConfigError, ModelConfig
 from fastdino.data.batch import Masks
@@ -23,8 +24,16 @@ from fastdino.model.block import (
     Shape,
     init_linears,
 )
-from fastdino.model.packing import Drop, Packing, pack
-from fastdino.model.positions import Grid, Rotation, resample_positions, rope_angles, rotation, sincos_positions
+from fastdino.model.packing import Drop, Packing, packing_of
+from fastdino.model.positions import (
+    Grid,
+    Rotation,
+    resample_positions,
+    resampling,
+    rope_angles,
+    rotation,
+    sincos_positions,
+)
 
 SIZES = {
     "nano": Shape(96, 4, 4, 384),
@@ -89,6 +98,7 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(
             Block(shape, rate, model.attention, layer_scale=model.layer_scale, rope=rope) for rate in rates
         )
+        self.checkpointing = "none"
         self.norm = nn.LayerNorm(width, eps=ROPE_NORM_EPS if rope else NORM_EPS)
         for token in (self.cls_token, self.pos_embed, self.register_tokens):
             if token is not None:
@@ -108,8 +118,15 @@ class ViT(nn.Module):
         return self
 
     def regions(self) -> list[tuple[nn.Module, str]]:
-        """The blocks."""
-        return [(block, "forward") for block in self.blocks]
+        """The blocks, and what makes their input."""
+        start = [(self, "embed")] if self.pos_embed is not None else [(self, "embed"), (self, "turns")]
+        return [*start, *((block, "forward") for block in self.blocks)]
+
+    def set_checkpointing(self, how: str) -> None:
+        """What blocks compute again in the backward pass, see :class:`fastdino.config.EngineConfig`."""
+        self.checkpointing = how
+        for block in self.blocks:
+            cast(Block, block).selective = how == "selective"
 
     def use_fp8(self) -> None:
         """The blocks' linear layers compute in fp8. Raises ConfigError for a network that is too narrow for it."""
@@ -145,7 +162,7 @@ class ViT(nn.Module):
         groups = [x.unsqueeze(0)] if isinstance(x, Tensor) else list(x.values())
         tokens, packing, turns, drops = self._all_but_last_block(groups, None if masks is None else masks.hidden)
         reading = packing.reading(None if masks is None else masks.rows, self.num_prefix)
-        tokens = self.norm(self.blocks[-1](tokens, packing, turns, reading, drops)).squeeze(0)
+        tokens = self.norm(self._run(self.blocks[-1], tokens, packing, turns, reading, drops)).squeeze(0)
         cls, patches = tokens, tokens[:0]
         if masks is not None:
             cls, patches = tokens.split([packing.num_sequences, len(masks.rows)])
@@ -174,16 +191,35 @@ class ViT(nn.Module):
     ) -> tuple[Tensor, Packing, Rotation | None, Drops]:
         """Views as :meth:`forward` takes them -> (1, tokens, D), where each sequence lies in it, how each token is
         turned, and what the last block drops."""
-        rows = [views.flatten(0, 1) for views in groups]
-        tokens, packing = pack([self._tokens(x, None if i else hidden) for i, x in enumerate(rows)])
-        turns = None
-        if self.pos_embed is None:
-            angles = [self._angles(x) for x in rows]
-            turns = rotation(angles, [count for count, _ in packing.lengths], self.num_prefix)
+        tokens, packing, turns = self._start(groups, hidden)
         *drops, last = self._draw(packing, tokens.dtype)
         for block, dropped in zip(self.blocks[:-1], drops, strict=True):
-            tokens = block(tokens, packing, turns, None, dropped)
+            tokens = self._run(block, tokens, packing, turns, None, dropped)
         return tokens, packing, turns, last
+
+    def _run(self, block: nn.Module, tokens: Tensor, *args: Any) -> Tensor:
+        if self.checkpointing == "full" and torch.is_grad_enabled():
+            return checkpoint(block, tokens, *args, use_reentrant=False, preserve_rng_state=False)
+        return block(tokens, *args)
+
+    def _start(self, groups: list[Tensor], hidden: Tensor | None) -> tuple[Tensor, Packing, Rotation | None]:
+        """What the first block is given."""
+        rows = [views.flatten(0, 1) for views in groups]
+        grids = [self._grid_of(x) for x in rows]
+        device, dtype = rows[0].device, self.cls_token.dtype
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        counts = [self.num_prefix + math.prod(grid) for grid in grids]
+        packing = packing_of(tuple((len(x), count) for x, count in zip(rows, counts, strict=True)), device)
+        turns, matrices = None, None
+        if self.pos_embed is None:
+            angles = [rope_angles(grid, self.head_width, device, exact) for grid in grids]
+            turns = self.turns(angles, self._stretch(len(rows), device, exact), [len(x) for x in rows])
+        else:
+            matrices = [
+                None if grid == self.grid else resampling(self.grid, grid, self.interpolation, device, exact)
+                for grid in grids
+            ]
+        return self.embed(rows, hidden, matrices), packing, turns
 
     def _draw(self, packing: Packing, dtype: torch.dtype) -> list[Drops]:
         """What each block drops. The last has factors under either rule, for it computes what is read alone."""
@@ -196,37 +232,47 @@ class ViT(nn.Module):
         attn, mlp = packing.draw_factors(rates[-1:], dtype)[0]
         return [*zip(drawn, drawn, strict=True), (attn, mlp)]
 
-    def _tokens(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """(R, C, h, w), or patches -> (R, num_prefix + N, D): CLS, registers, patches; positions added to all but
-        registers."""
-        grid = self._grid_of(x)
-        cls: Tensor = self.cls_token
-        patches = self.patch_embed(x)
-        if hidden is not None:
-            assert self.mask_token is not None, "patches are hidden from a backbone without a mask token"
-            seen = tuple(patches.shape[:2])
-            assert hidden.shape == seen, f"a mask of {tuple(hidden.shape)}, {seen} patches"
-            patches = torch.where(hidden.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
+    def embed(self, rows: list[Tensor], hidden: Tensor | None, matrices: list[Tensor | None] | None) -> Tensor:
+        """Packed tokens of all groups, (1, tokens, D); of each sequence CLS, registers, patches.
+
+        Args:
+            rows: (R, C, h, w), or patches, per group.
+            hidden: (R, N) of the first group.
+            matrices: per group, what resamples the positions, which are added to all but registers; None where the grid
+                is their own.
+        """
+        prefix: Tensor = self.cls_token
+        positions = None
         if self.pos_embed is not None:
-            positions = self._positions(self.pos_embed, grid)
-            cls, patches = cls + positions[:, :1], patches + positions[:, 1:]
-        prefix = [cls] if self.register_tokens is None else [cls, self.register_tokens]
-        return torch.cat([*(token.expand(len(x), -1, -1) for token in prefix), patches], dim=1)
+            of_cls, positions = self.pos_embed.split([1, self.pos_embed.shape[1] - 1], dim=1)
+            prefix = prefix + of_cls
+        if self.register_tokens is not None:
+            prefix = torch.cat([prefix, self.register_tokens], dim=1)
+        packed = []
+        for i, x in enumerate(rows):
+            patches = self.patch_embed(x)
+            if hidden is not None and i == 0:
+                assert self.mask_token is not None, "patches are hidden from a backbone without a mask token"
+                seen = tuple(patches.shape[:2])
+                assert hidden.shape == seen, f"a mask of {tuple(hidden.shape)}, {seen} patches"
+                patches = torch.where(hidden.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
+            if positions is not None and matrices is not None:
+                matrix = matrices[i]
+                patches = patches + (positions if matrix is None else resample_positions(positions, matrix))
+            packed.append(torch.cat([prefix.expand(len(x), -1, -1), patches], dim=1).flatten(0, 1))
+        return torch.cat(packed).unsqueeze(0)
 
-    def _positions(self, positions: Tensor, grid: Grid) -> Tensor:
-        """(1, 1 + N, D) position embeddings for a grid of patches."""
-        if grid == self.grid:
-            return positions
-        return resample_positions(positions, self.grid, grid, self.interpolation)
+    def turns(self, angles: list[Tensor], stretch: Tensor | None, sequences: list[int]) -> Rotation:
+        """The rotation of packed tokens from their patches' (N, d / 2) angles per group, times a factor of each."""
+        stretched = angles if stretch is None else [x * by for x, by in zip(angles, stretch, strict=True)]
+        return rotation(stretched, sequences, self.num_prefix)
 
-    def _angles(self, x: Tensor) -> Tensor:
-        """(N, d / 2) angles of the patches of (R, C, h, w), both axes stretched by one random factor in training."""
-        dtype = torch.promote_types(self.cls_token.dtype, torch.float32)
-        angles = rope_angles(self._grid_of(x), self.head_width, x.device, dtype)
-        if self.training and self.rope_scale != 1:
-            most = math.log(self.rope_scale)
-            angles = angles * torch.empty(1, device=x.device, dtype=dtype).uniform_(-most, most).exp()
-        return angles
+    def _stretch(self, groups: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+        """(groups,) random factors of both axes of all views of a size in training."""
+        if not self.training or self.rope_scale == 1:
+            return None
+        most = math.log(self.rope_scale)
+        return torch.empty(groups, device=device, dtype=dtype).uniform_(-most, most).exp()
 
     def _grid_of(self, x: Tensor) -> Grid:
         """Of (R, C, h, w), or of square views in patches, (R, N, C p^2)."""

@@ -11,7 +11,7 @@ from bench.counters import OpCounts
 from fastdino.data.batch import Masks
 from fastdino.model import ViT
 from fastdino.model.block import Shape
-from fastdino.model.packing import Packing, Subset, _packing
+from fastdino.model.packing import Packing, Subset, packing_of
 from fastdino_kernels import _backend
 from tests.model.textbook import literal, nano, views
 
@@ -100,13 +100,13 @@ def test_every_branch_draws_its_own(subsets: list[Subset]) -> None:
 )
 def test_how_many_are_kept(n: int, drop: float, kept: int) -> None:
     """max(1, int(n * (1 - drop))), each at most once."""
-    subset = _packing(((n, 3), (2 * n, 1)), CPU).draw_subsets(drop, 3)[1]
+    subset = packing_of(((n, 3), (2 * n, 1)), CPU).draw_subsets(drop, 3)[1]
     assert len(subset.rows[0]) == len(subset.rows[0].unique()) == kept
     assert subset.packing.lengths == ((kept, 3), (max(1, int(2 * n * (1 - drop))), 1))
 
 
 def test_every_sequence_is_kept_equally_often() -> None:
-    packing, times = _packing(((10, 2),), CPU), torch.zeros(10)
+    packing, times = packing_of(((10, 2),), CPU), torch.zeros(10)
     torch.manual_seed(0)
     for subset in packing.draw_subsets(RATE, 2000):
         times[subset.rows[0]] += 1
@@ -116,7 +116,7 @@ def test_every_sequence_is_kept_equally_often() -> None:
 
 def test_tokens_of_a_subset() -> None:
     rows = [torch.tensor([2, 0]), torch.tensor([1])]
-    subset = Subset(_packing(((3, 2), (2, 3)), CPU), rows, _packing(((2, 2), (1, 3)), CPU))
+    subset = Subset(packing_of(((3, 2), (2, 3)), CPU), rows, packing_of(((2, 2), (1, 3)), CPU))
     assert subset.tokens().tolist() == [4, 5, 0, 1, 9, 10, 11]
 
 
@@ -138,7 +138,7 @@ def test_follows_the_seed_and_ends_with_training(subsets: list[Subset]) -> None:
 
 def test_no_device_value_is_read() -> None:
     vit, groups = dropping(pos_embed="rope"), views(*SHAPES)
-    _packing.cache_clear()
+    packing_of.cache_clear()
     with OpCounts() as counts:
         vit(groups)[0].sum().backward()
     assert not counts.syncs
@@ -167,7 +167,7 @@ def test_with_the_kernels(dtype: torch.dtype, layer_scale: float, monkeypatch: p
     """What a GPU runs; without one in Triton's interpreter."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     monkeypatch.setattr(_backend, "INTERPRETED", True)
-    block, packing = dropping(layer_scale=layer_scale).blocks[1].to(device), _packing(((5, 10), (4, 3)), device)
+    block, packing = dropping(layer_scale=layer_scale).blocks[1].to(device), packing_of(((5, 10), (4, 3)), device)
     results = []
     x = torch.randn(1, 62, 96, dtype=torch.float64, device=device)
     for width in (torch.float64, dtype):  # float64 runs the reference
