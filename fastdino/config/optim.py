@@ -85,6 +85,8 @@ class EngineConfig(Group):
     cuda_graphs: bool = False
     """Replays whole steps as one launch each, where kernels are launched more slowly than they run: small models on
     fast GPUs. adamw, and ZeRO 0 or engine.name=torch; what cannot be captured is launched as ever, with a warning."""
+    teacher_stream: bool = False
+    """The teacher works beside the student on the GPU, where either alone leaves room; it takes more memory."""
     checkpointing: Literal["none", "selective", "full"] = "none"
     """What the student's blocks compute again in the backward pass rather than keep. selective: norms and the MLP's
     hidden layer, most of what a block keeps for a sixth of its work; our ViT only. full: everything but its input."""

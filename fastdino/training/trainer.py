@@ -19,7 +19,14 @@ from fastdino.config import Config, ConfigError, UserError
 from fastdino.data import Batch, normalize, open_source, train_batches
 from fastdino.distributed import Ranks
 from fastdino.engine import build_engine, zero_stage
-from fastdino.engine.graphs import StepGraphs, check_cuda_graphs, compile_regions, compiles
+from fastdino.engine.graphs import (
+    SideStream,
+    StepGraphs,
+    check_cuda_graphs,
+    compile_regions,
+    compiles,
+    keep_compiled_in,
+)
 from fastdino.engine.schedules import Now, Schedules
 from fastdino.eval import OnlineKnn
 from fastdino.method.dino import Dino
@@ -106,9 +113,13 @@ class Trainer:
         self.shapes = {name: list(p.shape) for name, p in student.named_parameters()}
         self.engine = build_engine(config, student, teacher, ranks)
         self.compiled = compiles(config, ranks.device)
+        if self.compiled or ranks.device.type == "cuda":
+            keep_compiled_in(config.run.cache)
         if self.compiled:
             compile_regions([*student.regions(), *teacher.regions()])
-        self.method = Dino(self.engine.student, self.engine.teacher, config.loss, *build_targets(config, ranks))
+        beside = SideStream(ranks.device) if config.engine.teacher_stream else None
+        targets = build_targets(config, ranks)
+        self.method = Dino(self.engine.student, self.engine.teacher, config.loss, *targets, beside)
         self._take: Callable[[list[Batch], Now, bool], dict[str, Tensor]] = self._update
         if config.engine.cuda_graphs:
             self._take = StepGraphs(self._update, self._abandon, ranks.device)
@@ -329,6 +340,8 @@ class Trainer:
             network.backbone.implementation,
             "Triton kernels" if self.ranks.device.type == "cuda" else "plain torch",
         )  # fmt: skip
+        if self.compiled:
+            log.info("the first step compiles the network, which takes a minute or two unless run.cache holds it")
         if self.step < self.total_steps:
             log.info("step %d waits for its images", self.step + 1)
         else:
