@@ -234,5 +234,5 @@ def test_fp8_needs_a_gpu_that_has_it(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_fp8_is_refused_before_anything_moves() -> None:
     network = nn.Linear(2, 2)
-    with pytest.raises(ConfigError, match="engine.fp8=True needs"):
+    with pytest.raises(ConfigError, match=r"engine.fp8=True needs"):
         build_engine(Config(engine=EngineConfig(fp8=True)), network, network, Ranks(0, 1, 0, torch.device("cpu")))
