@@ -36,6 +36,7 @@ from fastdino.model import Network, build_network
 from fastdino.model.weights import settled
 from fastdino.training import checkpoint
 from fastdino.training.checkpoint import Manifest
+from fastdino.training.flops import Meter
 from fastdino.training.metrics import Metrics
 from fastdino.training.preemption import Interrupted, Preempted, PreemptionNotice
 from fastdino.training.run_folder import RunFolder, read_config
@@ -198,7 +199,8 @@ class Trainer:
         if self.ranks.is_main:
             self._introduce()
             compiles = self.ranks.device.type == "cuda"
-            metrics = Metrics(self.folder.path, self.step, self.total_steps, self.global_batch, compiles=compiles)
+            place, meter = self.folder.path, Meter.of(self.config, self.ranks)
+            metrics = Metrics(place, self.step, self.total_steps, self.global_batch, compiles, meter)
         head = self.config.head
         health = Health(head.num_prototypes, (self.config.patch_head or head).num_prototypes)
         loss, knn = self.ranks.gather(metrics and (metrics.last.get("loss", float("nan")), metrics.last.get("knn")))[0]
