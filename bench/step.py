@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from bench.counters import KeptBytes, OpCounts, launches, peak_bytes
 from bench.peers.trainer import Peer
 from bench.record import add, may_add, provenance, result_path, write
-from bench.timing import Clock, Work, interleave, matmul_flops, paired_ratio
-from bench.workload import build_trainer, flatten_positions, random_batch, step_config, step_flops
+from bench.timing import Clock, Work, interleave, paired_ratio
+from bench.workload import build_trainer, flatten_positions, random_batch, step_config
 from fastdino import distributed
 from fastdino.config import Config
 from fastdino.data import Batch
 from fastdino.distributed import Ranks
 from fastdino.model import build_network
+from fastdino.training.flops import matmul_flops, step_flops
 from fastdino.training.trainer import Trainer
 
 OURS = "fastdino"

@@ -1,9 +1,12 @@
 """A step in fewer launches: torch.compile of a network's regions, CUDA graphs of the whole; eager is the way out."""
 
 import logging
+import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,14 +31,31 @@ def compiles(config: Config, device: torch.device) -> bool:
             return choice == "on"
 
 
-def compile_regions(regions: Iterable[tuple[nn.Module, str]]) -> None:
+def keep_compiled_in(folder: Path) -> None:
+    """Makes Inductor and Triton keep what they compile in ``folder``, unless the environment names another.
+
+    Raises ConfigError when it cannot be made.
+    """
+    caches = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+    for variable, name in caches.items():
+        if variable not in os.environ:
+            try:
+                (folder / name).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(
+                    f"run.cache={folder} cannot be made ({error.strerror}): name a folder that can be written"
+                ) from error
+            os.environ[variable] = str(folder / name)
+
+
+def compile_regions(regions: Iterable[tuple[nn.Module, str]], backend: str = "inductor") -> None:
     """Has torch compile methods of modules at their first calls, each shape of their input on its own.
 
     Regions of equal code and shapes share one graph, so that a ViT costs one block's time. When one cannot be compiled
     they all run eagerly from there on, and one warning says why.
     """
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
-    compiler = _Compiler()
+    compiler = _Compiler(backend)
     for module, method in regions:
         setattr(module, method, compiler.region(getattr(module, method)))
 
@@ -43,11 +63,11 @@ def compile_regions(regions: Iterable[tuple[nn.Module, str]]) -> None:
 class _Compiler:
     """Regions that are compiled together or not at all."""
 
-    def __init__(self) -> None:
-        self.failed = False
+    def __init__(self, backend: str) -> None:
+        self.backend, self.failed = backend, False
 
     def region(self, eager: Callable[..., Any]) -> Callable[..., Any]:
-        compiled = torch.compile(eager, fullgraph=True, dynamic=False)
+        compiled = torch.compile(eager, fullgraph=True, dynamic=False, backend=self.backend)
 
         def call(*args: Any) -> Any:
             if self.failed:
@@ -67,6 +87,31 @@ class _Compiler:
                 return result
 
         return call
+
+
+class SideStream:
+    """A context whose work on a GPU goes on beside what follows it, until :meth:`join`. Elsewhere work is in turns.
+
+    What it makes may be used after the join and dropped at any time: its memory is used again by this context alone,
+    which begins behind all that was asked of the device before.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
+
+    def join(self) -> None:
+        """What follows comes after what the context has begun."""
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
 
 
 def check_cuda_graphs(config: Config, ranks: Ranks) -> None:
@@ -109,7 +154,7 @@ class StepGraphs:
         self._batches: list[Any] = []
         self._seen: Counter[tuple[bool, bool]] = Counter()
         self._graphs: dict[tuple[bool, bool], tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]] = {}
-        self._stream = torch.cuda.Stream(device)
+        self._beside = SideStream(device)
         self.failed = False
 
     def __call__(self, batches: list[Any], now: Now, logs: bool) -> dict[str, Tensor]:
@@ -119,7 +164,10 @@ class StepGraphs:
         kind, fixed = (now.freeze_last_layer, logs), self._place(batches, now)
         if self._seen[kind] < self.EAGER:
             self._seen[kind] += 1
-            return self._beside(lambda: self._step(self._batches, fixed, logs))
+            with self._beside():  # on the stream of the captures: what autograd keeps of a stream must be of that one
+                figures = self._step(self._batches, fixed, logs)
+            self._beside.join()
+            return figures
         if kind not in self._graphs:
             try:
                 self._graphs[kind] = self._capture(fixed, logs)
@@ -144,22 +192,14 @@ class StepGraphs:
             self._batches = [batch.each(torch.clone) for batch in batches]
         for ours, theirs in zip(self._batches, batches, strict=True):
             torch._foreach_copy_(ours.tensors(), theirs.tensors())
-        fixed = dict(zip(Now.NUMBERS, self._values.unbind(), strict=True))
+        fixed: dict[str, Any] = dict(zip(Now.NUMBERS, self._values.unbind(), strict=True))
         for name, value in fixed.items():
             value.fill_(getattr(now, name))
         return replace(now, **fixed)
-
-    def _beside(self, work: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """``work`` on the stream of the captures: what autograd keeps of a stream must be of that one."""
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            figures = work()
-        torch.cuda.current_stream().wait_stream(self._stream)
-        return figures
 
     def _capture(self, now: Now, logs: bool) -> tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]:
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values()))[0].pool() if self._graphs else None  # they never run at once
         # Workers' threads may call CUDA meanwhile: only this thread's calls count.
-        with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=self._beside.stream, capture_error_mode="thread_local"):
             return graph, self._step(self._batches, now, logs)

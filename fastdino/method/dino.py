@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastdino.config import LossConfig
 from fastdino.data import Batch, Masks
+from fastdino.engine.graphs import SideStream
 from fastdino.engine.schedules import Now
 from fastdino.method.targets import Target
 from fastdino.model import Outputs
@@ -32,6 +33,7 @@ class Dino:
         config: temperatures and weights.
         target: makes the center of the teacher's logits of views.
         patch_target: the same of patches; there is one exactly when the batches have masks.
+        beside: where the teacher works; by default before the student.
     """
 
     def __init__(
@@ -41,7 +43,9 @@ class Dino:
         config: LossConfig,
         target: Target,
         patch_target: Target | None = None,
+        beside: SideStream | None = None,
     ) -> None:
+        self.beside = beside or SideStream(torch.device("cpu"))
         self.student, self.teacher, self.config = student, teacher, config
         self.target, self.patch_target = target, patch_target
         self._newest: _Newest | None = None
@@ -61,7 +65,7 @@ class Dino:
         views, masks, config = batch.views, batch.masks, self.config
         assert (masks is None) == (self.patch_target is None), "masks are in a batch exactly when patches are predicted"
         temps = {"student_temp": config.student_temp, "teacher_temp": now.teacher_temp}
-        with torch.no_grad():
+        with torch.no_grad(), self.beside():
             seen: Outputs = self.teacher({"global": views["global"]}, masks and masks._replace(hidden=None))
             logits = F.linear(seen.cls_points, seen.prototypes)
             center = self.target(seen.cls_points.flatten(0, 1), seen.prototypes, now.teacher_temp)
@@ -70,6 +74,7 @@ class Dino:
                 patch_center = self.patch_target(seen.patch_points, seen.patch_prototypes, now.teacher_temp)
         self._newest = _Newest(masks, seen, logits, center, patch_center, now.teacher_temp)
         made: Outputs = self.student(views, masks)
+        self.beside.join()
         # nobody else reads the student's logits
         loss = dino_loss(F.linear(made.cls_points, made.prototypes), logits, center, **temps, inplace_grad=True)
         parts = {"dino": loss}

@@ -19,7 +19,14 @@ from fastdino.config import Config, ConfigError, UserError
 from fastdino.data import Batch, normalize, open_source, train_batches
 from fastdino.distributed import Ranks
 from fastdino.engine import build_engine, zero_stage
-from fastdino.engine.graphs import StepGraphs, check_cuda_graphs, compile_regions, compiles
+from fastdino.engine.graphs import (
+    SideStream,
+    StepGraphs,
+    check_cuda_graphs,
+    compile_regions,
+    compiles,
+    keep_compiled_in,
+)
 from fastdino.engine.schedules import Now, Schedules
 from fastdino.eval import OnlineKnn
 from fastdino.method.dino import Dino
@@ -29,6 +36,7 @@ from fastdino.model import Network, build_network
 from fastdino.model.weights import settled
 from fastdino.training import checkpoint
 from fastdino.training.checkpoint import Manifest
+from fastdino.training.flops import Meter
 from fastdino.training.metrics import Metrics
 from fastdino.training.preemption import Interrupted, Preempted, PreemptionNotice
 from fastdino.training.run_folder import RunFolder, read_config
@@ -106,9 +114,13 @@ class Trainer:
         self.shapes = {name: list(p.shape) for name, p in student.named_parameters()}
         self.engine = build_engine(config, student, teacher, ranks)
         self.compiled = compiles(config, ranks.device)
+        if self.compiled or ranks.device.type == "cuda":
+            keep_compiled_in(config.run.cache)
         if self.compiled:
             compile_regions([*student.regions(), *teacher.regions()])
-        self.method = Dino(self.engine.student, self.engine.teacher, config.loss, *build_targets(config, ranks))
+        beside = SideStream(ranks.device) if config.engine.teacher_stream else None
+        targets = build_targets(config, ranks)
+        self.method = Dino(self.engine.student, self.engine.teacher, config.loss, *targets, beside)
         self._take: Callable[[list[Batch], Now, bool], dict[str, Tensor]] = self._update
         if config.engine.cuda_graphs:
             self._take = StepGraphs(self._update, self._abandon, ranks.device)
@@ -187,7 +199,8 @@ class Trainer:
         if self.ranks.is_main:
             self._introduce()
             compiles = self.ranks.device.type == "cuda"
-            metrics = Metrics(self.folder.path, self.step, self.total_steps, self.global_batch, compiles=compiles)
+            place, meter = self.folder.path, Meter.of(self.config, self.ranks)
+            metrics = Metrics(place, self.step, self.total_steps, self.global_batch, compiles, meter)
         head = self.config.head
         health = Health(head.num_prototypes, (self.config.patch_head or head).num_prototypes)
         loss, knn = self.ranks.gather(metrics and (metrics.last.get("loss", float("nan")), metrics.last.get("knn")))[0]
@@ -329,6 +342,8 @@ class Trainer:
             network.backbone.implementation,
             "Triton kernels" if self.ranks.device.type == "cuda" else "plain torch",
         )  # fmt: skip
+        if self.compiled:
+            log.info("the first step compiles the network, which takes a minute or two unless run.cache holds it")
         if self.step < self.total_steps:
             log.info("step %d waits for its images", self.step + 1)
         else:

@@ -13,9 +13,10 @@ from bench.compare import verdict
 from bench.counters import KeptBytes
 from bench.record import RESULTS
 from bench.timing import Ratio
-from bench.workload import nano_config, random_batch, step_flops
+from bench.workload import nano_config, random_batch
 from fastdino import distributed
 from fastdino.distributed import Ranks
+from fastdino.training.flops import step_flops
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
