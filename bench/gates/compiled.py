@@ -25,7 +25,6 @@ from bench.counters import OpCounts, kernels_counted
 from bench.workload import build_trainer, random_batch
 from fastdino.config import Config
 from fastdino.distributed import Ranks
-from fastdino.engine import compile as product
 
 CPU = torch.device("cpu")
 WARMUP_STEPS = 2
@@ -94,7 +93,7 @@ def _graphs_listed() -> Iterator[Counter[str]]:
 
     with (
         mock.patch.object(CompiledFxGraph, "__call__", listed),
-        mock.patch.object(product.torch, "compile", uncounted),
+        mock.patch.object(torch, "compile", uncounted),
         mock.patch.object(AsyncCompile, "cpp_pybinding", return_value=lambda *args: None),
         mock.patch.object(cpu_vec_isa, "valid_vec_isa_list", list),
         torch._inductor.config.patch({"cpp.threads": 1, "fx_graph_cache": False}),
@@ -131,10 +130,10 @@ def _recompilations_named() -> Iterator[Counter[str]]:
 def _fallbacks_named() -> Iterator[Counter[str]]:
     """Regions of which the product says that they run eagerly."""
     seen: Counter[str] = Counter()
-    handler = logging.Handler(logging.WARNING)
+    product, handler = logging.getLogger("fastdino"), logging.Handler(logging.WARNING)
     handler.emit = lambda record: seen.update(re.findall(r"^engine\.compile: (\S+) cannot", record.getMessage()))  # type: ignore[method-assign]
-    product.log.addHandler(handler)
+    product.addHandler(handler)
     try:
         yield seen
     finally:
-        product.log.removeHandler(handler)
+        product.removeHandler(handler)

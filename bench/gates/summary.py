@@ -21,10 +21,10 @@ def main() -> int:
     parser.add_argument("--benchmarks", type=Path, metavar="FILE", help="what pytest-benchmark saved")
     parser.add_argument("--base", type=Path, metavar="FILE", help="what it saved of the base")
     options = parser.parse_args()
-    if not (options.verdicts or options.benchmarks):
-        parser.error("nothing to show: --verdicts FILE or --benchmarks FILE is missing")
     if options.base and not options.benchmarks:
         parser.error("--base FILE goes with --benchmarks FILE")
+    if not (options.verdicts or options.benchmarks):
+        parser.error("nothing to show: --verdicts FILE or --benchmarks FILE is missing")
     try:
         if options.verdicts:
             print(verdicts(_read(options.verdicts)))
