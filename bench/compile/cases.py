@@ -84,7 +84,7 @@ def _ibot_loss() -> None:
 def _ibot_loss_rows(num_grads: int) -> None:
     """One launch alone: the loss, and of ``num_grads`` 1 its gradient apart from the logits."""
     student, teacher, *grad = (_empty(MASKED, K, dtype=torch.bfloat16) for _ in range(2 + num_grads))
-    ibot_loss_rows_(grad[0] if grad else None, student, teacher, _empty(K), _empty(MASKED), 0.1, 0.04)
+    ibot_loss_rows_(grad[0] if grad else None, student, teacher, _empty(K), _empty(MASKED), 0.1, 0.04, None)
 
 
 def _linear_ibot_loss(num_rows: int, num_prototypes: int) -> Case:
@@ -94,7 +94,7 @@ def _linear_ibot_loss(num_rows: int, num_prototypes: int) -> Case:
 
     def call() -> None:
         student, teacher = (_empty(rows, num_prototypes, dtype=torch.bfloat16) for _ in range(2))
-        ibot_loss_rows_(student, None, teacher, _empty(num_prototypes), _empty(rows), 0.1, 0.04)
+        ibot_loss_rows_(student, None, teacher, _empty(num_prototypes), _empty(rows), 0.1, 0.04, None)
 
     return Case(
         call,
