@@ -69,9 +69,11 @@ def ema_weight(momentum: Number) -> Number:
     return momentum if isinstance(momentum, Tensor) else 1 - momentum
 
 
-def product(a: float, b: float) -> float:
-    """a * b of numbers that are rounded to fp32 first, as where a kernel multiplies them."""
-    return _fp32(a) * _fp32(b)
+def product(a: Number, b: Number) -> tuple[float | None, Number | None]:
+    """a * b of floats, rounded to fp32 as a kernel rounds them, and None; or None and b, where the kernel multiplies."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return None, b
+    return _fp32(a) * _fp32(b), None
 
 
 def _fp32(x: float) -> float:

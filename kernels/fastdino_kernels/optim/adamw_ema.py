@@ -247,10 +247,9 @@ def _launch(
     if not param.numel():
         return
     b1, b2 = hyper.betas
-    lr, weight_decay = hyper.lr, hyper.weight_decay
-    lr_decay = None if isinstance(lr, Tensor) or isinstance(weight_decay, Tensor) else product(lr, weight_decay)
-    numbers = (lr, weight_decay, lr_decay, ema_weight(hyper.momentum), hyper.eps)
     # What would lose digits in fp32 is computed here.
+    decay = product(hyper.lr, hyper.weight_decay)
+    numbers = (hyper.lr, *decay, ema_weight(hyper.momentum), hyper.eps)
     decays = (1 - b1, 1 - b2, math.log(b1) if b1 else -math.inf, math.log(b2) if b2 else -math.inf)
     num_programs = triton.cdiv(param.numel(), BLOCK) if segments is None else len(segments.chunks)
     chunks = None if segments is None else segments.chunks
@@ -293,7 +292,7 @@ def _adamw_ema_kernel(tensors, control, num_elements, numbers, decays, BLOCK: tl
 
 @triton.jit
 def _adamw_ema_block(tensors, start, i, mask, scale, lr_scale, correction1, correction2, numbers, decays):
-    lr, weight_decay, lr_decay, weight, eps = numbers
+    lr, lr_decay, weight_decay, weight, eps = numbers
     lr = load_number(lr)
     if lr_decay is None:
         lr_decay = lr * load_number(weight_decay)
