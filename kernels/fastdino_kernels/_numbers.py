@@ -70,7 +70,7 @@ def ema_weight(momentum: Number) -> Number:
 
 
 def product(a: Number, b: Number) -> tuple[float | None, Number | None]:
-    """a * b of floats, rounded to fp32 as a kernel rounds them, and None; or None and b, where the kernel multiplies."""
+    """a * b of floats, each rounded to fp32 as in a kernel, and None; or None and b, where a kernel multiplies."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return None, b
     return _fp32(a) * _fp32(b), None

@@ -60,10 +60,10 @@ def test_no_figure_is_worse_than_recorded(tmp_path: Path, reports: Reports) -> N
 @pytest.mark.offline
 @pytest.mark.parametrize("case", [case for case in CASES if case.endswith(ON_DEVICE)])
 def test_a_number_from_the_device_costs_a_load(case: str, reports: Reports) -> None:
-    """A few registers of the compiler's order, and beside 128-bit accesses at most three numbers of 64 bits."""
+    """At most three of 64 bits, nothing in the loops; the compiler orders these anew, with some registers more."""
     for found, usual in zip(reports[case], reports[case.removesuffix(ON_DEVICE)], strict=True):
         assert (found.kernel, found.target) == (usual.kernel, usual.target)
-        assert found.registers <= usual.registers + 8
+        assert found.registers <= 1.15 * usual.registers
         assert found.hot_instructions <= 1.05 * usual.hot_instructions
         assert found.hot_bytes - usual.hot_bytes in (0, 3 * 8)
         assert (found.loads_128, found.stores_128) == (usual.loads_128, usual.stores_128)
