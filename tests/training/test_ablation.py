@@ -118,7 +118,7 @@ def test_the_table_has_ratios_alone_and_last() -> None:
     assert rows[B] == ["16.0", "1.60x", "1.00", "20.0", "4.00x", "3.50"]
     assert rows["all on"] == ["80.0", "8.00x", "2.25"]
     assert "x.y is left out: it is off" in table
-    assert "up to 3.0% apart" in table
+    assert "3.0% apart at most" in table
 
 
 @pytest.mark.parametrize("switch", SWITCHES, ids=lambda switch: switch.setting)

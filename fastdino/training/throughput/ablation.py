@@ -1,7 +1,8 @@
 """What each switch gives: alone, when all others are off, and last, when all others are on.
 
 A variant is built, measured and freed by itself, so that the memory of no other counts, and large networks fit. All are
-measured twice, the second time in the reverse order, so that a drift of the machine's speed falls on all alike.
+measured twice, the second time in the reverse order, so that what disturbs or slows the machine for a while has not the
+last word on any.
 """
 
 import dataclasses
@@ -67,9 +68,9 @@ class Cost:
     """Of a variant's step."""
 
     seconds: float
-    """A mean over its two measurements."""
+    """By the faster of its two measurements: other programs disturb but never help."""
     spread: float
-    """Between the two, as a share of the mean."""
+    """How much longer the slower one was, as a share of the faster."""
     peak_memory: int
     """Bytes, of the rank that needs most."""
 
@@ -100,7 +101,9 @@ class Ablation:
             lines.append(f"{name:20}{self._cells(one, one, nothing)}{self._cells(rest, everything, rest)}")
         lines.append(f"{'all on':20}{self._cells(everything, everything, nothing)}")
         spread = max((cost.spread for cost in self.costs.values() if isinstance(cost, Cost)), default=0.0)
-        lines.append(f"gain: times as many images/s as without it; measured twice, up to {spread:.1%} apart")
+        lines.append(
+            f"gain: times as many images/s as without it; the faster of two measurements, {spread:.1%} apart at most"
+        )
         refused = {on: why for on, why in self.costs.items() if isinstance(why, str)}
         return "\n".join([*lines, *(f"{_name(on)} does not run: {why}" for on, why in refused.items())])
 
@@ -196,8 +199,8 @@ def _cost(both: list[tuple[float, int] | str]) -> Cost | str:
         if isinstance(found, str):
             return found
     (first, first_bytes), (second, second_bytes) = (found for found in both if not isinstance(found, str))
-    mean = (first + second) / 2
-    return Cost(mean, abs(first - second) / mean, max(first_bytes, second_bytes))
+    fastest = min(first, second)
+    return Cost(fastest, max(first, second) / fastest - 1, max(first_bytes, second_bytes))
 
 
 def _free(ranks: Ranks) -> None:
