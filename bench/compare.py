@@ -24,9 +24,10 @@ import torch
 import fastdino_kernels
 from bench.kernels.case import OURS, PLAIN, check
 from bench.kernels.measure import BENCHES, make_work, num_inputs
+from bench.peers.contenders import build
+from bench.peers.contenders import check as check_step
 from bench.record import ROOT, python_path
-from bench.step import NUM_BATCHES, build
-from bench.step import check as check_step
+from bench.step import NUM_BATCHES
 from bench.timing import Clock, Ratio, Work, paired_ratio
 from bench.workload import random_batch, step_config
 from fastdino import distributed
@@ -199,10 +200,10 @@ def _step(device: torch.device, folder: Path) -> Work:
     config = step_config("vit_small" if device.type == "cuda" else "vit_nano", device)
     ranks = distributed.init("cuda" if device.type == "cuda" else "cpu")
     batches = [random_batch(config, device, seed) for seed in range(NUM_BATCHES)]
-    contenders = build(config, ranks, folder, ["lightly + timm"])
-    check_step(contenders, batches, config)
-    order = itertools.cycle(batches)
-    return Work(lambda index: contenders[OURS].step(next(order)))
+    contenders = build(config, ranks, folder, [OURS, "lightly + timm"])
+    check_step(contenders, batches, config.engine.precision)
+    ours, order = contenders[OURS].work(batches), itertools.count()
+    return Work(lambda index: ours.run(next(order)))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 
 from bench import compare
 from bench.counters import LiveBytes, OpCounts, kernels_counted, launches, peak_bytes, saved_bytes
-from bench.timing import Clock, Work, interleave, paired_ratio
+from bench.timing import Clock, Work, interleave, paired_ratio, unpaired_ratio
 from fastdino_kernels import prototype_weight
 
 CPU = torch.device("cpu")
@@ -31,6 +31,14 @@ def test_interval_holds_what_is_uncertain() -> None:
     few, many = paired_ratio(noise[:20], [1.0] * 20), paired_ratio(noise, [1.0] * 400)
     assert few.low < 1 < few.high
     assert many.high - many.low < (few.high - few.low) / 2
+
+
+def test_unpaired_ratio_is_that_of_the_medians() -> None:
+    """Series that were measured apart, which may be of different length; what does not overlap is told apart."""
+    base, slower = [1.0 + 0.01 * (i % 5) for i in range(40)], [1.1 + 0.01 * (i % 7) for i in range(20)]
+    ratio = unpaired_ratio(slower, base)
+    assert ratio.median == pytest.approx(1.13 / 1.02)
+    assert 1.05 < ratio.low <= ratio.median <= ratio.high < 1.15
 
 
 def test_interleave_takes_turns_and_restores() -> None:
