@@ -23,7 +23,7 @@ from bench.speed.turns import Seconds, Turns, label
 from bench.timing import Clock
 from fastdino.config import ViewsConfig
 
-SIZES = data.Sizes(images=16, per_round=4, batch=2)
+SIZES = data.Sizes(images=8, per_round=4, batch=2)
 VIEWS = ViewsConfig()
 WORKERS = 1
 STAGES = {  # as bench.data.stage_ways has them

@@ -9,11 +9,11 @@ import pytest
 
 from bench.kernels.case import OURS, PLAIN
 from bench.kernels.measure import BENCHES
-from bench.peers.contenders import CONTENDERS
+from bench.peers.contenders import CHECKED_STEPS, CONTENDERS
 from tests.bench.conftest import run_python
 
 # Runs pytest once for each list of arguments that it is given, with small inputs of koleo_loss. With "slow" for the
-# first, ours does its work four times.
+# first, ours does its work eight times.
 SCRIPT = """
 import json, sys
 from dataclasses import replace
@@ -27,7 +27,7 @@ def ours(*inputs):
 
 measure.BENCHES["koleo_loss"] = replace(bench, ours=ours, shapes={"cpu": ["2,10,32"]})
 for first, *rest in json.loads(sys.argv[1]):
-    times = 4 if first == "slow" else 1
+    times = 8 if first == "slow" else 1
     print("exit code", int(pytest.main(["bench", "-p", "no:cacheprovider", *rest])), flush=True)
 """
 KOLEO = ["-k", "koleo_loss", "--benchmark-max-time=0.3", "--benchmark-min-rounds=30"]
@@ -44,18 +44,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(folder: Path) -> dict[str, Output]:
     """Runs of one process, one after another, by what each is for."""
     store = f"--benchmark-storage=file://{folder}/saved"
-    compare = [store, *KOLEO, "--benchmark-compare", "--benchmark-compare-fail=median:100%"]
-    few = "koleo_loss or vit_nano-fastdino] or (step and lightly) or for_the_device-fastdino]"
+    compare = [store, *KOLEO, "--benchmark-compare", "--benchmark-compare-fail=median:60%"]
+    few = "koleo_loss or vit_nano-fastdino] or for_the_device-fastdino]"
     arguments = {
         "list": ["", "--collect-only"],
         "first": ["", "-k", few, *KOLEO[2:], store, "--benchmark-autosave", f"--benchmark-json={folder}/first.json"],
         "same": ["", *compare, f"--benchmark-histogram={folder}/drawn"],
-        "slower": ["slow", *compare],
         "disabled": ["", *KOLEO, "--benchmark-disable"],
+        "slower": ["slow", *compare],  # the last, because pytest-benchmark ends pytest by an exception
     }
     done = run_python("-c", SCRIPT, json.dumps(list(arguments.values())), FASTDINO_COMMIT="0" * 40)
-    *parts, rest = re.split(r"exit code (\d+)\n", done.stdout)
-    assert not rest, done.stdout + done.stderr
+    *parts, last = re.split(r"exit code (\d+)\n", done.stdout)
+    parts += [last + done.stderr, str(done.returncode)]
     assert len(parts) == 2 * len(arguments), done.stdout + done.stderr
     return {name: (int(parts[2 * i + 1]), parts[2 * i]) for i, name in enumerate(arguments)}
 
@@ -92,7 +92,7 @@ def test_a_kernel_says_what_it_moves_and_beside_what(first: dict[str, Any]) -> N
         assert entry["group"] == "koleo_loss 2,10,32"
         assert entry["options"]["timer"] == "device_seconds"
         assert (info["operation"], info["shape"]) == ("koleo_loss", "2,10,32")
-        assert info["bytes"] == 2 * 4 * 2 * 10 * 32
+        assert info["bytes"] == 3 * 4 * 2 * 10 * 32
         assert stats["rounds"] >= 30
         assert stats["median"] > 1e-5, "the fixture's own seconds"
         assert 0 < info["copy_fraction"] < 1
@@ -104,14 +104,13 @@ def test_a_kernel_says_what_it_moves_and_beside_what(first: dict[str, Any]) -> N
 
 
 def test_a_step_and_data_say_how_many_images(first: dict[str, Any]) -> None:
-    ours, peer, data = (first[name] for name in ("vit_nano-fastdino", "vit_nano-lightly+timm", "for_the_device-fastdino"))
-    for entry, images in ((ours, 4), (peer, 4), (data, 4)):
-        assert entry["extra_info"]["images_per_second"] == pytest.approx(images / entry["stats"]["median"])
-    for entry in (ours, peer):
-        assert entry["extra_info"]["losses"] == pytest.approx(ours["extra_info"]["losses"], rel=1e-5)
-        assert entry["extra_info"]["launches"] > 100
-        assert 0 < entry["extra_info"]["mfu"] < 1
-    assert ours["extra_info"]["alternatives"] == {"lightly + timm": peer["extra_info"]["times_ours"]}
+    step, data = first["vit_nano-fastdino"], first["for_the_device-fastdino"]
+    for entry in (step, data):
+        assert entry["extra_info"]["images_per_second"] == pytest.approx(4 / entry["stats"]["median"])
+    assert len(set(step["extra_info"]["losses"])) == CHECKED_STEPS
+    assert step["extra_info"]["launches"] > 100
+    assert 0 < step["extra_info"]["mfu"] < 1
+    assert step["extra_info"]["peak_bytes"] > step["extra_info"]["state_bytes"] > 1e7
 
 
 def test_as_fast_as_before_passes(runs: dict[str, Output], folder: Path) -> None:
