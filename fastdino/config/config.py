@@ -42,6 +42,7 @@ class Config:
         self._check_views()
         self._check_channels()
         self._check_losses()
+        self._check_engine()
         self._check_lengths()
         self._check_rates()
         if self.model.attention == "xformers" and self.engine.device == "cpu":
@@ -95,6 +96,18 @@ class Config:
             raise ConfigError(
                 f"loss.koleo_weight={loss.koleo_weight:g} keeps an image from its nearest neighbour in the batch, and "
                 "run.local_batch=1 has no other: use at least 2, or loss.koleo_weight=0"
+            )
+
+    def _check_engine(self) -> None:
+        """What runs the step can run this network."""
+        engine, model = self.engine, self.model
+        if engine.compile == "on" and model.attention == "xformers":
+            raise ConfigError(
+                "engine.compile=on: torch.compile cannot take model.attention=xformers in: use model.attention=auto"
+            )
+        if engine.checkpointing == "selective" and not model.is_vit:
+            raise ConfigError(
+                f"engine.checkpointing=selective knows the layers of our ViTs, not {model.arch}'s: use full or none"
             )
 
     def _check_lengths(self) -> None:

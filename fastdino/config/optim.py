@@ -79,6 +79,12 @@ class EngineConfig(Group):
     """Forward and backward passes per optimizer step; teacher, center and schedules move once per step."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPUs if there are any."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of each block and of the heads: faster and smaller steps after a first one that takes a minute.
+    auto: on a GPU. What cannot be compiled runs eagerly, with a warning."""
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the student's blocks compute again in the backward pass rather than keep. selective: norms and the MLP's
+    hidden layer, most of what a block keeps for a sixth of its work; our ViT only. full: everything but its input."""
 
     def uses_bf16(self, device: str) -> bool:
         """True when weights and gradients of the forward and backward passes are bf16 on a device of this type."""

@@ -62,12 +62,11 @@ class Engine(ABC):
         """Adds the gradient of ``loss / engine.accumulate``; called engine.accumulate times before :meth:`step`."""
 
     @abstractmethod
-    def step(self, now: Now, finite: Tensor) -> Tensor:
+    def step(self, now: Now, loss: Tensor) -> Tensor:
         """Clips, updates the student, then the teacher; returns ``applied``. Reads nothing back from the device.
 
-        When ``finite`` (0-d bool on the device: this rank's losses are) is False or a gradient is not finite, on any
-        rank, nothing changes on all ranks but the counters of skipped steps, and ``applied`` (0-d bool on the device)
-        is False.
+        When ``loss`` (0-d fp32 on the device, of this rank) or a gradient is not finite, on any rank, nothing changes
+        on all ranks but the counters of skipped steps, and ``applied`` (0-d bool on the device) is False.
         """
 
     def fragments(self) -> Iterator[Fragment]:

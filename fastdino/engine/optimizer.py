@@ -4,6 +4,7 @@ A shard is one rank's slice of a parameter group, whose tensors lie one after an
 straddle ranks, so its norm is summed over them: one all-reduce of one number per tensor and step.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,8 +73,7 @@ class Optimizer(torch.optim.Optimizer):
             state["ema"] = shard.ema
             state["step"] = torch.zeros((), device=device)  # updates so far
             self.state[shard.param] = state
-        pieces = [index[fragment.name] for shard in shards for fragment in shard.fragments]
-        self.index = torch.tensor(pieces, dtype=torch.long, device=device)
+        self.index = torch.cat([group["index"] for group in self.param_groups])
         parts = [name.split(".")[0] for name in names] + [""]  # backbone, head, patch_head; padding is for itself
         self.modules = torch.tensor([[part == module for part in parts] for module in parts], device=device)
         self.counters = {
@@ -83,14 +83,14 @@ class Optimizer(torch.optim.Optimizer):
         self.grad_norm = torch.zeros((), device=device)  # of the newest step, over all parameters, before clipping
 
     @torch.no_grad()
-    def prepare(self, now: Now, grads: list[Tensor], finite: Tensor) -> Tensor:
+    def prepare(self, now: Now, grads: list[Tensor], loss: Tensor) -> Tensor:
         """Sets the schedules' values and judges the step from all gradients; returns ``applied``, 0-d bool.
 
         Args:
             now: what the schedules say.
-            grads: the gradient of every fragment of every group's shard, in order; any shape and dtype. Where the
-                ranks hold the same shards, their gradients are summed already.
-            finite: 0-d bool of this rank; False on any rank makes the step a no-op on all.
+            grads: of every group's shard, flat, zero in padding, of any dtype. Where the ranks hold the same shards,
+                their gradients are summed already.
+            loss: 0-d fp32 of this rank; one that is not finite on any rank makes the step a no-op on all.
         """
         for group in self.param_groups:
             frozen = now.freeze_last_layer and group["group"].last_layer
@@ -98,13 +98,13 @@ class Optimizer(torch.optim.Optimizer):
             group["weight_decay"] = now.weight_decay if group["group"].regularized else 0.0
             group["frozen"] = frozen and self.config.freeze_how == "skip"
         squares = self.grad_norm.new_zeros(self.num_params + 1)
-        if grads:
-            norms = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32))
-            squares.index_add_(0, self.index, norms.square())
-        squares[-1] = torch.where(finite, 0.0, torch.nan)  # padding's place: it tells the other ranks
+        segments = [group["segments"] for group in self.param_groups]
+        found = [segment_squares(grad, of_grad) for grad, of_grad in zip(grads, segments, strict=True)]
+        squares.index_add_(0, self.index, torch.cat(found))
+        squares[-1:].copy_(loss.detach() * 0)  # padding's place tells the other ranks of a loss that is not finite
         self.ranks.sum_(squares if self.sharded else squares[-1:])
         self.grad_norm = squares.sum().sqrt()
-        applied = torch.isfinite(self.grad_norm)
+        applied = self.grad_norm < math.inf  # NaN is not
         self.plan = Step(
             now,
             applied,

@@ -70,14 +70,15 @@ class Shard:
             yield None, self.param.numel() - position
 
 
-def point_into(flat: Tensor, params: list[nn.Parameter], grad: bool = False) -> None:
-    """Copies the parameters one after another into ``flat`` and makes them (or their gradients) views of it."""
-    position = 0
-    for param in params:
-        view = flat[position : position + param.numel()].view_as(param)
-        if grad:
-            param.grad = view
-        else:
-            view.copy_(param.data)
-            param.data = view
-        position += param.numel()
+def views_of(flat: Tensor, params: list[nn.Parameter]) -> list[Tensor]:
+    """Views of a flat tensor in the shapes of parameters that lie one after another in it."""
+    sizes = [param.numel() for param in params]
+    parts = flat[: sum(sizes)].split(sizes)  # what follows is padding
+    return [part.view_as(param) for part, param in zip(parts, params, strict=True)]
+
+
+def point_into(flat: Tensor, params: list[nn.Parameter]) -> None:
+    """Copies the parameters one after another into ``flat`` and makes them views of it."""
+    for view, param in zip(views_of(flat, params), params, strict=True):
+        view.copy_(param.data)
+        param.data = view

@@ -10,7 +10,7 @@ from fastdino.config import Config
 from fastdino.distributed import Ranks
 from fastdino.engine.engine import Engine
 from fastdino.engine.schedules import Now
-from fastdino.engine.shards import Shard, point_into
+from fastdino.engine.shards import point_into, views_of
 
 
 class TorchEngine(Engine):
@@ -26,32 +26,28 @@ class TorchEngine(Engine):
             param = student.get_parameter(name)
             param.data = param.data.to(self.dtype)
         weights = [master.to(self.dtype) for master in masters]  # the master itself in fp32
-        self._micro_grads = [torch.zeros_like(flat) for flat in weights]  # what autograd adds to
-        self._grads = self._micro_grads  # fp32 sums over micro batches
-        if self.dtype != torch.float32:
-            self._grads = [torch.zeros_like(master) for master in masters]
         for group, flat in zip(self.groups, weights, strict=True):
             point_into(flat, list(group.params.values()))
-        self._point_gradients()
+        self._micro_batch = 0
+        self._grads = [torch.zeros_like(master) for master in masters]  # fp32 sums over micro batches
+        # Where it takes a conversion to add them, later micro batches are made flat first.
+        self._later = self._grads if self.dtype == torch.float32 else [torch.zeros_like(flat) for flat in weights]
         self._adopt(masters, [None if f is m else f for f, m in zip(weights, masters, strict=True)], parts=1, part=0)
         self.after_load()
 
     def backward(self, loss: Tensor) -> None:
         (loss / self.accumulate).backward()
-        self._add_micro_batch()
+        self._take_gradients()
 
     @torch.no_grad()
-    def step(self, now: Now, finite: Tensor) -> Tensor:
+    def step(self, now: Now, loss: Tensor) -> Tensor:
+        assert self._micro_batch == self.accumulate, f"{self._micro_batch} backward passes before a step"
+        self._micro_batch = 0
         self._reduce()
-        grads = []
         for group, grad in zip(self.optimizer.param_groups, self._grads, strict=True):
-            shard: Shard = group["shard"]
-            shard.param.grad = grad
-            grads += shard.views(grad)
-        applied = self.optimizer.prepare(now, grads, finite)
+            group["shard"].param.grad = grad
+        applied = self.optimizer.prepare(now, self._grads, loss)
         self._update()
-        for grad in self._grads:
-            grad.zero_()
         return applied
 
     def _wrap(self, config: Config, student: nn.Module) -> nn.Module:
@@ -66,15 +62,26 @@ class TorchEngine(Engine):
     def _update(self) -> None:
         self.optimizer.step()
 
-    def _add_micro_batch(self) -> None:
-        if self._grads is not self._micro_grads:
-            for total, grad in zip(self._grads, self._micro_grads, strict=True):
-                total.add_(grad)
-                grad.zero_()
+    @torch.no_grad()
+    def _take_gradients(self) -> None:
+        """Adds what a backward pass has left in the parameters to the flat sums, in a launch or two per group.
 
-    def _point_gradients(self) -> None:
-        for group, grads in zip(self.groups, self._micro_grads, strict=True):
-            point_into(grads, list(group.params.values()), grad=True)
+        A parameter begins each pass without a gradient: autograd then hands over a tensor of its own, where it would
+        add to one that is there parameter by parameter.
+        """
+        for group, total, later in zip(self.groups, self._grads, self._later, strict=True):
+            params = list(group.params.values())
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+            for param in params:
+                param.grad = None
+            if self._micro_batch == 0:
+                torch._foreach_copy_(views_of(total, params), grads)
+            elif later is total:
+                torch._foreach_add_(views_of(total, params), grads)
+            else:
+                torch._foreach_copy_(views_of(later, params), grads)
+                total.add_(later)
+        self._micro_batch += 1
 
     def _publish_student(self) -> None:
         for group in self.optimizer.param_groups:

@@ -13,7 +13,6 @@ from fastdino.distributed import Ranks
 from fastdino.engine import zero_stage
 from fastdino.engine.engine import Engine
 from fastdino.engine.schedules import Now
-from fastdino.engine.shards import Shard
 from fastdino.engine.torch_engine import TorchEngine
 from fastdino.launch import LaunchError
 
@@ -92,32 +91,27 @@ class ReplicatedEngine(TorchEngine):
 
     def _wrap(self, config: Config, student: nn.Module) -> nn.Module:
         self._deepspeed: Any = _initialize(self, config, student)
-        self._micro_batch = 0
         # By this hook DeepSpeed's own bf16 optimizer hands over its flat gradients.
         self.optimizer.get_grads_for_reduction = self._flat_gradients  # type: ignore[attr-defined]
         return self._deepspeed
 
     def backward(self, loss: Tensor) -> None:
-        self._micro_batch += 1
-        last = self._micro_batch == self.accumulate
+        last = self._micro_batch == self.accumulate - 1
         self._deepspeed.set_gradient_accumulation_boundary(last)
         self._deepspeed.backward(loss)
         if not last:
-            self._add_micro_batch()
+            self._take_gradients()
 
     def _flat_gradients(self) -> tuple[list[Tensor], dict[str, Tensor]]:
         """What DeepSpeed reduces at the end of the last backward pass, nothing on one rank; no experts."""
-        self._add_micro_batch()
+        self._take_gradients()
         return [] if self.ranks.world_size == 1 else self._grads, {}
 
     def _reduce(self) -> None:
         """Nothing: DeepSpeed has, at the end of the last backward pass."""
-        assert self._micro_batch == self.accumulate, f"{self._micro_batch} backward passes before a step"
 
     def _update(self) -> None:
         self._deepspeed.step()
-        self._micro_batch = 0
-        self._point_gradients()  # it has set them to None
 
 
 class ShardedEngine(Engine):
@@ -146,14 +140,16 @@ class ShardedEngine(Engine):
         self._deepspeed.backward(loss)
 
     @torch.no_grad()
-    def step(self, now: Now, finite: Tensor) -> Tensor:
+    def step(self, now: Now, loss: Tensor) -> Tensor:
         assert self._micro_batch == self.accumulate, f"{self._micro_batch} backward passes before a step"
         self.wait_teacher()
-        grads: list[Tensor] = []
-        for index, group in enumerate(self.optimizer.param_groups):
-            shard: Shard = group["shard"]
-            grads += self._zero.averaged_gradients[index][: len(shard.fragments)]  # what is left is padding
-        applied = self.optimizer.prepare(now, grads, finite)
+        grads = []
+        for index in range(len(self.optimizer.param_groups)):
+            # Made flat here rather than by DeepSpeed a moment later, which finds one tensor that is flat already.
+            flat = torch.cat([piece.flatten() for piece in self._zero.averaged_gradients[index]])
+            self._zero.averaged_gradients[index] = [flat]
+            grads.append(flat)
+        applied = self.optimizer.prepare(now, grads, loss)
         self._deepspeed.step()
         self._micro_batch = 0
         self._gather_teacher()

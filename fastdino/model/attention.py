@@ -5,18 +5,33 @@ import importlib
 import itertools
 import warnings
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from fastdino.config import ConfigError
 
 Lengths = tuple[tuple[int, int], ...]  # (sequences, tokens of each) per group; a group is the views of one size
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, queries: Lengths, keys: Lengths, choice: str = "auto") -> Tensor:
+FASTEST: dict[str, str] = {}
+"""What auto takes on a GPU, by a part of its name: the fastest in bench/results/attention-*.json. On a GPU that is not
+here, that is not measured, it takes what launches least."""
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    queries: Lengths,
+    keys: Lengths,
+    starts: tuple[Tensor, Tensor] | None = None,
+    choice: str = "auto",
+) -> Tensor:
     """softmax(q k^T / sqrt(d)) v within each sequence of a packed batch; no sequence sees another.
 
     Args:
@@ -24,39 +39,60 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, queries: Lengths, keys: Length
         k, v: (1, N, H, d), packed in the same order.
         queries: the lengths in q; M = sum of sequences * tokens.
         keys: the lengths in k and v, with as many sequences per group as ``queries``.
-        choice: "auto" | "xformers" | "sdpa", see :func:`implementation`.
+        starts: :func:`starts_of` both, where they are at hand.
+        choice: "auto" | "varlen" | "xformers" | "sdpa", see :func:`implementation`.
 
-    Returns (1, M, H, d) in q's dtype. Raises ConfigError when xformers is asked for and cannot run.
+    Returns (1, M, H, d) in q's dtype. Raises ConfigError when what is asked for cannot run.
     """
-    if implementation(choice, q.device, q.dtype, q.shape[-1]) == "xformers":
-        mask = _block_diagonal(queries, keys, q.device)
-        return _xformers().memory_efficient_attention(q, k, v, attn_bias=mask)
-    return _sdpa(q, k, v, queries, keys)
+    compiling = torch.compiler.is_compiling()
+    match implementation(choice, q.device, q.dtype, q.shape[-1], compiling):
+        case "varlen":
+            starts = starts or (starts_of(queries, q.device), starts_of(keys, q.device))
+            longest = [max([tokens for _, tokens in lengths]) for lengths in (queries, keys)]
+            attended = varlen_attn(q.squeeze(0), k.squeeze(0), v.squeeze(0), *starts, *longest)
+            return cast(Tensor, attended).unsqueeze(0)
+        case "xformers":
+            mask = _block_diagonal(queries, keys, q.device)
+            return _xformers().memory_efficient_attention(q, k, v, attn_bias=mask)
+        case _:
+            return _sdpa(q, k, v, queries, keys)
 
 
-def implementation(choice: str, device: torch.device, dtype: torch.dtype, width: int) -> str:
-    """The implementation, "xformers" or "sdpa", that ``choice`` means for heads of ``width``, by dtype and device.
+@torch.compiler.assume_constant_result
+def implementation(choice: str, device: torch.device, dtype: torch.dtype, width: int, compiling: bool = False) -> str:
+    """The implementation, "varlen", "xformers" or "sdpa", that ``choice`` means for heads of ``width``.
 
-    auto is xformers where it runs, and torch's SDPA elsewhere (on a GPU one warning says why). Raises ConfigError when
-    xformers is asked for and cannot run.
+    Args:
+        choice: auto is FASTEST's where it runs, else the first of varlen (torch's own kernels for packed sequences),
+            xformers and SDPA (one call for each size of view) that runs. On a CPU SDPA is all there is.
+        device, dtype: of what is attended to.
+        compiling: inside torch.compile, which xformers' Python cannot enter: auto leaves it out.
+
+    Raises ConfigError when varlen or xformers is asked for and cannot run.
     """
     if choice == "sdpa" or (choice == "auto" and device.type != "cuda"):
         return "sdpa"
-    if (refusal := _refusal(device, dtype, width)) is None:
-        return "xformers"
-    if choice == "xformers":
-        raise ConfigError(f"{refusal}: use model.attention=auto or sdpa there")
-    _warn_once(f"attention runs on torch's SDPA, because {refusal}")
+    if choice != "auto":
+        if (refusal := _refusal(choice, device, dtype, width)) is not None:
+            raise ConfigError(f"{refusal}: use model.attention=auto or sdpa there")
+        return choice
+    name = torch.cuda.get_device_name(device)
+    ways = [way for gpu, way in FASTEST.items() if gpu in name] + ["varlen", "xformers"]
+    ways = [way for way in ways if way != "xformers" or not compiling]
+    refusals = []
+    for way in ways:
+        if way == "sdpa" or (refusal := _refusal(way, device, dtype, width)) is None:
+            return way
+        refusals.append(refusal)
+    _warn_once(f"attention runs on torch's SDPA, because {'; '.join(refusals)}")
     return "sdpa"
 
 
 def check_choice(choice: str) -> None:
-    """Raises ConfigError when ``choice`` asks for xformers on a machine that cannot run it."""
-    if choice != "xformers":
-        return
-    if not torch.cuda.is_available():
-        raise ConfigError("model.attention='xformers' needs a GPU and torch sees none: use model.attention=auto")
-    if isinstance(error := _import_xformers(), ImportError):
+    """Raises ConfigError when ``choice`` asks for what this machine cannot run."""
+    if choice in ("xformers", "varlen") and not torch.cuda.is_available():
+        raise ConfigError(f"model.attention='{choice}' needs a GPU and torch sees none: use model.attention=auto")
+    if choice == "xformers" and isinstance(error := _import_xformers(), ImportError):
         raise ConfigError(
             f"model.attention='xformers' but xformers cannot be imported ({error}): "
             "pip install 'xformers>=0.0.34,<0.0.36', or use model.attention=auto"
@@ -75,7 +111,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, queries: Lengths, keys: Lengths) -> T
 
 def _groups(x: Tensor, lengths: Lengths) -> list[Tensor]:
     """(1, tokens, H, d) -> a (sequences, H, tokens, d) view per group."""
-    parts = x[0].split([sequences * tokens for sequences, tokens in lengths])
+    parts = x.squeeze(0).split([sequences * tokens for sequences, tokens in lengths])
     return [
         part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, lengths, strict=True)
     ]  # split, not slices: its backward is one concatenation
@@ -88,25 +124,38 @@ def _block_diagonal(queries: Lengths, keys: Lengths, device: torch.device) -> An
         return _xformers().fmha.BlockDiagonalMask.from_seqlens(_flat(queries), _flat(keys), device=device)
 
 
+@functools.lru_cache(maxsize=64)
+def starts_of(lengths: Lengths, device: torch.device) -> Tensor:
+    """(sequences + 1,) int32: where each sequence begins, and the number of tokens. Kept, as a copy to the device."""
+    with torch.inference_mode(False):
+        return torch.tensor([0, *itertools.accumulate(_flat(lengths))], dtype=torch.int32, device=device)
+
+
 def _flat(lengths: Lengths) -> list[int]:
     """Tokens of each sequence, one entry per sequence."""
     return list(itertools.chain.from_iterable([tokens] * sequences for sequences, tokens in lengths))
 
 
 @functools.cache
-def _refusal(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
-    """Why xformers cannot run, or None. Tried, because it depends on its build, torch's build and the GPU's age."""
+def _refusal(choice: str, device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    """Why varlen or xformers cannot run, or None. Tried, because it depends on builds and on the GPU's age."""
     if device.type != "cuda":
-        return f"xformers has no attention for {device.type}"
-    if isinstance(error := _import_xformers(), ImportError):
+        return f"{choice} has no attention for {device.type}"
+    if choice == "xformers" and isinstance(error := _import_xformers(), ImportError):
         return f"xformers cannot be imported ({error})"
+    if choice == "varlen" and (dtype not in (torch.bfloat16, torch.float16) or width % 8 or width > 256):
+        return f"varlen takes bf16 and fp16 in heads of up to 256 in steps of 8, not {dtype} in heads of {width}"
     lengths = ((2, 8),)
     try:
         with torch.inference_mode(False), torch.enable_grad():
             x = torch.zeros(1, 16, 1, width, device=device, dtype=dtype, requires_grad=True)
-            _xformers().memory_efficient_attention(x, x, x, attn_bias=_block_diagonal(lengths, lengths, device))
-    except NotImplementedError as reasons:
-        return f"xformers cannot run on {device} ({reasons})"
+            if choice == "varlen":
+                starts = starts_of(lengths, device)
+                varlen_attn(x[0], x[0], x[0], starts, starts, 8, 8)
+            else:
+                _xformers().memory_efficient_attention(x, x, x, attn_bias=_block_diagonal(lengths, lengths, device))
+    except (NotImplementedError, RuntimeError) as reasons:
+        return f"{choice} cannot run on {device} ({reasons})"
     return None
 
 

@@ -4,14 +4,16 @@ Every parameter is read by the module that owns it, in its forward, which is wha
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastdino.model.attention import attention, implementation
-from fastdino.model.packing import Packing, Reading, Subset
+from fastdino.model.packing import Drop, Packing, Reading, Subset
 from fastdino.model.positions import Rotation
 from fastdino_kernels import gather_layer_norm, scatter_add_scaled
 
@@ -57,29 +59,26 @@ class PatchProjection(nn.Conv2d):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)), each branch dropped for some sequences in training.
 
+    What is dropped is drawn outside, so that the same input gives the same output and all blocks are one to a compiler.
+
+    Attributes:
+        selective: the norms and the MLP's hidden layer are computed again for the gradient. The products behind them
+            are not: recomputation ends with the last tensor that is missing.
+
     Args:
         shape: widths.
-        drop_path: probability of dropping a branch.
-        subset: a branch runs on the sequences that keep it alone, as many at every step; else it runs on all, and each
-            sequence keeps it or not. The rows of a ``reading`` are dropped the second way in either case.
-        attention: "auto" | "xformers" | "sdpa".
+        drop_path: probability of dropping a branch, for who draws.
+        attention: "auto" | "varlen" | "xformers" | "sdpa".
         layer_scale: start of a factor per channel on each branch; 0: none.
         rope: it is given rotary positions. Then keys have no bias.
     """
 
     def __init__(
-        self,
-        shape: Shape,
-        drop_path: float,
-        attention: str,
-        *,
-        subset: bool = False,
-        layer_scale: float = 0.0,
-        rope: bool = False,
+        self, shape: Shape, drop_path: float, attention: str, *, layer_scale: float = 0.0, rope: bool = False
     ) -> None:
         super().__init__()
         eps = ROPE_NORM_EPS if rope else NORM_EPS
-        self.drop_path, self.subset = drop_path, subset
+        self.drop_path, self.selective = drop_path, False
         self.norm1 = Norm(shape.width, eps=eps)
         self.attn = Attention(shape, attention, rope)
         self.ls1 = LayerScale(shape.width, layer_scale)
@@ -88,32 +87,50 @@ class Block(nn.Module):
         self.ls2 = LayerScale(shape.width, layer_scale)
 
     def forward(
-        self, x: Tensor, packing: Packing, rotation: Rotation | None = None, reading: Reading | None = None
+        self,
+        x: Tensor,
+        packing: Packing,
+        rotation: Rotation | None = None,
+        reading: Reading | None = None,
+        drops: tuple[Drop, Drop] = (None, None),
     ) -> Tensor:
-        """(1, tokens, D) -> (1, tokens, D); with ``reading`` those rows of the same result, (1, read, D)."""
-        if self.subset and self.drop_path and self.training and reading is None:
-            return self._on_subsets(x, packing, rotation)
-        branch = self.attn(self.norm1(x), packing, rotation, reading)
+        """(1, tokens, D) -> (1, tokens, D); with ``reading`` those rows of the same result, (1, read, D).
+
+        ``drops`` are the branches'; a subset takes no reading.
+        """
+        x = self._attend(x, packing, rotation, reading, drops[0])
+        drop = drops[1]
+        kept = drop if isinstance(drop, Subset) else None
+        branch = self._remade(lambda x: self.mlp(self.norm2(x, kept)), x)
+        if isinstance(drop, Subset):
+            return self.ls2(branch, x, drop)
+        return _add(x, self.ls2(branch), packing, reading, drop)
+
+    def _attend(
+        self, x: Tensor, packing: Packing, rotation: Rotation | None, reading: Reading | None, drop: Drop
+    ) -> Tensor:
+        """x + attention(norm(x)), of what is read."""
+        if isinstance(drop, Subset):
+            turns = None if rotation is None else rotation.take(drop.tokens())
+            qkv = self._remade(lambda x: self.attn.qkv(self.norm1(x, drop)), x)
+            return self.ls1(self.attn(qkv, drop.packing, turns), x, drop)
+        asking = None if reading is None else reading.asking
+        qkv = self._remade(lambda x: self.attn.qkv(self.norm1(x), asking), x)
+        branch = self.attn(qkv, packing, rotation, reading)
         if reading is not None:
             x = x.index_select(1, reading.rows)
-        x = self._add(x, self.ls1(branch), packing, reading)
-        return self._add(x, self.ls2(self.mlp(self.norm2(x))), packing, reading)
+        return _add(x, self.ls1(branch), packing, reading, drop)
 
-    def _on_subsets(self, x: Tensor, packing: Packing, rotation: Rotation | None) -> Tensor:
-        """Each branch on a draw of its own; times n / M where M of n sequences are kept."""
-        kept = packing.draw(self.drop_path)
-        turns = None if rotation is None else rotation.take(kept.tokens())
-        x = self.ls1(self.attn(self.norm1(x, kept), kept.packing, turns), x, kept)
-        kept = packing.draw(self.drop_path)
-        return self.ls2(self.mlp(self.norm2(x, kept)), x, kept)
+    def _remade(self, work: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """What ``work`` makes of x, its inside made again in the backward pass if that is asked for."""
+        if self.selective and torch.is_grad_enabled():
+            return checkpoint(work, x, use_reentrant=False, preserve_rng_state=False)
+        return work(x)
 
-    def _add(self, x: Tensor, branch: Tensor, packing: Packing, reading: Reading | None = None) -> Tensor:
-        """Residual sum with drop path: a sequence keeps its branch with probability 1 - p, then divided by 1 - p."""
-        if not self.training or not self.drop_path:
-            return x + branch
-        keep = 1 - self.drop_path
-        kept = torch.empty(packing.num_sequences, 1, device=x.device, dtype=x.dtype).bernoulli_(keep)
-        return torch.addcmul(x, branch, packing.per_token(kept, reading), value=1 / keep)
+
+def _add(x: Tensor, branch: Tensor, packing: Packing, reading: Reading | None, factors: Tensor | None) -> Tensor:
+    """The residual sum, the branch times its sequence's factor."""
+    return x + branch if factors is None else torch.addcmul(x, branch, packing.per_token(factors, reading))
 
 
 class Attention(nn.Module):
@@ -126,19 +143,23 @@ class Attention(nn.Module):
         self.proj = nn.Linear(shape.width, shape.width)
 
     def forward(
-        self, x: Tensor, packing: Packing, rotation: Rotation | None = None, reading: Reading | None = None
+        self,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        packing: Packing,
+        rotation: Rotation | None = None,
+        reading: Reading | None = None,
     ) -> Tensor:
-        """(1, tokens, D) -> (1, tokens, D); with ``reading`` those rows of the same result, (1, read, D)."""
-        queries = packing.lengths
-        if reading is None:
-            q, k, v = self.qkv(x)
-        else:
-            (q,), (k, v) = self.qkv(x.index_select(1, reading.asking), "q"), self.qkv(x, "kv")
-            queries = reading.queries
+        """What ``self.qkv`` made of (1, tokens, D) -> (1, tokens, D); with ``reading`` those rows, (1, read, D)."""
+        queries, starts = packing.lengths, packing.starts
+        q, k, v = qkv
+        if reading is not None:
+            queries, starts = reading.queries, reading.starts
         if rotation is not None:
             k = rotation.turn(k)
             q = (rotation if reading is None else rotation.take(reading.asking)).turn(q)
-        x = attention(q, k, v, queries=queries, keys=packing.lengths, choice=self.choice).flatten(2)
+        x = attention(
+            q, k, v, queries=queries, keys=packing.lengths, starts=(starts, packing.starts), choice=self.choice
+        ).flatten(2)
         if reading is not None and reading.answers is not None:
             x = x.index_select(1, reading.answers)
         return self.proj(x)
@@ -153,7 +174,7 @@ class Attention(nn.Module):
 
         ``rotation`` is of the R * tokens; it leaves the CLS token's query as it is.
         """
-        (q,), (k,) = self.qkv(x[:, :1], "q"), self.qkv(x, "k")
+        q, k, _ = self.qkv(x, torch.zeros(1, dtype=torch.long, device=x.device))
         if rotation is not None:
             k = rotation.turn(k.flatten(0, 1).unsqueeze(0)).view_as(k)
         scores = torch.einsum("rqhd,rnhd->rhn", q.float(), k.float())
@@ -171,18 +192,22 @@ class Qkv(nn.Linear):
         super().__init__(width, 3 * width)
         self.num_heads, self.key_bias = num_heads, key_bias
 
-    def forward(self, x: Tensor, wanted: str = "qkv") -> tuple[Tensor, ...]:  # type: ignore[override]
-        """(.., D) -> those of q, k and v that are ``wanted``, neighbours of "qkv", each (.., H, d)."""
-        weight: Tensor = self.weight
+    def forward(self, x: Tensor, asking: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        """(.., N, D) -> q, k, v, each (.., N, H, d); queries of the tokens ``asking`` alone where these are given."""
         bias: Tensor = self.bias
         if not self.key_bias:
             q, k, v = bias.chunk(3)
             bias = torch.cat([q, torch.zeros_like(k), v])
-        if wanted != "qkv":
-            first = "qkv".index(wanted) * self.in_features
-            rows = slice(first, first + len(wanted) * self.in_features)
-            weight, bias = weight[rows], bias[rows]
-        return F.linear(x, weight, bias).unflatten(-1, (len(wanted), self.num_heads, -1)).unbind(-3)
+        if asking is None:
+            return self._heads(F.linear(x, self.weight, bias)).unbind(-3)  # type: ignore[return-value]
+        rows = [self.in_features, 2 * self.in_features]
+        (of_q, of_kv), (bias_q, bias_kv) = self.weight.split(rows), bias.split(rows)
+        q = self._heads(F.linear(x.index_select(-2, asking), of_q, bias_q)).squeeze(-3)
+        return q, *self._heads(F.linear(x, of_kv, bias_kv)).unbind(-3)  # type: ignore[return-value]
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(.., n D) -> (.., n, H, d)."""
+        return x.unflatten(-1, (-1, self.num_heads, self.in_features // self.num_heads))
 
 
 class Mlp(nn.Module):

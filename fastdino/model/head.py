@@ -44,8 +44,10 @@ class Head(nn.Module):
 
     def points(self, x: Tensor) -> Tensor:
         """(.., D) -> (.., P), the MLP's output at length 1. Of no rows it makes no points, and BatchNorm sees none."""
-        if not x.numel():
-            return x.new_empty((*x.shape[:-1], self.width))
+        return self.project(x) if x.numel() else x.new_empty((*x.shape[:-1], self.width))
+
+    def project(self, x: Tensor) -> Tensor:
+        """:meth:`points` of at least one row."""
         z = self.mlp(x.flatten(0, -2))
         z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1)
         return z.to(x.dtype).unflatten(0, x.shape[:-1])

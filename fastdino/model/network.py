@@ -15,8 +15,9 @@ from fastdino.model.vit import ViT
 from fastdino.model.weights import WeightsError, form_of, load_backbone, load_head, read_metadata, settled
 
 Backbone = ViT | TimmBackbone
-"""A module with ``num_features`` (D), ``channels`` (C), ``implementation`` (what runs it, for the log) and
-``published`` (the module whose state dict has the names under which such weights are published).
+"""A module with ``num_features`` (D), ``channels`` (C), ``implementation`` (what runs it, for the log), ``regions()``
+(what of it to compile, see :meth:`Network.regions`) and ``published`` (the module whose state dict has the names under
+which such weights are published).
 
 Called with (V_i, B, C, h_i, w_i) normalised views by name, and masks of patches, it gives CLS tokens (sum of V_i, B, D)
 and patches (M, D); with (B, C, h, w) images (B, D).
@@ -74,6 +75,15 @@ class Network(nn.Module):
             patch_prototypes = prototypes if head is self.head else head.prototypes()
         return Outputs(cls, patches, cls_points, patch_points, prototypes, patch_prototypes)
 
+    def regions(self) -> list[tuple[nn.Module, str]]:
+        """The parts worth compiling, as a module and its method, that hold no branch on a value and no collective.
+
+        Batch statistics over several ranks are one, so that a head with them is left out.
+        """
+        heads = [head for head in (self.head, self.patch_head) if head is not None]
+        alone = [head for head in heads if not any(isinstance(m, nn.SyncBatchNorm) for m in head.modules())]
+        return [*self.backbone.regions(), *((head, "project") for head in alone)]
+
 
 def build_network(config: Config, teacher: bool = False, load: bool = True) -> Network:
     """The network of ``config`` in fp32 on the CPU, started from torch's generator (seed it first) and from files.
@@ -95,6 +105,8 @@ def build_network(config: Config, teacher: bool = False, load: bool = True) -> N
         given["local"] = views.local_size, views.num_local * config.run.local_batch
     mask_token, channels = config.loss.patch_weight > 0, config.data.channels
     backbone = build_backbone(model, views.global_size, given, mask_token=mask_token, channels=channels)
+    if not teacher:
+        backbone.set_checkpointing(config.engine.checkpointing)
     settings = [head for head in (config.head, config.patch_head) if head is not None]
     heads = [Head(backbone.num_features, head, model.init) for head in settings]
     network = Network(backbone, *heads)

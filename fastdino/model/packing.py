@@ -1,13 +1,14 @@
 """Sequences of several lengths in one row of tokens, so that each linear layer runs once for all of them."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastdino.model.attention import Lengths
+from fastdino.model.attention import Lengths, starts_of
 
 
 class Reading(NamedTuple):
@@ -18,6 +19,8 @@ class Reading(NamedTuple):
     """
 
     queries: Lengths
+    starts: Tensor
+    """(sequences + 1,) int32, where the queries of each sequence begin, and their number."""
     asking: Tensor
     """(queries,) the tokens whose queries are computed."""
     rows: Tensor
@@ -44,11 +47,18 @@ class Subset(NamedTuple):
         return torch.cat([group.view(shape).index_select(0, rows).flatten() for group, shape, rows in groups])
 
 
+Drop = Tensor | Subset | None
+"""What drop path leaves of a residual branch: (sequences, 1) factors, 0 or 1 / (1 - p); the sequences that it runs on;
+None: all of it."""
+
+
 @dataclass(frozen=True)
 class Packing:
     """Where the sequences of a packed batch lie. It depends on shapes alone and is kept between steps."""
 
     lengths: Lengths
+    starts: Tensor
+    """(sequences + 1,) int32, where each sequence begins, and the number of tokens."""
     first: Tensor
     """(sequences,) the token with which each sequence begins, its CLS."""
     sequence: Tensor
@@ -68,25 +78,38 @@ class Packing:
         """
         if patches is None:
             queries = tuple((sequences, 1) for sequences, _ in self.lengths)
-            return Reading(queries, self.first, self.first, None, None)
+            return Reading(queries, starts_of(queries, self.first.device), self.first, self.first, None, None)
         tokens = self.lengths[0][1]
         sequence = patches // (tokens - num_prefix)
         rows = patches + num_prefix * (sequence + 1)
         asking, answers, cls = _asking(self.lengths, self.first.device)
+        queries = (self.lengths[0], *((sequences, 1) for sequences, _ in self.lengths[1:]))
         return Reading(
-            (self.lengths[0], *((sequences, 1) for sequences, _ in self.lengths[1:])),
+            queries,
+            starts_of(queries, self.first.device),
             asking,
             torch.cat([self.first, rows]),
             torch.cat([answers, rows]),  # the first group comes first in both
             torch.cat([cls, sequence]),
         )
 
-    def draw(self, drop: float) -> Subset:
-        """max(1, int(n * (1 - drop))) of the n sequences of each group, uniformly: as many at every call."""
-        lengths = tuple((max(1, int(sequences * (1 - drop))), tokens) for sequences, tokens in self.lengths)
-        drawn = [torch.randperm(sequences, device=self.first.device) for sequences, _ in self.lengths]
-        rows = [order[:kept] for order, (kept, _) in zip(drawn, lengths, strict=True)]
-        return Subset(self, rows, _packing(lengths, self.first.device))
+    def draw_factors(self, rates: Sequence[float], dtype: torch.dtype) -> Tensor:
+        """(blocks, 2, sequences, 1): drop path's factors of both branches of blocks with these ``rates``, all at once.
+
+        A sequence keeps a branch with probability 1 - rate, times 1 / (1 - rate).
+        """
+        keep = _keep(tuple(rates), torch.promote_types(dtype, torch.float32), self.first.device)
+        return torch.bernoulli(keep.expand(-1, 2, self.num_sequences, 1)).div_(keep).to(dtype)
+
+    def draw_subsets(self, rate: float, count: int) -> list[Subset]:
+        """``count`` draws of max(1, int(n * (1 - rate))) of the n sequences of each group, uniformly, all at once."""
+        lengths = tuple((max(1, int(sequences * (1 - rate))), tokens) for sequences, tokens in self.lengths)
+        packing = packing_of(lengths, self.first.device)
+        drawn = []  # per group (count, kept)
+        for (sequences, _), (kept, _) in zip(self.lengths, lengths, strict=True):
+            order = torch.rand(count, sequences, device=self.first.device).argsort(dim=1)
+            drawn.append(order[:, :kept].unbind())
+        return [Subset(self, list(rows), packing) for rows in zip(*drawn, strict=True)]
 
     def per_token(self, x: Tensor, reading: Reading | None = None) -> Tensor:
         """(sequences, ..) -> (tokens, ..), each sequence's value for its tokens, or for those that are read."""
@@ -94,15 +117,9 @@ class Packing:
         return x if sequence is None else x[sequence]
 
 
-def pack(groups: list[Tensor]) -> tuple[Tensor, Packing]:
-    """(sequences, tokens, D) per group -> (1, all tokens, D) and where each sequence lies in it."""
-    lengths = tuple((x.shape[0], x.shape[1]) for x in groups)
-    packed = torch.cat([x.flatten(0, 1) for x in groups]).unsqueeze(0)
-    return packed, _packing(lengths, packed.device)
-
-
 @functools.lru_cache(maxsize=64)
-def _packing(lengths: Lengths, device: torch.device) -> Packing:
+def packing_of(lengths: Lengths, device: torch.device) -> Packing:
+    """The packing of groups of (sequences, tokens of each), the sequences of each group one after the other."""
     with torch.inference_mode(False):  # kept between calls, so they must not be inference tensors
         sequence, first, first_sequence, first_token = [], [], 0, 0
         for sequences, tokens in lengths:
@@ -110,7 +127,14 @@ def _packing(lengths: Lengths, device: torch.device) -> Packing:
             sequence.append((first_sequence + index).unsqueeze(1).expand(-1, tokens).flatten())
             first.append(first_token + tokens * index)
             first_sequence, first_token = first_sequence + sequences, first_token + sequences * tokens
-        return Packing(lengths, torch.cat(first), torch.cat(sequence))
+        return Packing(lengths, starts_of(lengths, device), torch.cat(first), torch.cat(sequence))
+
+
+@functools.lru_cache(maxsize=64)
+def _keep(rates: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(blocks, 1, 1, 1) probabilities of keeping a branch."""
+    with torch.inference_mode(False):
+        return torch.tensor([1 - rate for rate in rates], dtype=dtype, device=device).view(-1, 1, 1, 1)
 
 
 @functools.lru_cache(maxsize=64)
@@ -118,7 +142,7 @@ def _asking(lengths: Lengths, device: torch.device) -> tuple[Tensor, Tensor, Ten
     """Where the first group asks all its queries: the tokens that ask, each CLS among them, each sequence's number."""
     with torch.inference_mode(False):
         sequences, tokens = lengths[0]
-        first = _packing(lengths, device).first
+        first = packing_of(lengths, device).first
         number = torch.arange(len(first), device=device)
         asking = torch.cat([torch.arange(sequences * tokens, device=device), first[sequences:]])
         answers = torch.cat([first[:sequences], sequences * (tokens - 1) + number[sequences:]])

@@ -12,30 +12,27 @@ Grid = tuple[int, int]  # rows and columns of patches
 ROPE_BASE = 100.0  # towards which the periods of rotary positions go
 
 
-def resample_positions(positions: Tensor, grid: Grid, new_grid: Grid, rule: str = "offset") -> Tensor:
-    """Position embeddings of another grid by bicubic interpolation.
+def resample_positions(positions: Tensor, matrix: Tensor) -> Tensor:
+    """(1, patches, D) position embeddings -> (1, new patches, D) of another grid, by :func:`resampling`'s matrix."""
+    with torch.autocast(positions.device.type, enabled=False):
+        return (matrix @ positions.to(matrix.dtype)).to(positions.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def resampling(grid: Grid, new_grid: Grid, rule: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(new patches, patches) matrix of bicubic interpolation between grids, which is linear: resampled unit grids.
+
+    A matrix product has a deterministic backward on a GPU, which bicubic interpolation lacks.
 
     Args:
-        positions: (1, 1 + rows * columns, D); the first is the CLS token's and stays.
-        grid: of ``positions``.
+        grid: of the patches there are.
         new_grid: wanted.
         rule: "offset": by the scale factor (new + 0.1) / old, as in vision_transformer.py of DINO v1, where the 0.1
             keeps the output from being a row short. It shifts the samples a little, and the weights of DINO v1 and of
             DINOv2 without registers are used with it. "antialias": to the new size, antialiased where that is smaller,
             as those of DINOv2 with registers are.
-    """
-    dtype = torch.promote_types(positions.dtype, torch.float32)
-    with torch.autocast(positions.device.type, enabled=False):
-        matrix = _resampling(grid, new_grid, rule, positions.device, dtype)
-        patches = matrix @ positions[:, 1:].to(dtype)
-    return torch.cat([positions[:, :1], patches.to(positions.dtype)], dim=1)
-
-
-@functools.lru_cache(maxsize=64)
-def _resampling(grid: Grid, new_grid: Grid, rule: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(new patches, old patches) matrix of the interpolation, which is linear: its columns are resampled unit grids.
-
-    A matrix product has a deterministic backward on a GPU, which bicubic interpolation lacks.
+        device: of the result.
+        dtype: of the result, fp32 or wider.
     """
     with torch.inference_mode(False):  # kept between calls, so it must not be an inference tensor
         units = torch.eye(math.prod(grid), device=device, dtype=dtype).view(1, -1, *grid)

@@ -42,6 +42,21 @@ class TimmBackbone(nn.Module):
         """timm's own module."""
         return self.model
 
+    def regions(self) -> list[tuple[nn.Module, str]]:
+        """All of it, since what it consists of is not known here."""
+        return [] if any(isinstance(m, nn.SyncBatchNorm) for m in self.modules()) else [(self.model, "forward")]
+
+    def set_checkpointing(self, how: str) -> None:
+        """See :meth:`fastdino.model.ViT.set_checkpointing`; "full" or "none"."""
+        if how == "none":
+            return
+        try:
+            self.model.set_grad_checkpointing()  # type: ignore[operator]
+        except (AttributeError, AssertionError) as error:
+            raise ConfigError(
+                f"engine.checkpointing={how}: timm has no checkpointing for model.arch='{self.arch}': use none"
+            ) from error
+
     def forward(self, x: Tensor | dict[str, Tensor], masks: Masks | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """(V_i, B, C, h_i, w_i) views by name -> (sum of V_i, B, D) and no patches, (0, D); (B, C, h, w) -> (B, D)."""
         assert masks is None, "a backbone of timm hides and gives no patches"

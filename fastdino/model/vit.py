@@ -5,17 +5,26 @@ B images of C channels, N patches of a view, D width, H heads.
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastdino.config import ConfigError, ModelConfig
 from fastdino.data.batch import Masks
 from fastdino.model.attention import check_choice
 from fastdino.model.block import NORM_EPS, ROPE_NORM_EPS, Attention, Block, PatchEmbed, Shape, init_linears
-from fastdino.model.packing import Packing, pack
-from fastdino.model.positions import Grid, Rotation, resample_positions, rope_angles, rotation, sincos_positions
+from fastdino.model.packing import Drop, Packing, packing_of
+from fastdino.model.positions import (
+    Grid,
+    Rotation,
+    resample_positions,
+    resampling,
+    rope_angles,
+    rotation,
+    sincos_positions,
+)
 
 SIZES = {
     "nano": Shape(96, 4, 4, 384),
@@ -31,6 +40,8 @@ SIZES = {
     "giant2": Shape(1536, 40, 24, 4096, swiglu=True),
     "7b": Shape(4096, 40, 32, 8192, swiglu=True),
 }
+
+Drops = tuple[Drop, Drop]  # of the branches of a block
 
 
 class ViT(nn.Module):
@@ -73,11 +84,11 @@ class ViT(nn.Module):
         rates = [model.drop_path] * depth
         if model.drop_path_rule == "linear":
             rates = [model.drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        subset = model.drop_path_rule == "uniform"
+        self.subsets = model.drop_path_rule == "uniform"  # dropped branches are not computed
         self.blocks = nn.ModuleList(
-            Block(shape, rate, model.attention, subset=subset, layer_scale=model.layer_scale, rope=rope)
-            for rate in rates
+            Block(shape, rate, model.attention, layer_scale=model.layer_scale, rope=rope) for rate in rates
         )
+        self.checkpointing = "none"
         self.norm = nn.LayerNorm(width, eps=ROPE_NORM_EPS if rope else NORM_EPS)
         for token in (self.cls_token, self.pos_embed, self.register_tokens):
             if token is not None:
@@ -95,6 +106,17 @@ class ViT(nn.Module):
     def published(self) -> nn.Module:
         """The module whose state dict has the published names: this one."""
         return self
+
+    def regions(self) -> list[tuple[nn.Module, str]]:
+        """The blocks, and what makes their input."""
+        start = [(self, "embed")] if self.pos_embed is not None else [(self, "embed"), (self, "turns")]
+        return [*start, *((block, "forward") for block in self.blocks)]
+
+    def set_checkpointing(self, how: str) -> None:
+        """What blocks compute again in the backward pass, see :class:`fastdino.config.EngineConfig`."""
+        self.checkpointing = how
+        for block in self.blocks:
+            cast(Block, block).selective = how == "selective"
 
     def keep_grid_of(self, positions: Tensor) -> None:
         """Makes room for ``positions`` (1, 1 + N, D) of another square grid, whose views get interpolated positions."""
@@ -117,9 +139,9 @@ class ViT(nn.Module):
         what is read alone: queries of the groups of which patches are read and of CLS tokens, the rest for such rows.
         """
         groups = [x.unsqueeze(0)] if isinstance(x, Tensor) else list(x.values())
-        tokens, packing, turns = self._all_but_last_block(groups, None if masks is None else masks.hidden)
+        tokens, packing, turns, drops = self._all_but_last_block(groups, None if masks is None else masks.hidden)
         reading = packing.reading(None if masks is None else masks.rows, self.num_prefix)
-        tokens = self.norm(self.blocks[-1](tokens, packing, turns, reading)).squeeze(0)
+        tokens = self.norm(self._run(self.blocks[-1], tokens, packing, turns, reading, drops)).squeeze(0)
         cls, patches = tokens, tokens[:0]
         if masks is not None:
             cls, patches = tokens.split([packing.num_sequences, len(masks.rows)])
@@ -128,8 +150,8 @@ class ViT(nn.Module):
 
     def patch_tokens(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, rows, columns, D), the patches after the final norm."""
-        tokens, packing, turns = self._all_but_last_block([x.unsqueeze(0)])
-        tokens = self.norm(self.blocks[-1](tokens, packing, turns)).view(*packing.lengths[0], -1)
+        tokens, packing, turns, drops = self._all_but_last_block([x.unsqueeze(0)])
+        tokens = self.norm(self.blocks[-1](tokens, packing, turns, None, drops)).view(*packing.lengths[0], -1)
         return tokens[:, self.num_prefix :].unflatten(1, self._grid(*x.shape[-2:]))
 
     def attention_maps(self, x: Tensor) -> Tensor:
@@ -137,7 +159,7 @@ class ViT(nn.Module):
 
         A head's row sums to 1 minus what the CLS token keeps for itself and gives to registers.
         """
-        tokens, packing, turns = self._all_but_last_block([x.unsqueeze(0)])
+        tokens, packing, turns, _ = self._all_but_last_block([x.unsqueeze(0)])
         last = self.blocks[-1]
         assert isinstance(last, Block)
         weights = last.attn.cls_weights(last.norm1(tokens).view(*packing.lengths[0], -1), turns)
@@ -145,50 +167,91 @@ class ViT(nn.Module):
 
     def _all_but_last_block(
         self, groups: list[Tensor], hidden: Tensor | None = None
-    ) -> tuple[Tensor, Packing, Rotation | None]:
+    ) -> tuple[Tensor, Packing, Rotation | None, Drops]:
         """Views as :meth:`forward` takes them -> (1, tokens, D), where each sequence lies in it, how each token is
-        turned."""
+        turned, and what the last block drops."""
+        tokens, packing, turns = self._start(groups, hidden)
+        *drops, last = self._draw(packing, tokens.dtype)
+        for block, dropped in zip(self.blocks[:-1], drops, strict=True):
+            tokens = self._run(block, tokens, packing, turns, None, dropped)
+        return tokens, packing, turns, last
+
+    def _run(self, block: nn.Module, tokens: Tensor, *args: Any) -> Tensor:
+        if self.checkpointing == "full" and torch.is_grad_enabled():
+            return checkpoint(block, tokens, *args, use_reentrant=False, preserve_rng_state=False)
+        return block(tokens, *args)
+
+    def _start(self, groups: list[Tensor], hidden: Tensor | None) -> tuple[Tensor, Packing, Rotation | None]:
+        """What the first block is given."""
         rows = [views.flatten(0, 1) for views in groups]
-        tokens, packing = pack([self._tokens(x, None if i else hidden) for i, x in enumerate(rows)])
-        turns = None
+        grids = [self._grid_of(x) for x in rows]
+        device, dtype = rows[0].device, self.cls_token.dtype
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        counts = [self.num_prefix + math.prod(grid) for grid in grids]
+        packing = packing_of(tuple((len(x), count) for x, count in zip(rows, counts, strict=True)), device)
+        turns, matrices = None, None
         if self.pos_embed is None:
-            angles = [self._angles(x) for x in rows]
-            turns = rotation(angles, [count for count, _ in packing.lengths], self.num_prefix)
-        for block in self.blocks[:-1]:
-            tokens = block(tokens, packing, turns)
-        return tokens, packing, turns
+            angles = [rope_angles(grid, self.head_width, device, exact) for grid in grids]
+            turns = self.turns(angles, self._stretch(len(rows), device, exact), [len(x) for x in rows])
+        else:
+            matrices = [
+                None if grid == self.grid else resampling(self.grid, grid, self.interpolation, device, exact)
+                for grid in grids
+            ]
+        return self.embed(rows, hidden, matrices), packing, turns
 
-    def _tokens(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """(R, C, h, w), or patches -> (R, num_prefix + N, D): CLS, registers, patches; positions added to all but
-        registers."""
-        grid = self._grid_of(x)
-        cls: Tensor = self.cls_token
-        patches = self.patch_embed(x)
-        if hidden is not None:
-            assert self.mask_token is not None, "patches are hidden from a backbone without a mask token"
-            seen = tuple(patches.shape[:2])
-            assert hidden.shape == seen, f"a mask of {tuple(hidden.shape)}, {seen} patches"
-            patches = torch.where(hidden.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
+    def _draw(self, packing: Packing, dtype: torch.dtype) -> list[Drops]:
+        """What each block drops. The last has factors under either rule, for it computes what is read alone."""
+        rates = [cast(Block, block).drop_path for block in self.blocks]
+        if not self.training or not any(rates):
+            return [(None, None)] * len(rates)
+        if not self.subsets:
+            return [(attn, mlp) for attn, mlp in packing.draw_factors(rates, dtype)]
+        drawn = iter(packing.draw_subsets(rates[0], 2 * (len(rates) - 1)))
+        attn, mlp = packing.draw_factors(rates[-1:], dtype)[0]
+        return [*zip(drawn, drawn, strict=True), (attn, mlp)]
+
+    def embed(self, rows: list[Tensor], hidden: Tensor | None, matrices: list[Tensor | None] | None) -> Tensor:
+        """Packed tokens of all groups, (1, tokens, D); of each sequence CLS, registers, patches.
+
+        Args:
+            rows: (R, C, h, w), or patches, per group.
+            hidden: (R, N) of the first group.
+            matrices: per group, what resamples the positions, which are added to all but registers; None where the grid
+                is their own.
+        """
+        prefix: Tensor = self.cls_token
+        positions = None
         if self.pos_embed is not None:
-            positions = self._positions(self.pos_embed, grid)
-            cls, patches = cls + positions[:, :1], patches + positions[:, 1:]
-        prefix = [cls] if self.register_tokens is None else [cls, self.register_tokens]
-        return torch.cat([*(token.expand(len(x), -1, -1) for token in prefix), patches], dim=1)
+            of_cls, positions = self.pos_embed.split([1, self.pos_embed.shape[1] - 1], dim=1)
+            prefix = prefix + of_cls
+        if self.register_tokens is not None:
+            prefix = torch.cat([prefix, self.register_tokens], dim=1)
+        packed = []
+        for i, x in enumerate(rows):
+            patches = self.patch_embed(x)
+            if hidden is not None and i == 0:
+                assert self.mask_token is not None, "patches are hidden from a backbone without a mask token"
+                seen = tuple(patches.shape[:2])
+                assert hidden.shape == seen, f"a mask of {tuple(hidden.shape)}, {seen} patches"
+                patches = torch.where(hidden.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
+            if positions is not None and matrices is not None:
+                matrix = matrices[i]
+                patches = patches + (positions if matrix is None else resample_positions(positions, matrix))
+            packed.append(torch.cat([prefix.expand(len(x), -1, -1), patches], dim=1).flatten(0, 1))
+        return torch.cat(packed).unsqueeze(0)
 
-    def _positions(self, positions: Tensor, grid: Grid) -> Tensor:
-        """(1, 1 + N, D) position embeddings for a grid of patches."""
-        if grid == self.grid:
-            return positions
-        return resample_positions(positions, self.grid, grid, self.interpolation)
+    def turns(self, angles: list[Tensor], stretch: Tensor | None, sequences: list[int]) -> Rotation:
+        """The rotation of packed tokens from their patches' (N, d / 2) angles per group, times a factor of each."""
+        stretched = angles if stretch is None else [x * by for x, by in zip(angles, stretch, strict=True)]
+        return rotation(stretched, sequences, self.num_prefix)
 
-    def _angles(self, x: Tensor) -> Tensor:
-        """(N, d / 2) angles of the patches of (R, C, h, w), both axes stretched by one random factor in training."""
-        dtype = torch.promote_types(self.cls_token.dtype, torch.float32)
-        angles = rope_angles(self._grid_of(x), self.head_width, x.device, dtype)
-        if self.training and self.rope_scale != 1:
-            most = math.log(self.rope_scale)
-            angles = angles * torch.empty(1, device=x.device, dtype=dtype).uniform_(-most, most).exp()
-        return angles
+    def _stretch(self, groups: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+        """(groups,) random factors of both axes of all views of a size in training."""
+        if not self.training or self.rope_scale == 1:
+            return None
+        most = math.log(self.rope_scale)
+        return torch.empty(groups, device=device, dtype=dtype).uniform_(-most, most).exp()
 
     def _grid_of(self, x: Tensor) -> Grid:
         """Of (R, C, h, w), or of square views in patches, (R, N, C p^2)."""

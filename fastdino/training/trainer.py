@@ -18,6 +18,7 @@ from fastdino.config import Config, ConfigError, UserError
 from fastdino.data import Batch, normalize, open_source, train_batches
 from fastdino.distributed import Ranks
 from fastdino.engine import build_engine, zero_stage
+from fastdino.engine.compile import compile_regions, compiles
 from fastdino.engine.schedules import Schedules
 from fastdino.eval import OnlineKnn
 from fastdino.method.dino import Dino
@@ -101,6 +102,9 @@ class Trainer:
         teacher = build_network(config, teacher=True, load=False)  # the engine gives it the student's values
         self.shapes = {name: list(p.shape) for name, p in student.named_parameters()}
         self.engine = build_engine(config, student, teacher, ranks)
+        self.compiled = compiles(config, ranks.device)
+        if self.compiled:
+            compile_regions([*student.regions(), *teacher.regions()])
         self.method = Dino(self.engine.student, self.engine.teacher, config.loss, *build_targets(config, ranks))
         self.global_batch = config.run.local_batch * ranks.world_size * config.engine.accumulate
         self.step = self._restore(*newest) if newest else 0
@@ -135,7 +139,7 @@ class Trainer:
                 figures[f"loss_{name}"] += part / len(batches)
         if logs:
             figures.update(self.method.statistics())
-        applied = self.engine.step(now, figures["loss"].isfinite())
+        applied = self.engine.step(now, figures["loss"])
         self.method.after_step(applied)
         self.step += 1
         return figures
@@ -270,7 +274,7 @@ class Trainer:
             backbone = self.engine.teacher.backbone
             assert isinstance(backbone, nn.Module)
             try:
-                with notice.interruptible(grace=0):
+                with notice.interruptible(grace=0), torch.compiler.set_stance("force_eager"):  # other shapes
                     score = self.online_knn(backbone)
             except Interrupted:
                 metrics.say(f"epoch {epoch}: a signal ended the k-NN")

@@ -132,7 +132,7 @@ class Case:
             loss = self.loss(step, micro)
             self.engine.backward(spoil(loss))
             total += loss.detach() / self.accumulate
-        self.engine.step(now(step), torch.isfinite(total))
+        self.engine.step(now(step), total)
         mean = total.clone()
         self.ranks.mean_(mean)
         self.losses.append(mean)
@@ -210,7 +210,7 @@ def skip(ranks: distributed.Ranks, engine: str, what: str) -> dict[str, Any]:
     before = (case.state(), case.networks(), case.counters())
     loss = case.loss(3, 0)
     case.engine.backward(loss * torch.nan if spoilt_here and what == "gradient" else loss)
-    case.engine.step(now(3), torch.tensor(not spoilt_here or what == "gradient"))
+    case.engine.step(now(3), torch.tensor(torch.nan if spoilt_here and what != "gradient" else 0.0))
     after = (case.state(), case.networks(), case.counters())
     case.step(4)
     return {"before": before, "after": after, **case.result()}

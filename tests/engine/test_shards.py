@@ -54,7 +54,7 @@ def two_steps(name: Any, values: Tensor, grads: Tensor, gaps: dict[str, int]) ->
         for view, part in zip(shard.views(grad), grads.split(list(SIZES.values())), strict=True):
             view.copy_(part)
         shard.param.grad = grad
-        assert optimizer.prepare(NOW, shard.views(grad), torch.tensor(True))
+        assert optimizer.prepare(NOW, [grad], torch.tensor(0.0))
         optimizer.step()
     return [*shard.views(param), *shard.views(ema)], optimizer.grad_norm
 

@@ -66,8 +66,9 @@ def test_xformers_on_a_cpu_is_refused() -> None:
 
 def test_xformers_without_a_gpu_is_refused_at_construction(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="needs a GPU"):
-        room.check_choice("xformers")
+    for choice in ("xformers", "varlen"):
+        with pytest.raises(ConfigError, match=f"model.attention='{choice}' needs a GPU"):
+            room.check_choice(choice)
     room.check_choice("auto")
 
 
@@ -78,6 +79,7 @@ GPU = (torch.device("cuda"), torch.float32, 8)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tensors on a GPU that is not there: they have shapes and dtypes, and xformers looks at no more to choose."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")
     bias = importlib.import_module("xformers.ops.fmha.attn_bias")  # it would pin memory
     monkeypatch.setattr(bias, "_to_device_tensor", lambda x, dtype, device: torch.tensor(x, dtype=dtype).to(device))
     caches = (room._refusal, room._warn_once, room._block_diagonal)
@@ -90,13 +92,36 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_gpu")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_auto_is_xformers_on_a_gpu(dtype: torch.dtype) -> None:
-    """Also where its own library does not load: its wheel's is for another CUDA than torch's."""
-    q, k, v = inputs(KEYS, "cuda", dtype)
-    for choice in ("auto", "xformers"):
-        assert room.implementation(choice, q.device, dtype, 8) == "xformers"
-        assert attention(q, k, v, queries=KEYS, keys=KEYS, choice=choice).shape == q.shape
+def test_auto_on_a_gpu_is_one_call_for_all_sizes() -> None:
+    """varlen in half precision; xformers in fp32, also where its own library does not load, but not in a graph."""
+    for dtype, compiling, expected in [
+        (torch.bfloat16, False, "varlen"),
+        (torch.bfloat16, True, "varlen"),
+        (torch.float32, False, "xformers"),
+    ]:
+        q, k, v = inputs(KEYS, "cuda", dtype)
+        assert room.implementation("auto", q.device, dtype, 8, compiling) == expected
+        for choice in ("auto", expected):
+            assert attention(q, k, v, queries=KEYS, keys=KEYS, choice=choice).shape == q.shape
+    with pytest.warns(RuntimeWarning, match="because varlen takes bf16 and fp16"):
+        assert room.implementation("auto", *GPU, compiling=True) == "sdpa"
+    with pytest.raises(ConfigError, match=r"varlen takes bf16 and fp16.*use model.attention=auto"):
+        room.implementation("varlen", *GPU)
+    assert room.implementation("auto", torch.device("cuda"), torch.bfloat16, 12, compiling=True) == "sdpa"
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_auto_takes_what_was_measured_to_be_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    bf16 = (torch.device("cuda"), torch.bfloat16, 8)
+    for fastest in ("sdpa", "xformers"):
+        monkeypatch.setattr(room, "FASTEST", {"H100": fastest, "A100": "varlen"})
+        assert room.implementation("auto", *bf16) == fastest
+    assert room.implementation("auto", *bf16, compiling=True) == "varlen"
+    assert room.implementation("sdpa", *bf16) == "sdpa"
+
+
+def test_starts() -> None:
+    assert room.starts_of(((2, 3), (3, 1)), torch.device("cpu")).tolist() == [0, 3, 6, 7, 8, 9]
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -122,16 +147,18 @@ def test_missing_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="xformers' attention needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="packed attention needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("queries", [KEYS, CLS], ids=["all", "cls"])
-def test_xformers_no_worse_than_sdpa(queries: room.Lengths, dtype: torch.dtype) -> None:
+def test_packed_attention_is_no_worse_than_sdpa(queries: room.Lengths, dtype: torch.dtype) -> None:
     tensors = inputs(queries, "cuda", dtype)
     exact = [x.detach().double().requires_grad_() for x in tensors]
     want = values_and_gradients(masked(*exact, queries), exact)
     errors = {}
-    for choice in ("xformers", "sdpa"):
+    packed = ["xformers", "varlen"] if dtype == torch.bfloat16 else ["xformers"]
+    for choice in [*packed, "sdpa"]:
         got = values_and_gradients(attention(*tensors, queries=queries, keys=KEYS, choice=choice), tensors)
         errors[choice] = [(a.double() - b).abs().max().item() for a, b in zip(got, want, strict=True)]
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
-    assert all(x <= s + tolerance for x, s in zip(errors["xformers"], errors["sdpa"], strict=True)), errors
+    for choice in packed:
+        assert all(x <= s + tolerance for x, s in zip(errors[choice], errors["sdpa"], strict=True)), errors

@@ -11,7 +11,7 @@ from bench.counters import OpCounts
 from fastdino.data.batch import Masks
 from fastdino.model import ViT
 from fastdino.model.block import Shape
-from fastdino.model.packing import Packing, Subset, _packing
+from fastdino.model.packing import Packing, Subset, packing_of
 from fastdino_kernels import _backend
 from tests.model.textbook import literal, nano, views
 
@@ -29,19 +29,18 @@ def dropping(**options: Any) -> ViT:
 def factors(vit: ViT, seed: int) -> list[Tensor]:
     """Per group (2 * depth, sequences): what the residual branches of each sequence are multiplied by.
 
-    The draws in their order: of every branch but the last block's two one of every group, then those by chance.
+    The draws in their order: for each group those of every branch but the last block's two, then these by chance.
     """
     torch.manual_seed(seed)
-    counts = [shape[0] * shape[1] for shape in SHAPES]
-    found = [torch.zeros(2 * len(vit.blocks), n, dtype=torch.float64) for n in counts]
-    for branch in range(2 * len(vit.blocks) - 2):
-        for group, n, kept in zip(found, counts, KEPT, strict=True):
-            for sequence in torch.randperm(n)[:kept]:
-                group[branch, sequence] = n / kept
-    for branch in (-2, -1):
-        by_chance = torch.empty(sum(counts), 1, dtype=torch.float64).bernoulli_(1 - RATE)[:, 0] / (1 - RATE)
-        for group, drawn in zip(found, by_chance.split(counts), strict=True):
-            group[branch] = drawn
+    counts, branches = [shape[0] * shape[1] for shape in SHAPES], 2 * len(vit.blocks)
+    found = [torch.zeros(branches, n, dtype=torch.float64) for n in counts]
+    for group, n, kept in zip(found, counts, KEPT, strict=True):
+        for branch, order in enumerate(torch.rand(branches - 2, n).argsort(dim=1)):
+            group[branch, order[:kept]] = n / kept
+    by_chance = torch.bernoulli(torch.full((1, 2, sum(counts), 1), 1 - RATE, dtype=torch.float64)) / (1 - RATE)
+    for branch in (0, 1):
+        for group, drawn in zip(found, by_chance[0, branch, :, 0].split(counts), strict=True):
+            group[branch - 2] = drawn
     return found
 
 
@@ -75,8 +74,13 @@ def test_equals_the_textbook(options: dict[str, Any]) -> None:
 def subsets(monkeypatch: pytest.MonkeyPatch) -> list[Subset]:
     """Every draw, in its order."""
     drawn: list[Subset] = []
-    draw = Packing.draw
-    monkeypatch.setattr(Packing, "draw", lambda *args: drawn.append(draw(*args)) or drawn[-1])
+    draw = Packing.draw_subsets
+
+    def note(*args: Any) -> list[Subset]:
+        drawn.extend(draw(*args))
+        return drawn[-args[2] :]
+
+    monkeypatch.setattr(Packing, "draw_subsets", note)
     return drawn
 
 
@@ -96,23 +100,23 @@ def test_every_branch_draws_its_own(subsets: list[Subset]) -> None:
 )
 def test_how_many_are_kept(n: int, drop: float, kept: int) -> None:
     """max(1, int(n * (1 - drop))), each at most once."""
-    subset = _packing(((n, 3), (2 * n, 1)), CPU).draw(drop)
+    subset = packing_of(((n, 3), (2 * n, 1)), CPU).draw_subsets(drop, 3)[1]
     assert len(subset.rows[0]) == len(subset.rows[0].unique()) == kept
     assert subset.packing.lengths == ((kept, 3), (max(1, int(2 * n * (1 - drop))), 1))
 
 
 def test_every_sequence_is_kept_equally_often() -> None:
-    packing, times = _packing(((10, 2),), CPU), torch.zeros(10)
+    packing, times = packing_of(((10, 2),), CPU), torch.zeros(10)
     torch.manual_seed(0)
-    for _ in range(2000):
-        times[packing.draw(RATE).rows[0]] += 1
+    for subset in packing.draw_subsets(RATE, 2000):
+        times[subset.rows[0]] += 1
     deviation = (2000 * 0.7 * 0.3) ** 0.5
     assert (times - 1400).abs().max() < 4 * deviation
 
 
 def test_tokens_of_a_subset() -> None:
     rows = [torch.tensor([2, 0]), torch.tensor([1])]
-    subset = Subset(_packing(((3, 2), (2, 3)), CPU), rows, _packing(((2, 2), (1, 3)), CPU))
+    subset = Subset(packing_of(((3, 2), (2, 3)), CPU), rows, packing_of(((2, 2), (1, 3)), CPU))
     assert subset.tokens().tolist() == [4, 5, 0, 1, 9, 10, 11]
 
 
@@ -134,7 +138,7 @@ def test_follows_the_seed_and_ends_with_training(subsets: list[Subset]) -> None:
 
 def test_no_device_value_is_read() -> None:
     vit, groups = dropping(pos_embed="rope"), views(*SHAPES)
-    _packing.cache_clear()
+    packing_of.cache_clear()
     with OpCounts() as counts:
         vit(groups)[0].sum().backward()
     assert not counts.syncs
@@ -163,7 +167,7 @@ def test_with_the_kernels(dtype: torch.dtype, layer_scale: float, monkeypatch: p
     """What a GPU runs; without one in Triton's interpreter."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     monkeypatch.setattr(_backend, "INTERPRETED", True)
-    block, packing = dropping(layer_scale=layer_scale).blocks[1].to(device), _packing(((5, 10), (4, 3)), device)
+    block, packing = dropping(layer_scale=layer_scale).blocks[1].to(device), packing_of(((5, 10), (4, 3)), device)
     results = []
     x = torch.randn(1, 62, 96, dtype=torch.float64, device=device)
     for width in (torch.float64, dtype):  # float64 runs the reference

@@ -16,8 +16,10 @@ from fastdino.data import Masks
 from fastdino.model import ViT
 from fastdino.model import attention as attention_room
 from fastdino.model import packing as packing_room
-from fastdino.model.packing import pack
-from fastdino.model.positions import resample_positions, rope_angles
+from fastdino.model import vit as vit_room
+from fastdino.model.block import _add
+from fastdino.model.packing import packing_of
+from fastdino.model.positions import resample_positions, resampling, rope_angles
 from tests.model.textbook import literal, nano, views
 
 TIMM = {
@@ -116,32 +118,29 @@ def antialias(old: int, new: int) -> np.ndarray:
 @pytest.mark.parametrize(("old", "new"), [((14, 14), (6, 6)), ((6, 6), (3, 5)), ((4, 7), (9, 2)), ((3, 3), (30, 30))])
 def test_positions_are_resampled_by_their_familys_rule(old: tuple[int, int], new: tuple[int, int], rule: Any) -> None:
     torch.manual_seed(0)
-    positions = torch.randn(1, 1 + math.prod(old), 5)
-    got = resample_positions(positions, old, new, rule.__name__)
-    grid = positions[0, 1:].reshape(*old, 5).double().numpy()
+    positions = torch.randn(1, math.prod(old), 5)
+    matrix = resampling(old, new, rule.__name__, torch.device("cpu"), torch.float32)
+    got = resample_positions(positions, matrix)
+    grid = positions[0].reshape(*old, 5).double().numpy()
     want = np.einsum("io,jp,opd->ijd", rule(old[0], new[0]), rule(old[1], new[1]), grid)
-    torch.testing.assert_close(got[0, 1:], torch.tensor(want).float().reshape(-1, 5), rtol=1e-4, atol=1e-5)
-    assert torch.equal(got[:, 0], positions[:, 0])
-    half = resample_positions(positions.bfloat16(), old, new, rule.__name__)
+    torch.testing.assert_close(got[0], torch.tensor(want).float().reshape(-1, 5), rtol=1e-4, atol=1e-5)
+    half = resample_positions(positions.bfloat16(), matrix)
     assert half.dtype == torch.bfloat16
-    want = resample_positions(positions.bfloat16().float(), old, new, rule.__name__)
-    assert torch.equal(half[0, 1:], want[0, 1:].bfloat16())
+    assert torch.equal(half, resample_positions(positions.bfloat16().float(), matrix).bfloat16())
 
 
-def test_own_grid_is_not_resampled() -> None:
-    vit = nano(image_size=(24, 40))
-    assert vit.grid == (3, 5)
-    assert vit._positions(vit.pos_embed, (3, 5)) is vit.pos_embed
-    other = vit._positions(vit.pos_embed, (5, 3))
-    assert other.shape == vit.pos_embed.shape
-    assert not torch.equal(other, vit.pos_embed)
+def test_own_grid_is_not_resampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(vit_room, "resampling", lambda *args: asked.append(args[:2]) or resampling(*args))
+    nano(image_size=(24, 40))(views((1, 2, 3, 24, 40), (1, 2, 3, 40, 24)))
+    assert asked == [((3, 5), (5, 3))]
 
 
 def test_an_evaluation_before_training_leaves_training_alone() -> None:
     """What is kept between calls must not be made of inference tensors, which autograd refuses."""
     groups = views((1, 2, 3, 48, 48), (1, 2, 3, 32, 16))
     masks = Masks(None, torch.arange(0, 2 * 36, 5), torch.empty(0))
-    for cached in (packing_room._packing, packing_room._asking, rope_angles):
+    for cached in (packing_of, packing_room._asking, rope_angles):
         cached.cache_clear()
     for pos_embed in ("learned", "rope"):
         vit = nano(drop_path=0.5, pos_embed=pos_embed)
@@ -179,11 +178,12 @@ def test_drop_path_drops_whole_branches_of_sequences() -> None:
     torch.manual_seed(0)
     rates = [block.drop_path for block in nano(drop_path=0.3).blocks]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
-    block = nano(drop_path=0.3).blocks[-1].train()
     lengths = ((3000, 2), (2000, 3))
-    packing = packing_room._packing(lengths, torch.device("cpu"))
+    packing = packing_of(lengths, torch.device("cpu"))
     tokens = torch.ones(1, 12000, 1)
-    out = block._add(10 * tokens, tokens, packing)[0, :, 0] - 10
+    drawn = packing.draw_factors([0.0, 0.3], torch.float32)
+    assert torch.equal(_add(10 * tokens, tokens, packing, None, drawn[0, 0]), 11 * tokens)  # no rate, no drop
+    out = _add(10 * tokens, tokens, packing, None, drawn[1, 0])[0, :, 0] - 10
     per_sequence = torch.cat([out[:6000].view(3000, 2)[:, 0], out[6000:].view(2000, 3)[:, 0]])
     assert torch.equal(
         out, torch.cat([per_sequence[:3000].repeat_interleave(2), per_sequence[3000:].repeat_interleave(3)])
@@ -191,9 +191,7 @@ def test_drop_path_drops_whole_branches_of_sequences() -> None:
     kept = per_sequence != 0
     torch.testing.assert_close(per_sequence[kept], torch.full((int(kept.sum()),), 1 / 0.7), rtol=1e-5, atol=1e-5)
     assert kept.double().mean().item() == pytest.approx(0.7, abs=4 * math.sqrt(0.7 * 0.3 / 5000))
-    again = block._add(10 * tokens, tokens, packing)[0, :, 0] - 10
-    assert (again != out).any()  # each branch draws anew
-    assert torch.equal(block.eval()._add(tokens, tokens, packing), 2 * tokens)
+    assert (drawn[1, 0] != drawn[1, 1]).any()  # each branch draws anew
 
 
 def test_drop_path_follows_the_seed_and_pruning_changes_no_draw() -> None:
@@ -207,9 +205,9 @@ def test_drop_path_follows_the_seed_and_pruning_changes_no_draw() -> None:
     assert torch.equal(run(0)[0], run(0)[0])
     assert not torch.equal(run(0)[0], run(1)[0])
     torch.manual_seed(0)
-    x, packing = pack([vit._tokens(g.flatten(0, 1)) for g in groups.values()])
-    for block in vit.blocks:
-        x = block(x, packing)  # the last block in full
+    x, packing, _ = vit._start(list(groups.values()), None)
+    for block, drops in zip(vit.blocks, vit._draw(packing, x.dtype), strict=True):
+        x = block(x, packing, drops=drops)  # the last block in full
     x = vit.norm(x)[0]
     want = x[packing.first].view(5, 4, -1)
     torch.testing.assert_close(run(0)[0], want, rtol=1e-10, atol=1e-10)
@@ -238,7 +236,7 @@ def test_no_device_value_is_read(pos_embed: str) -> None:
     groups = views((2, 2, 3, 48, 48), (2, 2, 3, 16, 32))
     hidden = torch.arange(4 * 36).view(4, 36) % 7 == 0
     masks = Masks(hidden, hidden.flatten().nonzero().flatten(), torch.empty(0))
-    for cached in (packing_room._packing, packing_room._asking, rope_angles):
+    for cached in (packing_of, packing_room._asking, rope_angles):
         cached.cache_clear()
     with _CountSyncs() as syncs:
         sum(x.sum() for x in vit(groups, masks)).backward()

@@ -99,14 +99,14 @@ def test_the_last_block_computes_what_is_read() -> None:
     """Queries of every token of the masked group, of CLS in the others; projection and MLP of the rows read alone."""
     vit, groups = nano(mask_token=True, registers=2), views((2, 3, 3, 48, 48), (4, 3, 3, 24, 24))
     queries, projected, hidden = [], [], []
-    rows_of(vit.blocks[-1].attn.qkv, queries)
+    vit.blocks[-1].attn.qkv.register_forward_pre_hook(lambda _, args: queries.append([len(args[1]), args[0].shape[1]]))
     rows_of(vit.blocks[-1].attn.proj, projected)
     rows_of(vit.blocks[-1].mlp, hidden)
     masks, tokens = masks_for(groups["0"]), 6 * 39 + 12 * 12
     vit(groups, masks)
-    assert (queries, projected, hidden) == ([6 * 39 + 12, tokens], [18 + len(masks.rows)], [18 + len(masks.rows)])
+    assert (queries, projected, hidden) == ([[6 * 39 + 12, tokens]], [18 + len(masks.rows)], [18 + len(masks.rows)])
     vit(groups)
-    assert (queries[2:], projected[1:], hidden[1:]) == ([18, tokens], [18], [18])
+    assert (queries[1:], projected[1:], hidden[1:]) == ([[18, tokens]], [18], [18])
 
 
 def test_masks_that_cannot_be() -> None:
