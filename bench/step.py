@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from bench.kernels.case import OURS, first_line
-from bench.peers.contenders import CONTENDERS, NOT_COUNTED, Contender, build, check, counted
+from bench.peers.contenders import CONTENDERS, NOT_COUNTED, Contender, build, check, counted, usual
 from bench.record import add, may_add, provenance, result_path, write
 from bench.timing import Clock, Ratio, interleave, matmul_flops, paired_ratio, unpaired_ratio
 from bench.workload import random_batch, step_config, step_flops
@@ -44,7 +44,7 @@ def main() -> int:
     path, where = result_path("step", device), provenance(device, "bench.step")
     changed = options.rounds or options.contender is not None or options.batch or options.alone or options.out
     part = bool(options.arch) and not changed and may_add(path, where)
-    others = CONTENDERS if options.contender is None else options.contender
+    others = usual(device) if options.contender is None else options.contender
     with distributed.init("cuda" if device.type == "cuda" else "cpu") as ranks:
         contests = []
         for text in options.arch or ARCHS[device.type]:
@@ -74,7 +74,9 @@ def _options() -> argparse.Namespace:
         metavar="ARCH[:BATCH]",
         help="such as vit_small vit_large:32; default: ViT-S and -B on a GPU; is added to a file of the same code",
     )
-    parser.add_argument("--contender", nargs="+", choices=CONTENDERS, help="beside fastdino; default: all of them")
+    parser.add_argument(
+        "--contender", nargs="+", choices=CONTENDERS, help="beside fastdino; default: all but a second one like it"
+    )
     parser.add_argument("--batch", type=int, help="images of a step, of architectures that name none")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--alone", action="store_true", help="one after another, as where memory is short")
@@ -131,7 +133,7 @@ class Contest:
         works = {name: contender.work(self.batches) for name, contender in contenders.items()}
         interleave(works, self.rounds, self.clock, hide_launches=False, after_round=after_round)
         for name, contender in contenders.items():
-            figures[name] |= counted(contender, name, self.batches[0])
+            figures[name] |= self._counted(contender, name)
             save()
 
     def _one_after_another(self, save: Callable[[], None]) -> None:
@@ -143,7 +145,7 @@ class Contest:
             seconds.update(interleave(works, self.rounds, self.clock, hide_launches=False)[0])
             for name, contender in made.items():
                 figures = self._speed(seconds[name], unpaired_ratio(seconds[name], seconds[OURS]))
-                self.case["contenders"][name] = figures | counted(contender, name, self.batches[0])
+                self.case["contenders"][name] = figures | self._counted(contender, name)
 
         for name in self.names:
             if why := self._use([name], measure_it):
@@ -165,6 +167,10 @@ class Contest:
         if self.ranks.device.type == "cuda":
             torch.cuda.empty_cache()
         return why
+
+    def _counted(self, contender: Contender, name: str) -> Figures:
+        """And why it is not what its name says, if it could not be compiled."""
+        return counted(contender, name, self.batches[0]) | {"fallback": contender.fallback}
 
     def _speed(self, seconds: list[float], times_ours: Ratio) -> Figures:
         """What the rounds so far say of a contender, which is not counted yet."""
@@ -191,6 +197,7 @@ def table(case: dict[str, Any]) -> str:
             f"  MFU {100 * f['mfu']:5.1f} %  {peak}  syncs {f['host_syncs']}  launches {f['launches']}"
             f"  x {ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
         )
+    lines += [f"  {name:30} {f['fallback']}" for name, f in case["contenders"].items() if f.get("fallback")]
     lines += [f"  {name:30} does not fit: {why}" for name, why in case["left_out"].items()]
     return "\n".join(lines)
 

@@ -1,6 +1,8 @@
 """What bench.step compares: our engines and the public peer, with the same weights, judged by their first losses."""
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +27,10 @@ ENGINES: dict[str, dict[str, Any]] = {  # settings of the engine
     "fastdino, ZeRO 1": {"name": "deepspeed", "zero_stage": 1},
     "fastdino, ZeRO 2": {"name": "deepspeed", "zero_stage": 2},
     "fastdino, torch engine": {"name": "torch", "zero_stage": "auto"},
+    "fastdino, eager": {"name": "deepspeed", "zero_stage": "auto", "compile": "off"},
+    "fastdino, compiled": {"name": "deepspeed", "zero_stage": "auto", "compile": "on"},
 }
+SAME_AS_OURS = {"cuda": "fastdino, compiled", "cpu": "fastdino, eager"}  # what engine.compile=auto comes to
 PEERS = {"lightly + timm": False, "lightly + timm, torch.compile": True}  # compiled or not
 CONTENDERS = [*ENGINES, *PEERS][1:]
 CHECKED_STEPS = 3
@@ -41,10 +46,17 @@ class Contender:
     kept: KeptBytes
     """What stays allocated between steps: weights, moments, buffers; it is active until :func:`check` has trained a
     few, since the peers' moments and some of our buffers are made in the first one."""
+    fallback: str = ""
+    """Why it runs eagerly though it should be compiled, once :func:`check` has seen that."""
 
     def work(self, batches: Sequence[Batch]) -> Work:
         """A step in each round, on the batches by turns."""
         return Work(lambda index: self.step(batches[index % len(batches)]))
+
+
+def usual(device: torch.device) -> list[str]:
+    """Those beside ours, without a second one of the same settings."""
+    return [name for name in CONTENDERS if name != SAME_AS_OURS[device.type]]
 
 
 def build(config: Config, ranks: Ranks, folder: Path, names: Sequence[str]) -> dict[str, Contender]:
@@ -117,14 +129,32 @@ def check(contenders: dict[str, Contender], batches: list[Batch], precision: str
 def _first_losses(contender: Contender, batches: list[Batch]) -> list[float]:
     for network in contender.networks:
         network.eval()
-    with contender.kept:
+    with contender.kept, _fallbacks() as said:
         losses = [float(contender.step(batches[step % len(batches)])) for step in range(CHECKED_STEPS)]
     for network in contender.networks:
         network.train()
+    contender.fallback = "; ".join(said)
     return losses
 
 
-NOT_COUNTED = {"state_bytes": None, "peak_bytes": None, "host_syncs": None, "launches": None}
+@contextmanager
+def _fallbacks() -> Iterator[list[str]]:
+    """What the product says of code that it could not compile, while active."""
+    said: list[str] = []
+
+    class Heard(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    heard, logger = Heard(logging.WARNING), logging.getLogger("fastdino.engine.compile")
+    logger.addHandler(heard)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(heard)
+
+
+NOT_COUNTED = dict.fromkeys(("state_bytes", "peak_bytes", "host_syncs", "launches"))
 
 
 def counted(contender: Contender, name: str, batch: Batch) -> dict[str, int | None]:

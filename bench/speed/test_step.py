@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench.kernels.case import OURS
-from bench.peers.contenders import CONTENDERS, build, check, counted
+from bench.peers.contenders import build, check, counted, usual
 from bench.speed.turns import DEVICE, Turns, device_seconds, label, room
 from bench.step import NUM_BATCHES, speed
 from bench.timing import Clock, matmul_flops, paired_ratio
@@ -17,7 +17,7 @@ from fastdino.distributed import Ranks
 
 pytestmark = pytest.mark.benchmark(timer=device_seconds, disable_gc=True)
 ARCH = {"cuda": "vit_small", "cpu": "vit_nano"}[DEVICE.type]
-NAMES = [OURS, *(name for name in CONTENDERS if DEVICE.type == "cuda" or "compile" not in name)]
+NAMES = [OURS, *(name for name in usual(DEVICE) if DEVICE.type == "cuda" or "compile" not in name)]
 
 
 @pytest.fixture(scope="module")
@@ -49,4 +49,4 @@ def test_step(name: str, ranks: Ranks, timed: Turns, clock: Clock, peak_flops: f
         if seconds:
             info = timed.benchmark.extra_info
             info.update(speed(config, seconds[name], paired_ratio(seconds[name], seconds[OURS]), peak_flops))
-            info.update(counted(made[name], name, batches[0]), losses=losses[name])
+            info.update(counted(made[name], name, batches[0]), losses=losses[name], fallback=made[name].fallback)

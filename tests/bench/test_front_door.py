@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench.kernels.case import OURS, PLAIN
 from bench.kernels.measure import BENCHES
-from bench.peers.contenders import CHECKED_STEPS, CONTENDERS
+from bench.peers.contenders import CHECKED_STEPS, usual
 from tests.bench.conftest import run_python
 
 # Runs pytest once for each list of arguments that it is given, with small inputs of koleo_loss. With "slow" for the
@@ -80,7 +81,7 @@ def test_every_kernel_attention_the_step_and_data_are_there(runs: dict[str, Outp
     assert f"test_data.py::test_data[views-{OURS}]" in printed
     assert f"test_data.py::test_data_loader[{OURS}]" in printed
     assert printed.count("test_step[vit_nano-fastdino") == 1 + sum(
-        name.startswith("fastdino") and "compile" not in name for name in CONTENDERS
+        name.startswith("fastdino") and "compile" not in name for name in usual(torch.device("cpu"))
     )
 
 
