@@ -74,9 +74,7 @@ def _options() -> argparse.Namespace:
         metavar="ARCH[:BATCH]",
         help="such as vit_small vit_large:32; default: ViT-S and -B on a GPU; is added to a file of the same code",
     )
-    parser.add_argument(
-        "--contender", nargs="+", choices=CONTENDERS, help="beside fastdino; default: all but a second one like it"
-    )
+    parser.add_argument("--contender", nargs="+", choices=CONTENDERS, help="beside fastdino; default: those unlike it")
     parser.add_argument("--batch", type=int, help="images of a step, of architectures that name none")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--alone", action="store_true", help="one after another, as where memory is short")

@@ -2,7 +2,7 @@
 
 import json
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,24 @@ def test_ours_must_fit(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "build", full)
     with pytest.raises(torch.OutOfMemoryError, match="9 GiB"):
         Contest(step_config("vit_nano", CPU), ranks, [], rounds=2).measure(lambda: None, alone=False)
+
+
+def test_a_contender_that_could_not_be_compiled_says_so(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(function: object, **options: object) -> Callable[..., object]:
+        def call(*inputs: object) -> object:
+            raise RuntimeError("no C++ compiler")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    contest = Contest(step_config("vit_nano", CPU), ranks, ["fastdino, compiled"], rounds=2)
+    contest.measure(lambda: None, alone=False)
+    ours, compiled = contest.case["contenders"].values()
+    assert not ours["fallback"]
+    assert "runs eagerly" in compiled["fallback"]
+    assert "no C++ compiler" in step.table(contest.case)
+    rows = report._step_rows({"cases": [contest.case]}, on_gpu=False)[1]
+    assert [row[1] for row in rows] == [OURS, "fastdino, compiled, not compiled: it failed"]
 
 
 STEP = """

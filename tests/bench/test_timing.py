@@ -1,5 +1,7 @@
 """What the figures rest on: paired ratios, interleaving, counters."""
 
+import subprocess
+import sys
 import time
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -129,6 +131,21 @@ def test_launches_queued_before_do_not_count(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("wait"))
     assert launches(lambda: seen.append("work"), torch.device("cuda")) == 0
     assert seen == ["wait", "profiler", "work", "wait"]
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_side_of_compare_that_dies_is_no_verdict(lives: bool) -> None:
+    """An exit code of 1 would mean that this tree is slower."""
+    wait = "input()" if lives else ""  # dies at the first call, or before
+    side = object.__new__(compare.Side)
+    command = [sys.executable, "-c", f"print('{{\"wrong\": null}}', flush=True); {wait}"]
+    side.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with side:
+        assert side.ready() is None
+        if not lives:
+            side.process.wait()
+        with pytest.raises(compare.Wrong, match="the process died"):
+            side.seconds()
 
 
 def test_a_side_of_compare_is_idle_when_it_tells_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
