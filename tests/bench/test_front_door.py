@@ -21,15 +21,19 @@ from dataclasses import replace
 import pytest
 from bench.kernels import measure
 
-bench, times = measure.BENCHES["koleo_loss"], 1
+bench, times, seen = measure.BENCHES["koleo_loss"], 1, []
 
 def ours(*inputs):
+    seen.append(inputs[0].data_ptr())
     return sum(bench.ours(*inputs) for _ in range(times)) / times
 
 measure.BENCHES["koleo_loss"] = replace(bench, ours=ours, shapes={"cpu": ["2,10,32"]})
 for first, *rest in json.loads(sys.argv[1]):
     times = 8 if first == "slow" else 1
-    print("exit code", int(pytest.main(["bench", "-p", "no:cacheprovider", *rest])), flush=True)
+    seen.clear()
+    code = int(pytest.main(["bench", "-p", "no:cacheprovider", *rest]))
+    print("of 25 inputs", len(set(seen[-25:])), "differ")
+    print("exit code", code, flush=True)
 """
 KOLEO = ["-k", "koleo_loss", "--benchmark-max-time=0.3", "--benchmark-min-rounds=30"]
 Output = tuple[int, str]
@@ -52,7 +56,11 @@ def runs(folder: Path) -> dict[str, Output]:
         "first": ["", "-k", few, *KOLEO[2:], store, "--benchmark-autosave", f"--benchmark-json={folder}/first.json"],
         "same": ["", *compare, f"--benchmark-histogram={folder}/drawn"],
         "disabled": ["", *KOLEO, "--benchmark-disable"],
-        "slower": ["slow", *compare],  # the last, because pytest-benchmark ends pytest by an exception
+        "slower": [
+            "slow",
+            *compare,
+            f"--benchmark-json={folder}/slower.json",
+        ],  # the last, because pytest-benchmark ends pytest by an exception
     }
     done = run_python("-c", SCRIPT, json.dumps(list(arguments.values())), FASTDINO_COMMIT="0" * 40)
     *parts, last = re.split(r"exit code (\d+)\n", done.stdout)
@@ -121,12 +129,19 @@ def test_as_fast_as_before_passes(runs: dict[str, Output], folder: Path) -> None
     assert [file.name for file in folder.glob("drawn*.svg")] == ["drawn-koleo_loss_2,10,32.svg"]
 
 
-def test_a_slower_kernel_fails(runs: dict[str, Output]) -> None:
+def test_inputs_rotate(runs: dict[str, Output]) -> None:
+    assert "of 25 inputs 25 differ" in runs["same"][1]
+
+
+def test_a_slower_kernel_fails(runs: dict[str, Output], folder: Path) -> None:
     code, printed = runs["slower"]
     assert code != 0, printed
     regressed = printed.split("Performance has regressed:")[1]
     assert "koleo_loss-2,10,32-fastdino] (0001" in regressed
     assert "reference]" not in regressed.split("Traceback")[0]
+    for entry in json.loads((folder / "slower.json").read_text())["benchmarks"]:
+        if entry["extra_info"]["variant"] != OURS:
+            assert entry["extra_info"]["times_ours"]["high"] < 0.7, "ours beside it is slow too"
 
 
 def test_a_cpu_says_that_it_is_a_smoke_run(runs: dict[str, Output]) -> None:
