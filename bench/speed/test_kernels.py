@@ -3,8 +3,9 @@
 On a CPU these are the references, which is what a CPU runs, without torch.compile.
 """
 
+import functools
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,14 +29,6 @@ IDS = [
 ]
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A case and so many inputs that none is in a cache when its turn comes."""
-
-    case: Case
-    inputs: list[Any]
-
-
 @pytest.fixture(scope="module")
 def clock() -> Clock:
     return Clock(DEVICE)
@@ -46,19 +39,20 @@ def copy() -> Work:
     return copy_work(DEVICE)
 
 
-@pytest.fixture(scope="module")
-def prepared(request: pytest.FixtureRequest) -> Prepared:
-    """Of one case at a time: pytest drops it before it makes the next one."""
-    case = CASES[request.param]
-    return Prepared(case, [case.make(1 + i) for i in range(num_inputs(case, DEVICE))])
+@functools.lru_cache(maxsize=1)  # the variants of a case come one after another
+def rotated(operation: str) -> list[Any]:
+    """So many inputs of a case that none is in a cache when its turn comes."""
+    case = CASES[operation]
+    return [case.make(1 + i) for i in range(num_inputs(case, DEVICE))]
 
 
-@pytest.mark.parametrize(("prepared", "name"), IDS, indirect=["prepared"])
-def test_kernel(prepared: Prepared, name: str, timed: Turns, clock: Clock, copy: Work) -> None:
-    case, errors = judged(prepared.case, name)
+@pytest.mark.parametrize(("operation", "name"), IDS)
+def test_kernel(operation: str, name: str, timed: Turns, clock: Clock, copy: Work) -> None:
+    case, errors = judged(CASES[operation], name)
+    inputs = rotated(operation)
     order = itertools.count()
-    works = {OURS: make_work(case.variants[OURS], prepared.inputs, order)}
-    works[name] = make_work(case.variants[name], prepared.inputs, order)
+    works = {OURS: make_work(case.variants[OURS], inputs, order)}
+    works[name] = make_work(case.variants[name], inputs, order)
     with room(name):
         timed.begin(case.name, name)
         seconds = timed(name, {**works, COPY: copy}, clock)
