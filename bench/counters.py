@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import KernelInterface
@@ -21,6 +22,7 @@ SYNCS = {
     "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim",
     "unique_consecutive", "bincount", "repeat_interleave", "is_pinned",
 }  # fmt: skip
+READS = {"tolist", "numpy", "__array__", "cpu"}  # methods that on a CPU call no operation, and on a GPU wait for it
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
 
@@ -54,6 +56,19 @@ class OpCounts(TorchDispatchMode):
             written = made or _mutated(func, args, kwargs or {})
             self.bytes += _distinct_bytes(tensors) + _distinct_bytes(written)
         return result
+
+
+class HostReads(TorchFunctionMode):
+    """Adds to ``syncs`` what an OpCounts cannot see on a CPU; ``.to("cpu")`` is not told from a move to the device."""
+
+    def __init__(self, syncs: Counter[str]) -> None:
+        super().__init__()
+        self.syncs = syncs
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (name := getattr(func, "__name__", "")) in READS:
+            self.syncs[name] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def _inside(mode: TorchDispatchMode, operator: str, args: Any, kwargs: Any) -> Any:

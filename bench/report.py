@@ -1,6 +1,7 @@
 """Writes the tables of README.md and docs/ from the result files, between <!-- bench:NAME --> and <!-- /bench:NAME -->.
 
-``python -m bench.report`` writes them; ``--check`` writes nothing and exits with 1 when a table differs.
+``python -m bench.report`` writes them; ``--check`` writes nothing and exits with 1 when a table differs. ``--html``
+and ``--png`` draw the same files instead: one page that needs no network, and a picture for each of its charts.
 """
 
 import argparse
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.kernels.case import OURS
+from bench.pictures.page import write_page, write_pngs
 from bench.record import H200, RESULTS, ROOT
+from fastdino.config import ConfigError
 
 MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- bench:(\w+) -->")
@@ -28,7 +31,16 @@ NOT_MEASURED = "On a GPU: not measured yet.\n"
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when a table differs")
-    check = parser.parse_args().check
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write one page of charts, with their history")
+    parser.add_argument("--png", type=Path, metavar="FOLDER", help="write every chart as NAME.png")
+    options = parser.parse_args()
+    if options.html or options.png:
+        try:
+            _draw(options.html, options.png)
+        except ConfigError as error:
+            parser.error(str(error))
+        return 0
+    check = options.check
     texts = {path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]}
     changed = {path: new for path, text in texts.items() if (new := rewritten(text, RESULTS)) != text}
     for path, new in changed.items():
@@ -39,6 +51,14 @@ def main() -> int:
         if not any(f"<!-- bench:{name} -->" in text for text in texts.values()):
             print(f"no file has a place for the table: <!-- bench:{name} --> and <!-- /bench:{name} -->")
     return int(check and bool(changed))
+
+
+def _draw(html: Path | None, png: Path | None) -> None:
+    if html:
+        write_page(RESULTS, html)
+        print(html, "written")
+    for path in write_pngs(RESULTS, png) if png else ():
+        print(path, "written")
 
 
 def rewritten(text: str, results: Path) -> str:
@@ -67,12 +87,14 @@ def step_table(results: Path) -> str:
 def counts_table(results: Path) -> str:
     """The counters that CI holds."""
     document = json.loads((results / "counts.json").read_text())
+    keys = ("host_syncs", "collectives", "triton_launches", "aten_calls", "graph_kernels")
     rows = []
     for case, c in document["cases"].items():
-        total = {key: sum(c[key].values()) for key in ("host_syncs", "collectives", "triton_launches", "aten_calls")}
-        rows.append([case, *map(str, total.values()), _megabytes(c["aten_bytes"]), _megabytes(c["saved_bytes"])])
-    header = ["one step", "host syncs", "collectives", "Triton launches", "aten calls", "aten MB", "saved MB"]
-    return _table(header, rows)
+        totals = [str(sum(c[key].values())) if key in c else "-" for key in keys]
+        size = [_megabytes(c[key]) if key in c else "-" for key in ("aten_bytes", "saved_bytes")]
+        rows.append([case, *totals, *size])
+    header = ["one step", "host syncs", "collectives", "Triton launches", "aten calls", "in graphs"]
+    return _table([*header, "aten MB", "saved MB"], rows)
 
 
 def compile_table(results: Path) -> str:

@@ -22,11 +22,12 @@ import torch
 from bench.kernels.case import OURS, first_line
 from bench.peers.contenders import CONTENDERS, NOT_COUNTED, Contender, build, check, counted, usual
 from bench.record import add, may_add, provenance, result_path, write
-from bench.timing import Clock, Ratio, interleave, matmul_flops, paired_ratio, unpaired_ratio
-from bench.workload import random_batch, step_config, step_flops
+from bench.timing import Clock, Ratio, interleave, paired_ratio, unpaired_ratio
+from bench.workload import random_batch, step_config
 from fastdino import distributed
 from fastdino.config import Config
 from fastdino.distributed import Ranks
+from fastdino.training.flops import matmul_flops, step_flops
 
 ARCHS = {"cuda": ["vit_small", "vit_base"], "cpu": ["vit_tiny"]}
 ROUNDS = {"cuda": 60, "cpu": 15}

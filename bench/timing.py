@@ -146,12 +146,3 @@ def interleave(
     finally:
         gc.enable()
     return seconds, host
-
-
-def matmul_flops(device: torch.device, dtype: torch.dtype, clock: Clock) -> float:
-    """Best FLOP/s of ten square matrix products on this device, in this process: what MFU is a fraction of."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    seconds = [clock(lambda: torch.mm(a, b, out=out)) for _ in range(12)]
-    return 2 * n**3 / min(seconds[2:])

@@ -1,7 +1,6 @@
-"""The training step as the benchmarks run it: settings, random views resident in memory, and its FLOPs."""
+"""The training step as the benchmarks run it: settings and random views resident in memory."""
 
 import dataclasses
-import itertools
 from pathlib import Path
 
 import torch
@@ -22,7 +21,6 @@ from fastdino.data import Batch
 from fastdino.data.masks import masks_of, sample_masks
 from fastdino.data.views import groups
 from fastdino.distributed import Ranks
-from fastdino.model.vit import SIZES
 from fastdino.training.trainer import Trainer
 
 
@@ -113,34 +111,3 @@ def flatten_positions(weights: dict[str, Tensor]) -> None:
     """One position embedding for all patches, in place: then every way to resample it to another grid agrees."""
     positions = weights["backbone.pos_embed"][:, 1:]
     positions.copy_(positions.mean(1, keepdim=True).expand_as(positions))
-
-
-def step_flops(config: Config) -> float:
-    """FLOPs of one training step's matrix products as DINO defines it: every block for every token.
-
-    A backward pass takes twice its forward, but for the patches, whose pixels need no gradient. The teacher has no
-    backward. Work that an implementation avoids counts as if done: the figure is of the problem, not of the code.
-    """
-    views, rows = config.views, config.run.local_batch * config.engine.accumulate
-    size = SIZES[config.model.arch.removeprefix("vit_")]
-    width, patch = size.width, config.model.patch_size
-
-    def backbone(pixels: int) -> tuple[float, float]:
-        """Forward FLOPs of one view: of the patches, of the rest."""
-        patches = (pixels // patch) ** 2
-        tokens = patches + 1 + (config.model.registers or 0)
-        linear = 2 * tokens * (4 * width * width + (3 if size.swiglu else 2) * width * size.hidden)
-        attention = 4 * tokens * tokens * width
-        return 2.0 * patches * config.data.channels * patch**2 * width, float(size.depth * (linear + attention))
-
-    head = config.head
-    hidden = [head.hidden_dim] * (head.num_layers - 1)
-    widths = [width, *hidden, head.bottleneck_dim, head.num_prototypes]
-    head_flops = 2.0 * sum(a * b for a, b in itertools.pairwise(widths))
-    total = 0.0
-    for count, pixels in ((2, views.global_size), (views.num_local, views.local_size)):
-        patches, blocks = backbone(pixels)
-        total += count * (2 * patches + 3 * (blocks + head_flops))
-        if pixels == views.global_size:
-            total += count * (patches + blocks + head_flops)  # the teacher
-    return rows * total

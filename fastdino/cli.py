@@ -4,7 +4,7 @@ commands:
   train RECIPE [flags]   train, or resume, a run:   fastdino train vit_small_16 --data.root /data/imagenet/train
   shard SRC DST          pack images into tar shards, which load faster; --short-side 512 for large originals
   recipes [RECIPE]       list the recipes, or show one with all its settings
-  bench RECIPE [flags]   images/s of a recipe on this machine, and what limits it
+  bench RECIPE [flags]   images/s, MFU and memory of a recipe here, and where the time of a step goes
   bench data SRC         images/s per core of reading, decoding and making views, and what would make them faster
   eval knn PATH          weighted k-NN accuracy of a run's teacher, or of a file of weights
   eval attention PATH    pictures of where each head of the last block looks
@@ -90,9 +90,10 @@ def _main(argv: Sequence[str]) -> None:
 def _run(command: str, arguments: list[str]) -> None:
     if command == "bench" and arguments[:1] == ["data"]:
         tyro.cli(bench_data, args=arguments[1:], prog="fastdino bench data")
-    elif command in ("train", "bench"):
-        config = _config(command, arguments)
-        {"train": train, "bench": bench}[command](config)
+    elif command == "train":
+        train(configured(_recipe(command, arguments), arguments[1:]))
+    elif command == "bench":
+        bench(arguments)
     elif command == "eval":
         evaluate(arguments)
     elif command == "shard":
@@ -104,23 +105,28 @@ def _run(command: str, arguments: list[str]) -> None:
         sys.exit(2)
 
 
-def _config(command: str, arguments: list[str]) -> Config:
-    """RECIPE and its overrides."""
+def _recipe(command: str, arguments: list[str]) -> str:
+    """RECIPE, the first word; exits where there is none."""
     if not arguments or arguments[0].startswith("-"):
         asked = arguments[:1] in (["-h"], ["--help"])
         usage = f"usage: fastdino {command} RECIPE [flags]\n\n{_list_recipes()}"
         print(usage, file=sys.stdout if asked else sys.stderr)
         sys.exit(0 if asked else 2)
-    return configured(arguments[0], arguments[1:], command)
+    return arguments[0]
 
 
-def configured(recipe: str, flags: list[str], command: str = "train") -> Config:
-    """A recipe with what the flags of ``fastdino COMMAND RECIPE`` say, checked; exits where tyro cannot read them."""
-    flags = _plain_switches(_one_root(flags))
-    base, flags = _patch_head(recipes.get(recipe, _global_size(flags)), flags)
+def configured(recipe: str, flags: list[str]) -> Config:
+    """A recipe with what the flags of ``fastdino train RECIPE`` say, checked; exits where tyro cannot read them."""
+    base, flags = _base(recipe, flags)
     kind: Any = tyro.conf.AvoidSubcommands[Config]
     about = inspect.getdoc(recipes.RECIPES[recipe])
-    return tyro.cli(kind, default=base, args=flags, prog=f"fastdino {command} {recipe}", description=about)
+    return tyro.cli(kind, default=base, args=flags, prog=f"fastdino train {recipe}", description=about)
+
+
+def _base(recipe: str, flags: list[str]) -> tuple[Config, list[str]]:
+    """What the flags change, and they as tyro takes them."""
+    flags = _plain_switches(_one_root(flags))
+    return _patch_head(recipes.get(recipe, _global_size(flags)), flags)
 
 
 def _one_root(flags: list[str]) -> list[str]:
@@ -203,10 +209,16 @@ def train(config: Config) -> None:
     logging.getLogger(__name__).info("done: %d steps, loss %.4f%s, in %s", result.steps, result.loss, knn, result.dir)
 
 
-def bench(config: Config) -> None:
-    """Times training steps with the real input pipeline and with views that are already there."""
-    from fastdino.training.throughput import measure
+def bench(arguments: list[str]) -> None:
+    """``fastdino bench RECIPE``: the flags are the fields of Bench, and the recipe's settings."""
+    from fastdino.training.throughput.bench import Bench
 
+    recipe = _recipe("bench", arguments)
+    base, flags = _base(recipe, arguments[1:])
+    flat, plain = tyro.conf.arg(name=""), (tyro.conf.AvoidSubcommands,)
+    asked: Any = tuple[Annotated[Bench, flat], Annotated[Config, flat]]
+    about, prog = inspect.getdoc(Bench), f"fastdino bench {recipe}"
+    measure, config = tyro.cli(asked, default=(Bench(), base), args=flags, prog=prog, description=about, config=plain)
     measured = measure(config)
     if launched_rank(os.environ) == 0:
         print(measured.table())

@@ -1,6 +1,8 @@
 """The ranks of a run: which of them this process is, and the few collectives that a trainer needs."""
 
+import atexit
 import functools
+import gc
 import itertools
 import logging
 import os
@@ -12,6 +14,7 @@ from typing import Any, Literal, Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group: its functions keep the one of their import as default argument
 from torch import Tensor
 
 from fastdino.config import ConfigError, UserError
@@ -22,6 +25,10 @@ _HOST_TIMEOUT = timedelta(days=1)
 PATIENCE = timedelta(minutes=30)  # for the other ranks of a run to start: images are pulled, libraries read over NFS
 
 log = logging.getLogger(__name__)
+
+# A thread of gloo takes the interpreter's lock to free the tensors of its last collective, and aborts the process once
+# the interpreter ends. A group ends its threads when it is freed, and the cycles of an engine and its hooks hold it.
+atexit.register(gc.collect)
 
 T = TypeVar("T")
 
@@ -49,6 +56,7 @@ class Ranks:
         """``host_group`` (gloo) stands beside a group of nccl: decisions on the host never wait for the GPU."""
         self.rank, self.world_size, self.local_rank, self.device = rank, world_size, local_rank, device
         self._host_group = host_group
+        self._releases: list[Callable[[], None]] = []
         self._destroy: Callable[[], None] = dist.destroy_process_group
 
     @property
@@ -122,9 +130,15 @@ class Ranks:
             raise problem or UserError("rank 0 refused the run: its message says why")
         return cast(T, self.gather(done)[0])
 
-    def leave_with(self, destroy: Callable[[], None]) -> None:
-        """Leaves the group through ``destroy`` in the end, which forgets more than torch's own does."""
+    def leave_with(self, release: Callable[[], None], destroy: Callable[[], None]) -> None:
+        """On leaving, ``release`` lets go of the group, then ``destroy`` ends it and forgets more than torch's own."""
+        self._releases.append(release)
         self._destroy = destroy
+
+    def release(self) -> None:
+        """Lets go of what the engines so far hold; none of them is used any more."""
+        while self._releases:
+            self._releases.pop()()
 
     def __enter__(self) -> Self:
         return self
@@ -138,6 +152,7 @@ class Ranks:
         if kind is None:
             self.barrier()
         if kind is None or self.world_size == 1 or dist.get_backend() != "nccl":
+            self.release()
             self._destroy()
 
 

@@ -70,6 +70,11 @@ def run(tmp_path_factory) -> Path:
         (["train", "vit_small_16", "--model.patch-size", "15"], "use 210 or 225"),
         (["train", "vit_small_16"], "data.root is empty"),
         (["train", "vit_small_16", "--data.root", "/no/such/folder"], "does not exist"),
+        (["bench", "vit_smal_16"], "no recipe 'vit_smal_16': did you mean vit_small_16?"),
+        (["bench", "demo", "--json", "/no/such/folder/figures.json"], "--json /no/such/folder/figures.json cannot be"),
+        (["bench", "demo", "--profile", "/"], "--profile / cannot be written: Is a directory"),
+        (["bench", "demo", "--seconds", "0"], "--seconds=0.0 must be a positive number of seconds"),
+        (["bench", "demo", "--second", "3"], "--seconds"),
         (["train", "vit_small_16", "--model.attention", "xformers", *TINY], "needs a GPU"),
         (["train", "vit_small_16", "--data.root", "shapes", "--model.arch", "timm:resnet5O"], "resnet50"),
         (["train", "vit_small_16", *TINY, "--run.local-batch", 64], "do not fill one global batch"),
@@ -128,7 +133,7 @@ def test_an_environment_that_cannot_work_is_one_message(variables, says, tmp_pat
 )
 def test_a_boolean_is_a_switch_or_has_a_value(flags, batch_norm, freeze):
     for before, after in ((["--views.blur", "0", "0", "1"], []), ([], ["--data.root", "true"])):
-        config = cli._config("train", ["vit_small_16", *before, *flags, *after])
+        config = cli.configured("vit_small_16", [*before, *flags, *after])
         assert (config.head.batch_norm, config.head.freeze_prototype_norm) == (batch_norm, freeze)
         assert config.data.root == ("true" if after else "")
 
@@ -136,20 +141,20 @@ def test_a_boolean_is_a_switch_or_has_a_value(flags, batch_norm, freeze):
 def test_a_patch_head_is_like_the_head_but_for_what_is_said():
     """It comes with its first flag, wherever that stands; None takes a recipe's away."""
     flags = ["--patch_head.num-prototypes", "9", "--loss.patch-weight", "1", "--patch-head.batch_norm=true"]
-    config = cli._config("train", ["vit_base_16", *flags])
+    config = cli.configured("vit_base_16", flags)
     assert config.patch_head == dataclasses.replace(PatchHeadConfig(), num_prototypes=9, batch_norm=True)
     assert (config.head.num_prototypes, config.head.batch_norm) == (65536, False)
-    assert cli._config("train", ["vit_base_16", "--loss.patch-weight", "1"]).patch_head is None
+    assert cli.configured("vit_base_16", ["--loss.patch-weight", "1"]).patch_head is None
     for off in (["--patch-head", "None"], ["--patch_head=none"]):
-        assert cli._config("train", ["vit_base_16", *off, "--loss.patch-weight", "1"]).patch_head is None
+        assert cli.configured("vit_base_16", [*off, "--loss.patch-weight", "1"]).patch_head is None
 
 
 def test_a_recipes_patch_head_is_changed_or_left_out(monkeypatch):
     own = dataclasses.replace(Config(), loss=LossConfig(patch_weight=1), patch_head=HeadConfig(num_prototypes=5))
     monkeypatch.setattr(cli.recipes, "get", lambda *asked: own)
-    changed = cli._config("train", ["vit_small_16", "--patch-head.num-layers", "2"]).patch_head
+    changed = cli.configured("vit_small_16", ["--patch-head.num-layers", "2"]).patch_head
     assert changed == PatchHeadConfig(num_prototypes=5, num_layers=2)
-    assert cli._config("train", ["vit_small_16", "--patch-head", "None"]).patch_head is None
+    assert cli.configured("vit_small_16", ["--patch-head", "None"]).patch_head is None
     assert own.patch_head == PatchHeadConfig(num_prototypes=5), "the recipe itself stays"
 
 
@@ -229,6 +234,10 @@ def test_help_teaches():
     assert "k-NN 69.3" in page, "the recipe's docstring is the page's head"
     assert "are bank and test" in knn
     assert "Side in pixels that the backbone sees" in knn, "flags that all evaluations share are explained too"
+    bench = " ".join(fastdino("bench", "vit_small_16", "--help").stdout.replace("\u2502", " ").split())
+    assert "Seconds of each measurement" in bench
+    assert "alone and when all others are on" in bench
+    assert "--views.num-local" in bench, "settings are flags here too"
     assert "vit_base_16" in fastdino("recipes").stdout
     assert '"arch": "vit_nano"' in fastdino("recipes", "demo").stdout
 

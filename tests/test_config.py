@@ -111,6 +111,12 @@ def test_defaults_are_those_of_dino_v1(option):
             "optim.patch_embed_lr=0.2 must be 1 with model.arch=timm:vit_small: which parameter",
         ),
         (lambda: EngineConfig(accumulate=0), "engine.accumulate=0"),
+        (lambda: EngineConfig(fp8=True, precision="fp32"), "engine.precision='fp32' must be auto or bf16 with .*fp8"),
+        (lambda: EngineConfig(fp8=True, device="cpu"), "engine.device='cpu' must be auto or cuda with engine.fp8=True"),
+        (
+            lambda: Config(model=ModelConfig(arch="timm:vit_large_patch16_224"), engine=EngineConfig(fp8=True)),
+            "engine.fp8=True must be False with model.arch=timm:vit_large",
+        ),
         (lambda: DataConfig(max_bad=2.0), "data.max_bad=2.0"),
         (lambda: DataConfig(eval_crop=0.0), "data.eval_crop=0.0"),
         (lambda: DataConfig(views="quick"), "data.views='quick' must be one of auto, reference, fast"),
@@ -388,7 +394,7 @@ def test_settings_are_few_and_each_is_explained():
         f.name for f in dataclasses.fields(HeadConfig)
     }
     settings = [(kind, f.name) for kind in kinds.values() for f in dataclasses.fields(kind)]
-    assert len(settings) == 97
+    assert len(settings) == 102
     for kind, name in settings:
         after = inspect.getsource(kind).split(f"    {name}: ")[1].split("\n", 1)[1].lstrip()
         assert after.startswith('"""'), f"{name} has no docstring, so --help does not explain it"

@@ -34,6 +34,24 @@ for run in range(2):  # one after the other in a process
         seen = (ranks.rank, ranks.world_size, ranks.local_rank, ranks.device, float(mean), last, ranks.any(False))
 sys.stdout.write(" ".join(map(str, seen)) + "\\n")  # in one piece, because two ranks share a pipe
 """
+# Counts its own threads once nothing but the interpreter is left: what is registered first is called last.
+LEAVING = """
+import atexit, sys
+from pathlib import Path
+names = lambda: [comm.read_text().strip() for comm in Path("/proc/self/task").glob("*/comm")]
+atexit.register(lambda: sys.stdout.write(f"left {names().count('pt_gloo_runloop')}\\n"))
+from fastdino import distributed
+from tests.method.rank_cases import LOSSES, train
+def main(code):
+    with distributed.init("cpu") as ranks:
+        for stage in map(int, sys.argv[2]):
+            results = train(ranks, LOSSES["center"], stage, 16, own_head=False)
+        ranks.gather(results)
+        assert "pt_gloo_runloop" in names()
+        if code:
+            sys.exit(code)
+main(int(sys.argv[1]))
+"""
 LAUNCHER = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
 SLURM = {
     "SLURM_PROCID": "5",
@@ -137,6 +155,19 @@ def test_a_group_of_somebody_else_is_left_alone() -> None:
         assert torch.distributed.is_initialized()
 
 
+@pytest.mark.parametrize(("code", "stages"), [(0, "0"), (0, "12"), (3, "2")])
+def test_no_thread_of_a_group_meets_the_end_of_the_interpreter(code: int, stages: str) -> None:
+    """gloo's would abort there: after DeepSpeed's engines at each stage, on success and with an exception under way."""
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+    command = [sys.executable, "-c", LEAVING, str(code), stages]
+    ranks = [
+        subprocess.Popen(command, env=environment(RANK=str(rank), **common), stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    assert [rank.communicate(timeout=200)[0].splitlines()[-1] for rank in ranks] == ["left 0"] * 2
+    assert [rank.returncode for rank in ranks] == [code] * 2
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_cuda_asked_for_and_absent() -> None:
     with pytest.raises(ConfigError, match="no GPU"):
@@ -171,11 +202,11 @@ def test_failure_does_not_wait_for_other_ranks(
     monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
     monkeypatch.setattr(Ranks, "barrier", lambda self: calls.append("barrier"))
     group = Ranks(0, ranks, 0, torch.device("cpu"))
-    group.leave_with(lambda: calls.append("destroy"))
+    group.leave_with(lambda: calls.append("release"), lambda: calls.append("destroy"))
     with pytest.raises(ValueError, match="of this rank"), group:
         raise ValueError("of this rank")
-    assert calls == (["destroy"] if left else [])
+    assert calls == (["release", "destroy"] if left else [])
     calls.clear()
     with group:
         pass
-    assert calls == ["barrier", "destroy"]
+    assert calls == (["barrier", "destroy"] if left else ["barrier", "release", "destroy"]), "released once"

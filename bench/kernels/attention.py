@@ -20,8 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.kernels.case import OURS, PLAIN, Bound, Case, Variant
 from bench.kernels.measure import ROUNDS, measure
 from bench.record import provenance, result_path, write
-from bench.timing import Clock, matmul_flops
+from bench.timing import Clock
 from fastdino.model.attention import Lengths, attention
+from fastdino.training.flops import matmul_flops
 
 HEADS, HEAD_DIM = 6, 64  # ViT-S
 # Sequences x tokens of each, of 64 images: 2 global views of 196 patches, CLS, 4 registers; 8 local ones of 36 and CLS.

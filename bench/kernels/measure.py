@@ -16,7 +16,7 @@ from bench.timing import Clock, Work, interleave, paired_ratio
 
 _FILES = (
     "dino_loss", "ibot_loss", "linear_ibot_loss", "sinkhorn", "koleo_loss", "adamw_ema", "ema_update",
-    "segment_squares", "prototype_weight", "gather_layer_norm", "scatter_add_scaled", "multi_crop",
+    "segment_squares", "prototype_weight", "fp8_linear", "gather_layer_norm", "scatter_add_scaled", "multi_crop",
 )  # fmt: skip
 BENCHES: dict[str, Bench] = {
     bench.name: bench for bench in (importlib.import_module(f"bench.kernels.{name}").BENCH for name in _FILES)

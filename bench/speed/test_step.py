@@ -10,10 +10,11 @@ from bench.kernels.case import OURS
 from bench.peers.contenders import build, check, counted, usual
 from bench.speed.turns import DEVICE, Turns, device_seconds, label, room
 from bench.step import NUM_BATCHES, speed
-from bench.timing import Clock, matmul_flops, paired_ratio
+from bench.timing import Clock, paired_ratio
 from bench.workload import random_batch, step_config
 from fastdino import distributed
 from fastdino.distributed import Ranks
+from fastdino.training.flops import matmul_flops
 
 pytestmark = pytest.mark.benchmark(timer=device_seconds, disable_gc=True)
 ARCH = {"cuda": "vit_small", "cpu": "vit_nano"}[DEVICE.type]

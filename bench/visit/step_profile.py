@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 
-from bench.timing import Clock, matmul_flops
-from bench.workload import build_trainer, random_batch, step_config, step_flops
+from bench.timing import Clock
+from bench.workload import build_trainer, random_batch, step_config
 from fastdino import distributed
 from fastdino.distributed import Ranks
+from fastdino.training.flops import matmul_flops, step_flops
 
 WARM_UP, PROFILED = 3, 2
 STEPS = {"cuda": 20, "cpu": 2}

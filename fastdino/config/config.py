@@ -14,7 +14,9 @@ from fastdino.config.model import HeadConfig, ModelConfig, PatchHeadConfig
 from fastdino.config.optim import EngineConfig, OptimConfig
 from fastdino.config.run import RunConfig
 
-VIT_ONLY = "patch_size attention pos_embed drop_path_rule interpolation image_size rope_scale registers layer_scale"
+VIT_ONLY = (
+    "patch_size attention packed pos_embed drop_path_rule interpolation image_size rope_scale registers layer_scale"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,9 @@ class Config:
         self._check_engine()
         self._check_lengths()
         self._check_rates()
+        if self.engine.fp8:
+            reason = "only our ViTs have layers for it"
+            require(self.model.is_vit, "engine.fp8", True, f"False with model.arch={self.model.arch}", reason)
         if self.model.attention == "xformers" and self.engine.device == "cpu":
             raise ConfigError(
                 "model.attention='xformers' needs a GPU, and engine.device='cpu': xformers has no CPU path; "
@@ -142,6 +147,7 @@ class Config:
             (self.data.root == "shapes", "data", "max_pixels bits range", "shapes are rendered"),
             (self.data.views != "device", "data", "max_side", f"data.views is {self.data.views}"),
             (self.views.num_local == 0, "views", "local_size local_scale", "views.num_local is 0"),
+            (self.views.num_local == 0, "model", "packed", "views.num_local is 0"),
             (self.head.num_layers == 1, "head", "hidden_dim", "head.num_layers is 1"),
             (self.patch_head is not None and self.patch_head.num_layers == 1, "patch_head", "hidden_dim",
              "patch_head.num_layers is 1"),

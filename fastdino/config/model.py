@@ -29,6 +29,9 @@ class ModelConfig(Group):
     attention: Literal["auto", "varlen", "xformers", "sdpa"] = "auto"
     """varlen: torch's attention over packed views of all sizes; xformers: its memory-efficient one, which torch.compile
     cannot take in; sdpa: torch's, one call per size. auto: the first of them that runs."""
+    packed: Literal["auto", "on", "off"] = "auto"
+    """Views of all sizes go through our ViT in one sequence, or one size after the other. auto: what was measured to be
+    faster on this GPU, and packed where nothing was."""
     pos_embed: Literal["learned", "sincos", "rope"] = "learned"
     """learned: position embeddings that start from noise as in DINO v1; sincos: from sines and cosines (short runs).
     rope: none, queries and keys are rotated by their patch's place, as in DINOv3."""

@@ -82,9 +82,17 @@ class EngineConfig(Group):
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of each block and of the heads: faster and smaller steps after a first one that takes a minute.
     auto: on a GPU. What cannot be compiled runs eagerly, with a warning."""
+    cuda_graphs: bool = False
+    """Replays whole steps as one launch each, where kernels are launched more slowly than they run: small models on
+    fast GPUs. adamw, and ZeRO 0 or engine.name=torch; what cannot be captured is launched as ever, with a warning."""
+    teacher_stream: bool = False
+    """The teacher works beside the student on the GPU, where either alone leaves room; it takes more memory."""
     checkpointing: Literal["none", "selective", "full"] = "none"
     """What the student's blocks compute again in the backward pass rather than keep. selective: norms and the MLP's
     hidden layer, most of what a block keeps for a sixth of its work; our ViT only. full: everything but its input."""
+    fp8: bool = False
+    """The blocks' linear layers multiply in fp8, but for the weights' gradients, as in DINOv3: of our ViTs of width
+    1024 and more, in bf16, on GPUs of compute capability 8.9 and more, compiled, which fuses the rounding."""
 
     def uses_bf16(self, device: str) -> bool:
         """True when weights and gradients of the forward and backward passes are bf16 on a device of this type."""
@@ -92,3 +100,7 @@ class EngineConfig(Group):
 
     def check(self) -> None:
         self.require(self.accumulate >= 1, "accumulate", "at least 1")
+        if self.fp8:
+            beside = "with engine.fp8=True"
+            self.require(self.precision != "fp32", "precision", f"auto or bf16 {beside}")
+            self.require(self.device != "cpu", "device", f"auto or cuda {beside}", "a CPU has no products in fp8")

@@ -12,6 +12,9 @@ class RunConfig(Group):
 
     dir: Path = Path("runs/default")
     """The run folder: config.json, metrics.jsonl, TensorBoard events, checkpoints/."""
+    cache: Path = Path("~/.cache/fastdino/compiled")
+    """What compilers made, so that a run that is resumed need not wait for it; TORCHINDUCTOR_CACHE_DIR and
+    TRITON_CACHE_DIR go before it."""
     epochs: int = 100
     """Passes over the images."""
     local_batch: int = 64

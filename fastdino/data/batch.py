@@ -41,15 +41,18 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same on ``device``; from page-locked memory the copy does not wait."""
-        return self._each(lambda x: x.to(device, non_blocking=True))
+        return self.each(lambda x: x.to(device, non_blocking=True))
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keeps the memory from being used again before ``stream`` is through with it; see Tensor.record_stream."""
-        for tensor in (*self.views.values(), *(self.masks or ())):
-            if tensor is not None:
-                tensor.record_stream(stream)
+        for tensor in self.tensors():
+            tensor.record_stream(stream)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+    def tensors(self) -> list[Tensor]:
+        """Views and masks, in one order."""
+        return [x for x in (*self.views.values(), *(self.masks or ())) if x is not None]
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """The same with every tensor changed."""
         views = {name: change(group) for name, group in self.views.items()}
         return Batch(views, self.masks and self.masks.each(change), self.bad)

@@ -64,6 +64,12 @@ def check_masks(local_batch: int, config: ViewsConfig, grid: tuple[int, int]) ->
         )
 
 
+def num_hidden(local_batch: int, config: ViewsConfig, grid: tuple[int, int]) -> int:
+    """M, the hidden patches of a micro batch of ``local_batch`` images: the same number in every one."""
+    size = math.gcd(local_batch, STRATUM)
+    return local_batch // size * sum(_counts(size, config, math.prod(grid))[0])
+
+
 def _counts(size: int, config: ViewsConfig, num_patches: int) -> tuple[list[int], int]:
     """Hidden patches of each masked view of a stratum of ``size`` images, and how far a jitter moves them."""
     low, high = config.mask_ratio

@@ -140,8 +140,8 @@ def measure(config: Config, seconds: float = SECONDS) -> Speed:
     workers, in_colour = affordable(config.data.num_workers), config.data.channels == 3
     return Speed(
         read=read / len(files),
-        decode=_each([*files.values()], lambda _, data: _decode(config, data), seconds),
-        packed=_each(small, lambda _, data: _decode(config, data), seconds),
+        decode=each([*files.values()], lambda _, data: _decode(config, data), seconds),
+        packed=each(small, lambda _, data: _decode(config, data), seconds),
         reference=_views(config, "reference", images, seconds),
         fast=None if fast.why_not() or not in_colour else _views(config, "fast", images, seconds),
         device=_slots(config, source, [*files], seconds) if in_colour else None,
@@ -163,7 +163,7 @@ def _views(config: Config, by: Literal["reference", "fast"], images: Sequence[np
     def work(turn: int, image: np.ndarray) -> None:
         write(image, views.sample_params(config.run.seed, 0, turn, config.views, (image.shape[1], image.shape[0])), out)
 
-    return _each(images, work, seconds)
+    return each(images, work, seconds)
 
 
 def _slots(config: Config, source: Source, indices: Sequence[int], seconds: float) -> float:
@@ -176,10 +176,10 @@ def _slots(config: Config, source: Source, indices: Sequence[int], seconds: floa
     def work(turn: int, part: list[int]) -> None:
         maker.make(out, 0, [(turn, index) for index in part], lambda _: None)
 
-    return _each(parts, work, seconds) / together
+    return each(parts, work, seconds) / together
 
 
-def _each(items: Sequence[Item], work: Callable[[int, Item], object], seconds: float) -> float:
+def each(items: Sequence[Item], work: Callable[[int, Item], object], seconds: float) -> float:
     """Processor time of this thread for an item, once all of them warmed up."""
     for turn, item in enumerate(items):
         work(turn, item)

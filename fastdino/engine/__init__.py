@@ -17,8 +17,10 @@ def build_engine(config: Config, student: nn.Module, teacher: nn.Module, ranks: 
         student, teacher: fp32 networks of equal names and shapes. Both are moved to the device, cast, and start as rank
             0's student, buffers included. Their parameters become views of flat buffers: make no optimizer of them.
 
-    Raises ConfigError for batch normalisation over several processes without GPUs.
+    Raises ConfigError for batch normalisation over several processes without GPUs, and for fp8 on a device without it.
     """
+    if config.engine.fp8:
+        _check_fp8(ranks.device)
     student, teacher = (_prepare(network, ranks) for network in (student, teacher))
     if ranks.world_size > 1:
         _broadcast(student)
@@ -37,6 +39,20 @@ def zero_stage(config: Config, ranks: Ranks) -> int:
     if config.engine.zero_stage == "auto":
         return int(ranks.world_size > 1)
     return config.engine.zero_stage
+
+
+def _check_fp8(device: torch.device) -> None:
+    """Raises ConfigError where torch has no products in fp8 with a scale per row."""
+    found = str(device)
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= (8, 9):
+            return
+        found = f"{torch.cuda.get_device_name(device)}, {capability[0]}.{capability[1]}"
+    raise ConfigError(
+        "engine.fp8=True needs an NVIDIA GPU of compute capability 8.9 or more, and this rank computes on "
+        f"{found}: leave it out"
+    )
 
 
 def _prepare(network: nn.Module, ranks: Ranks) -> nn.Module:

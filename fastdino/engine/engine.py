@@ -69,6 +69,10 @@ class Engine(ABC):
         on all ranks but the counters of skipped steps, and ``applied`` (0-d bool on the device) is False.
         """
 
+    def abandon(self) -> None:
+        """Forgets the backward passes of a step that is not taken."""
+        raise NotImplementedError
+
     def fragments(self) -> Iterator[Fragment]:
         """Every fragment of every parameter that this rank holds; the ranks that save cover each element once.
 

@@ -103,7 +103,7 @@ class Optimizer(torch.optim.Optimizer):
         squares.index_add_(0, self.index, torch.cat(found))
         squares[-1:].copy_(loss.detach() * 0)  # padding's place tells the other ranks of a loss that is not finite
         self.ranks.sum_(squares if self.sharded else squares[-1:])
-        self.grad_norm = squares.sum().sqrt()
+        torch.sqrt(squares.sum(), out=self.grad_norm)
         applied = self.grad_norm < math.inf  # NaN is not
         self.plan = Step(
             now,

@@ -2,21 +2,26 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
 
 from fastdino.config import Config
 
 
 @dataclass(frozen=True)
 class Now:
-    """Hyperparameters of one optimizer step."""
+    """Hyperparameters of one optimizer step; numbers, or 0-d fp64 tensors on the device for a step that is captured."""
 
-    lr: float
-    weight_decay: float
-    momentum: float
+    lr: float | Tensor
+    weight_decay: float | Tensor
+    momentum: float | Tensor
     """Weight of the teacher's old value."""
-    teacher_temp: float
+    teacher_temp: float | Tensor
     freeze_last_layer: bool
     """The prototypes do not move in this step."""
+
+    NUMBERS: ClassVar = ("lr", "weight_decay", "momentum", "teacher_temp")
 
 
 def cosine(start: float, end: float, index: int, count: int) -> float:

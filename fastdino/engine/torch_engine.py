@@ -50,6 +50,12 @@ class TorchEngine(Engine):
         self._update()
         return applied
 
+    def abandon(self) -> None:
+        self._micro_batch = 0
+        for group in self.groups:
+            for param in group.params.values():
+                param.grad = None
+
     def _wrap(self, config: Config, student: nn.Module) -> nn.Module:
         """What is called in the student's place, made while its weights are still fp32 and its own."""
         return student

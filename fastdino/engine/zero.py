@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastdino.config import Config
@@ -47,9 +48,14 @@ def _import_deepspeed(ranks: Ranks) -> Any:
     """DeepSpeed, quiet, for the ranks' device, with nothing compiled."""
     device = ranks.device
     os.environ["DS_ACCELERATOR"] = device.type  # read when it is imported
-    import deepspeed
-    import deepspeed.ops
-    from deepspeed.accelerator import get_accelerator
+    # Functions of its own keep the default group of their import as default argument, for good.
+    world, dist.GroupMember.WORLD = dist.GroupMember.WORLD, None
+    try:
+        import deepspeed
+        import deepspeed.ops
+        from deepspeed.accelerator import get_accelerator
+    finally:
+        dist.GroupMember.WORLD = world
 
     if get_accelerator().device_name() != device.type:
         raise LaunchError(
@@ -60,7 +66,6 @@ def _import_deepspeed(ranks: Ranks) -> Any:
         importlib.import_module("deepspeed.accelerator.cuda_accelerator").pynvml = None  # type: ignore[attr-defined]
     if device.type == "cpu":  # a g++ build of a minute that only inference needs; a GPU has none
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    ranks.leave_with(deepspeed.comm.destroy_process_group)  # it keeps groups of its own, stale in a second run
     return deepspeed
 
 
@@ -83,6 +88,8 @@ def _initialize(engine: Engine, config: Config, student: nn.Module) -> Any:
             del os.environ["LOCAL_RANK"]
         else:
             os.environ["LOCAL_RANK"] = before
+    # Its hooks hold the group and each other through C++, unseen by a collection; and it has groups of its own.
+    engine.ranks.leave_with(wrapped.destroy, deepspeed.comm.destroy_process_group)
     return wrapped
 
 

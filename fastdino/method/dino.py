@@ -7,7 +7,7 @@ patches Zhou et al. 2022 (iBOT), for both and KoLeo together Oquab et al. 2024 (
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastdino.config import LossConfig
 from fastdino.data import Batch, Masks
+from fastdino.engine.graphs import SideStream
 from fastdino.engine.schedules import Now
 from fastdino.method.targets import Target
 from fastdino.model import Outputs
@@ -32,6 +33,7 @@ class Dino:
         config: temperatures and weights.
         target: makes the center of the teacher's logits of views.
         patch_target: the same of patches; there is one exactly when the batches have masks.
+        beside: where the teacher works; by default before the student.
     """
 
     def __init__(
@@ -41,7 +43,9 @@ class Dino:
         config: LossConfig,
         target: Target,
         patch_target: Target | None = None,
+        beside: SideStream | None = None,
     ) -> None:
+        self.beside = beside or SideStream(torch.device("cpu"))
         self.student, self.teacher, self.config = student, teacher, config
         self.target, self.patch_target = target, patch_target
         self._newest: _Newest | None = None
@@ -60,8 +64,8 @@ class Dino:
         """
         views, masks, config = batch.views, batch.masks, self.config
         assert (masks is None) == (self.patch_target is None), "masks are in a batch exactly when patches are predicted"
-        temps = {"student_temp": config.student_temp, "teacher_temp": now.teacher_temp}
-        with torch.no_grad():
+        temps: dict[str, Any] = {"student_temp": config.student_temp, "teacher_temp": now.teacher_temp}
+        with torch.no_grad(), self.beside():
             seen: Outputs = self.teacher({"global": views["global"]}, masks and masks._replace(hidden=None))
             logits = F.linear(seen.cls_points, seen.prototypes)
             center = self.target(seen.cls_points.flatten(0, 1), seen.prototypes, now.teacher_temp)
@@ -70,6 +74,7 @@ class Dino:
                 patch_center = self.patch_target(seen.patch_points, seen.patch_prototypes, now.teacher_temp)
         self._newest = _Newest(masks, seen, logits, center, patch_center, now.teacher_temp)
         made: Outputs = self.student(views, masks)
+        self.beside.join()
         # nobody else reads the student's logits
         loss = dino_loss(F.linear(made.cls_points, made.prototypes), logits, center, **temps, inplace_grad=True)
         parts = {"dino": loss}
@@ -90,6 +95,13 @@ class Dino:
             if target is not None:
                 target.after_step(applied)
         self._newest = None  # its centers have moved
+
+    def abandon(self) -> None:
+        """Forgets the losses of a step that is not taken."""
+        for target in (self.target, self.patch_target):
+            if target is not None:
+                target.abandon()
+        self._newest = None
 
     def state(self) -> dict[str, Tensor]:
         """Live tensors, equal on all ranks, that a checkpoint saves and restores by name; ``patch_`` for patches."""
@@ -139,10 +151,10 @@ class _Newest(NamedTuple):
     logits: Tensor  # (T, B, K)
     center: Tensor  # (K,)
     patch_center: Tensor | None  # (K',)
-    temp: float
+    temp: float | Tensor
 
 
-def _entropies(logits: Tensor, center: Tensor, temp: float) -> tuple[Tensor, Tensor]:
+def _entropies(logits: Tensor, center: Tensor, temp: float | Tensor) -> tuple[Tensor, Tensor]:
     """Of the targets that (R, K) logits become: their mean entropy, and the entropy of their mean."""
     log_p = torch.log_softmax((logits.float() - center) / temp, dim=-1)
     p = log_p.exp()

@@ -18,11 +18,14 @@ log = logging.getLogger(__name__)
 class Target(Protocol):
     """Makes the center of a micro batch; K prototypes, R rows of points of width P."""
 
-    def __call__(self, points: Tensor, prototypes: Tensor, temp: float) -> Tensor:
+    def __call__(self, points: Tensor, prototypes: Tensor, temp: float | Tensor) -> Tensor:
         """The teacher's (R, P) points and (K, P) prototypes -> (K,) fp32 center that the loss subtracts."""
 
     def after_step(self, applied: Tensor) -> None:
         """Called once per step; ``applied``, 0-d bool on the device, is False for a step that was skipped."""
+
+    def abandon(self) -> None:
+        """Forgets the calls of a step that is not taken."""
 
     def state(self) -> dict[str, Tensor]:
         """Live tensors, equal on all ranks, that a checkpoint needs."""
@@ -49,7 +52,7 @@ class Centering:
         self._calls = 0
         self._reduction: dist.Work | None = None
 
-    def __call__(self, points: Tensor, prototypes: Tensor, temp: float) -> Tensor:
+    def __call__(self, points: Tensor, prototypes: Tensor, temp: float | Tensor) -> Tensor:
         """The center from before this step; after the last call the reduction starts, hidden behind the student."""
         mean = points.float().mean(0) / self.accumulate
         self._mean = mean if self._mean is None else self._mean + mean
@@ -68,6 +71,10 @@ class Centering:
             self._reduction.wait()
         moved = torch.lerp(self._prototypes.float() @ self._mean, self.center, self.momentum)
         self.center.copy_(torch.where(applied, moved, self.center))
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Forgets the means of the calls since the last step."""
         self._calls, self._mean, self._prototypes, self._reduction = 0, None, None, None
 
     def state(self) -> dict[str, Tensor]:
@@ -91,13 +98,16 @@ class Sinkhorn:
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
 
-    def __call__(self, points: Tensor, prototypes: Tensor, temp: float) -> Tensor:
+    def __call__(self, points: Tensor, prototypes: Tensor, temp: float | Tensor) -> Tensor:
         """-temp times the columns' scaling; each iteration reduces K numbers over the ranks."""
         logits = F.linear(points, prototypes)
         _, column = sinkhorn(logits, temp=temp, iterations=self.ITERATIONS, all_reduce=self.ranks.logsumexp)
         return -temp * column
 
     def after_step(self, applied: Tensor) -> None:
+        """Nothing is remembered."""
+
+    def abandon(self) -> None:
         """Nothing is remembered."""
 
     def state(self) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from fastdino.model.attention import attention, implementation
 from fastdino.model.packing import Drop, Packing, Reading, Subset
 from fastdino.model.positions import Rotation
-from fastdino_kernels import gather_layer_norm, scatter_add_scaled
+from fastdino_kernels import fp8_linear, gather_layer_norm, scatter_add_scaled
 
 
 class Shape(NamedTuple):
@@ -140,7 +140,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.choice = shape.num_heads, choice
         self.qkv = Qkv(shape.width, shape.num_heads, key_bias=not rope)
-        self.proj = nn.Linear(shape.width, shape.width)
+        self.proj = Linear(shape.width, shape.width)
 
     def forward(
         self,
@@ -181,7 +181,21 @@ class Attention(nn.Module):
         return (scores / math.sqrt(q.shape[-1])).softmax(dim=-1)
 
 
-class Qkv(nn.Linear):
+class Linear(nn.Linear):
+    """A linear layer of a block, in fp8 where that is asked for."""
+
+    fp8 = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(.., K) -> (.., N)."""
+        return self.product(x, self.weight, self.bias)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The same by this weight and bias, or rows of them."""
+        return fp8_linear(x, weight, bias) if self.fp8 else F.linear(x, weight, bias)
+
+
+class Qkv(Linear):
     """Queries, keys and values in one matrix: rows q, k, v; within each, head by head.
 
     Without ``key_bias`` the keys' third of the bias is there by name and shape, and never acts: a rotation, unlike the
@@ -199,11 +213,11 @@ class Qkv(nn.Linear):
             q, k, v = bias.chunk(3)
             bias = torch.cat([q, torch.zeros_like(k), v])
         if asking is None:
-            return self._heads(F.linear(x, self.weight, bias)).unbind(-3)  # type: ignore[return-value]
+            return self._heads(self.product(x, self.weight, bias)).unbind(-3)  # type: ignore[return-value]
         rows = [self.in_features, 2 * self.in_features]
         (of_q, of_kv), (bias_q, bias_kv) = self.weight.split(rows), bias.split(rows)
-        q = self._heads(F.linear(x.index_select(-2, asking), of_q, bias_q)).squeeze(-3)
-        return q, *self._heads(F.linear(x, of_kv, bias_kv)).unbind(-3)  # type: ignore[return-value]
+        q = self._heads(self.product(x.index_select(-2, asking), of_q, bias_q)).squeeze(-3)
+        return q, *self._heads(self.product(x, of_kv, bias_kv)).unbind(-3)  # type: ignore[return-value]
 
     def _heads(self, x: Tensor) -> Tensor:
         """(.., n D) -> (.., n, H, d)."""
@@ -215,8 +229,8 @@ class Mlp(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(shape.width, shape.hidden)
-        self.fc2 = nn.Linear(shape.hidden, shape.width)
+        self.fc1 = Linear(shape.width, shape.hidden)
+        self.fc2 = Linear(shape.hidden, shape.width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(.., D) -> (.., D)."""
@@ -228,8 +242,8 @@ class SwiGlu(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.w12 = nn.Linear(shape.width, 2 * shape.hidden)
-        self.w3 = nn.Linear(shape.hidden, shape.width)
+        self.w12 = Linear(shape.width, 2 * shape.hidden)
+        self.w3 = Linear(shape.hidden, shape.width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(.., D) -> (.., D)."""

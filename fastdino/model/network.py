@@ -89,7 +89,7 @@ def build_network(config: Config, teacher: bool = False, load: bool = True) -> N
     """The network of ``config`` in fp32 on the CPU, started from torch's generator (seed it first) and from files.
 
     Args:
-        config: model, heads, view sizes and whether patches are predicted are read; see also
+        config: model, heads, view sizes, whether patches are predicted and engine.fp8 are read; see also
             :func:`fastdino.model.weights.settled`.
         load: False leaves files of weights unread, for a network that takes those of a checkpoint.
         teacher: without drop path, stretched coordinates and gradients. BatchNorm layers of a teacher stay in training
@@ -109,6 +109,9 @@ def build_network(config: Config, teacher: bool = False, load: bool = True) -> N
         backbone.set_checkpointing(config.engine.checkpointing)
     settings = [head for head in (config.head, config.patch_head) if head is not None]
     heads = [Head(backbone.num_features, head, model.init) for head in settings]
+    if config.engine.fp8:
+        assert isinstance(backbone, ViT)
+        backbone.use_fp8()
     network = Network(backbone, *heads)
     if load and model.weights is not None:
         load_backbone(backbone, model.weights)

@@ -10,6 +10,18 @@ from torch import Tensor
 
 from fastdino.model.attention import Lengths, starts_of
 
+PACKED: dict[str, bool] = {}
+"""Whether views of all sizes go through a network at once, by a part of a GPU's name: what is faster in
+bench/results/step-*.json. Elsewhere, not measured that is, they do: it launches less."""
+
+
+def is_packed(choice: str, device: torch.device) -> bool:
+    """What model.packed comes to on a device."""
+    if choice != "auto" or device.type != "cuda":
+        return choice != "off"
+    name = torch.cuda.get_device_name(device)
+    return next((packed for gpu, packed in PACKED.items() if gpu in name), True)
+
 
 class Reading(NamedTuple):
     """The rows of a block's output that are read: the first of every sequence, its CLS, then patches of group one.

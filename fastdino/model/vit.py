@@ -14,8 +14,17 @@ from torch.utils.checkpoint import checkpoint
 from fastdino.config import ConfigError, ModelConfig
 from fastdino.data.batch import Masks
 from fastdino.model.attention import check_choice
-from fastdino.model.block import NORM_EPS, ROPE_NORM_EPS, Attention, Block, PatchEmbed, Shape, init_linears
-from fastdino.model.packing import Drop, Packing, packing_of
+from fastdino.model.block import (
+    NORM_EPS,
+    ROPE_NORM_EPS,
+    Attention,
+    Block,
+    Linear,
+    PatchEmbed,
+    Shape,
+    init_linears,
+)
+from fastdino.model.packing import Drop, Packing, is_packed, packing_of
 from fastdino.model.positions import (
     Grid,
     Rotation,
@@ -41,6 +50,7 @@ SIZES = {
     "7b": Shape(4096, 40, 32, 8192, swiglu=True),
 }
 
+FP8_WIDTH = 1024  # from which a product in fp8 saves more than the rounding of its factors costs
 Drops = tuple[Drop, Drop]  # of the branches of a block
 
 
@@ -88,7 +98,7 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(
             Block(shape, rate, model.attention, layer_scale=model.layer_scale, rope=rope) for rate in rates
         )
-        self.checkpointing = "none"
+        self.checkpointing, self.packed = "none", model.packed
         self.norm = nn.LayerNorm(width, eps=ROPE_NORM_EPS if rope else NORM_EPS)
         for token in (self.cls_token, self.pos_embed, self.register_tokens):
             if token is not None:
@@ -118,6 +128,17 @@ class ViT(nn.Module):
         for block in self.blocks:
             cast(Block, block).selective = how == "selective"
 
+    def use_fp8(self) -> None:
+        """The blocks' linear layers compute in fp8. Raises ConfigError for a network that is too narrow for it."""
+        if self.num_features < FP8_WIDTH:
+            raise ConfigError(
+                f"engine.fp8=True needs a model.arch of width {FP8_WIDTH} or more, such as vit_large; this one has "
+                f"{self.num_features}, where it would lose accuracy and no time: leave it out"
+            )
+        for layer in self.blocks.modules():
+            if isinstance(layer, Linear):
+                layer.fp8 = True
+
     def keep_grid_of(self, positions: Tensor) -> None:
         """Makes room for ``positions`` (1, 1 + N, D) of another square grid, whose views get interpolated positions."""
         assert self.pos_embed is not None
@@ -135,18 +156,28 @@ class ViT(nn.Module):
 
         Returns (sum of V_i, B, D), views in the order given, and (M, D), M = 0 without masks; of images alone (B, D).
 
-        The tokens of every view are packed into one sequence, so each linear layer runs once. The last block computes
-        what is read alone: queries of the groups of which patches are read and of CLS tokens, the rest for such rows.
+        The tokens of every view are packed into one sequence, so each linear layer runs once; or, where ``packed`` says
+        so, those of each size.
         """
         groups = [x.unsqueeze(0)] if isinstance(x, Tensor) else list(x.values())
+        passes = [groups] if is_packed(self.packed, groups[0].device) else [[group] for group in groups]
+        first, patches = self._pass(passes[0], masks)
+        cls = first if len(passes) == 1 else torch.cat([first, *(self._pass(part, None)[0] for part in passes[1:])])
+        return cls[0] if isinstance(x, Tensor) else (cls, patches)
+
+    def _pass(self, groups: list[Tensor], masks: Masks | None) -> tuple[Tensor, Tensor]:
+        """CLS tokens and patches of groups in one sequence.
+
+        The last block computes what is read alone: queries of the groups of which patches are read and of CLS tokens,
+        the rest for such rows.
+        """
         tokens, packing, turns, drops = self._all_but_last_block(groups, None if masks is None else masks.hidden)
         reading = packing.reading(None if masks is None else masks.rows, self.num_prefix)
         tokens = self.norm(self._run(self.blocks[-1], tokens, packing, turns, reading, drops)).squeeze(0)
         cls, patches = tokens, tokens[:0]
         if masks is not None:
             cls, patches = tokens.split([packing.num_sequences, len(masks.rows)])
-        cls = cls.view(-1, groups[0].shape[1], self.num_features)
-        return cls[0] if isinstance(x, Tensor) else (cls, patches)
+        return cls.view(-1, groups[0].shape[1], self.num_features), patches
 
     def patch_tokens(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, rows, columns, D), the patches after the final norm."""

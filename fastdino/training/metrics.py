@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,22 @@ class Metrics:
         start_step, total_steps: of the run; the progress bar goes from one to the other.
         global_batch: images per step over all ranks.
         compiles: the first step compiles kernels, so its time says nothing about those after it.
+        meter: what a pace in images/s means for a device, by name; see :class:`fastdino.training.flops.Meter`.
 
     Attributes:
         last: the newest value of each name in metrics.jsonl.
     """
 
     def __init__(
-        self, folder: Path, start_step: int, total_steps: int, global_batch: int, compiles: bool = False
+        self,
+        folder: Path,
+        start_step: int,
+        total_steps: int,
+        global_batch: int,
+        compiles: bool = False,
+        meter: Callable[[float], dict[str, float]] = lambda images_per_second: {},
     ) -> None:
-        self.path = folder / "metrics.jsonl"
+        self.path, self._meter = folder / "metrics.jsonl", meter
         self._warned: set[str] = set()
         self.last: dict[str, Any] = {}
         self._drop_after(start_step)
@@ -67,14 +75,14 @@ class Metrics:
     def report(self, step: int, values: dict[str, float], **more: float | int | str) -> dict[str, float]:
         """Writes ``values`` and the pace since the last report; returns both."""
         values = {**values, **self._clock.lap(step)}
+        values |= self._meter(values["images_per_second"])
         self.write(step, {**more, **values})
         parts = [name for name in values if name.startswith("loss_")]
         more_to_say = [*parts, "patch_cos"] if len(parts) > 1 else []
         shown = {
             "loss": f"{values['loss']:.3f}",
             **{name.removeprefix("loss_"): f"{values[name]:.3f}" for name in more_to_say if name in values},
-            "img/s": f"{values['images_per_second']:.0f}",
-            "data": f"{values['data_wait']:.0%}",
+            **_pace(values),
         }
         self._bar.set_postfix(shown, refresh=False)
         if self._bar.disable:  # not a terminal: a log file wants lines
@@ -226,6 +234,19 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):  # no JSON, or bytes that are no UTF-8
         return None
     return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
+
+
+def _pace(values: dict[str, float]) -> dict[str, str]:
+    """The pace as a line shows it, and what is known of the devices."""
+    total, each = values["images_per_second"], values.get("images_per_second_per_device")
+    shown = {"img/s": f"{total:.0f}", "data": f"{values['data_wait']:.0%}"}
+    if each is not None and each != total:
+        shown["img/s"] += f" ({each:.0f} each)"
+    if "mfu" in values:
+        shown["mfu"] = f"{values['mfu']:.0%}"
+    if "peak_memory_gb" in values:
+        shown["mem"] = f"{values['peak_memory_gb']:.1f}G"
+    return shown
 
 
 def _pairs(values: dict[str, str]) -> str:

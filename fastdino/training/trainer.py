@@ -5,6 +5,7 @@ import logging
 import os
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,15 @@ from fastdino.config import Config, ConfigError, UserError
 from fastdino.data import Batch, normalize, open_source, train_batches
 from fastdino.distributed import Ranks
 from fastdino.engine import build_engine, zero_stage
-from fastdino.engine.compile import compile_regions, compiles
-from fastdino.engine.schedules import Schedules
+from fastdino.engine.graphs import (
+    SideStream,
+    StepGraphs,
+    check_cuda_graphs,
+    compile_regions,
+    compiles,
+    keep_compiled_in,
+)
+from fastdino.engine.schedules import Now, Schedules
 from fastdino.eval import OnlineKnn
 from fastdino.method.dino import Dino
 from fastdino.method.health import Health
@@ -28,6 +36,7 @@ from fastdino.model import Network, build_network
 from fastdino.model.weights import settled
 from fastdino.training import checkpoint
 from fastdino.training.checkpoint import Manifest
+from fastdino.training.flops import Meter
 from fastdino.training.metrics import Metrics
 from fastdino.training.preemption import Interrupted, Preempted, PreemptionNotice
 from fastdino.training.run_folder import RunFolder, read_config
@@ -91,6 +100,8 @@ class Trainer:
 
     def __init__(self, config: Config, ranks: Ranks, folder: RunFolder | None = None) -> None:
         self.config, self.ranks, self.folder = config, ranks, folder
+        if config.engine.cuda_graphs:
+            check_cuda_graphs(config, ranks)
         self.source = open_source(config.data.root, config.data)
         self.online_knn: OnlineKnn | None = None  # on rank 0, where one was asked for
         if folder:
@@ -103,9 +114,16 @@ class Trainer:
         self.shapes = {name: list(p.shape) for name, p in student.named_parameters()}
         self.engine = build_engine(config, student, teacher, ranks)
         self.compiled = compiles(config, ranks.device)
+        if self.compiled or ranks.device.type == "cuda":
+            keep_compiled_in(config.run.cache)
         if self.compiled:
             compile_regions([*student.regions(), *teacher.regions()])
-        self.method = Dino(self.engine.student, self.engine.teacher, config.loss, *build_targets(config, ranks))
+        beside = SideStream(ranks.device) if config.engine.teacher_stream else None
+        targets = build_targets(config, ranks)
+        self.method = Dino(self.engine.student, self.engine.teacher, config.loss, *targets, beside)
+        self._take: Callable[[list[Batch], Now, bool], dict[str, Tensor]] = self._update
+        if config.engine.cuda_graphs:
+            self._take = StepGraphs(self._update, self._abandon, ranks.device)
         self.global_batch = config.run.local_batch * ranks.world_size * config.engine.accumulate
         self.step = self._restore(*newest) if newest else 0
         self.batches = train_batches(
@@ -128,8 +146,13 @@ class Trainer:
         Args:
             batches: engine.accumulate micro batches. Nothing in here waits for the device.
         """
-        now, logs = self.schedules(self.step), self._logs(self.step + 1)
         self._seed_step()
+        figures = self._take(batches, self.schedules(self.step), self._logs(self.step + 1))
+        self.step += 1
+        return figures
+
+    def _update(self, batches: list[Batch], now: Now, logs: bool) -> dict[str, Tensor]:
+        """The step itself, whose work is the same at every step but for ``now``: it may be captured."""
         figures: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.ranks.device))
         for batch in batches:
             loss, parts = self.method.loss(self._normalized(batch), now)
@@ -141,8 +164,13 @@ class Trainer:
             figures.update(self.method.statistics())
         applied = self.engine.step(now, figures["loss"])
         self.method.after_step(applied)
-        self.step += 1
         return figures
+
+    def _abandon(self) -> None:
+        """Forgets a step that ended in the middle, which begins anew."""
+        self.engine.abandon()
+        self.method.abandon()
+        self._seed_step()
 
     def _normalized(self, batch: Batch) -> Batch:
         """The batch with its views as network input."""
@@ -171,7 +199,8 @@ class Trainer:
         if self.ranks.is_main:
             self._introduce()
             compiles = self.ranks.device.type == "cuda"
-            metrics = Metrics(self.folder.path, self.step, self.total_steps, self.global_batch, compiles=compiles)
+            place, meter = self.folder.path, Meter.of(self.config, self.ranks)
+            metrics = Metrics(place, self.step, self.total_steps, self.global_batch, compiles, meter)
         head = self.config.head
         health = Health(head.num_prototypes, (self.config.patch_head or head).num_prototypes)
         loss, knn = self.ranks.gather(metrics and (metrics.last.get("loss", float("nan")), metrics.last.get("knn")))[0]
@@ -251,8 +280,8 @@ class Trainer:
         skipped, in_row, last = (int(counters[k]) for k in ("skipped", "skipped_in_row", "last_skipped"))
         if metrics:
             epoch = self.step / self.steps_per_epoch
-            schedule = {"lr": now.lr, "weight_decay": now.weight_decay, "momentum": now.momentum}
-            more = {"teacher_temp": now.teacher_temp, "grad_norm": float(self.engine.grad_norm)}
+            schedule = {name: float(getattr(now, name)) for name in Now.NUMBERS}
+            more = {"grad_norm": float(self.engine.grad_norm)}
             failed = self.folder.failed_saves if self.folder else 0
             counts = {"skipped_steps": skipped, "bad_images": self.batches.num_bad, "failed_saves": failed}
             metrics.report(self.step, values, epoch=epoch, **schedule, **more, **counts)
@@ -313,6 +342,8 @@ class Trainer:
             network.backbone.implementation,
             "Triton kernels" if self.ranks.device.type == "cuda" else "plain torch",
         )  # fmt: skip
+        if self.compiled:
+            log.info("the first step compiles the network, which takes a minute or two unless run.cache holds it")
         if self.step < self.total_steps:
             log.info("step %d waits for its images", self.step + 1)
         else:

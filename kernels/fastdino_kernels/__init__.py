@@ -1,5 +1,6 @@
 """Fused Triton kernels for self-distillation, each beside the plain-torch reference that defines it."""
 
+from fastdino_kernels.layers.fp8_linear import fp8_linear
 from fastdino_kernels.layers.gather_layer_norm import gather_layer_norm
 from fastdino_kernels.layers.prototype_weight import prototype_weight
 from fastdino_kernels.layers.scatter_add_scaled import scatter_add_scaled
@@ -19,6 +20,7 @@ __all__ = [
     "adamw_ema_",
     "dino_loss",
     "ema_update_",
+    "fp8_linear",
     "gather_layer_norm",
     "ibot_loss",
     "koleo_loss",

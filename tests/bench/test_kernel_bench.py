@@ -25,6 +25,7 @@ SMALL = {
     "linear_ibot_loss": ["8,100,16", "8,100,16,bf16"],
     "sinkhorn": ["8,100", "8,100,bf16"],
     "koleo_loss": ["2,10,32", "1,9,40,bf16"],
+    "fp8_linear": ["40,48,32", "40,32,64,bf16"],
     "gather_layer_norm": ["4,5,6,2,32", "4,5,32,bf16"],
     "scatter_add_scaled": ["4,5,6,2,32", "4,5,32,bf16"],
     "multi_crop": ["2,60,50"],

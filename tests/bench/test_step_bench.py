@@ -19,10 +19,11 @@ from bench.peers.contenders import CHECKED_STEPS, CONTENDERS, Contender
 from bench.record import RESULTS
 from bench.step import NUM_BATCHES, Contest
 from bench.timing import Ratio
-from bench.workload import nano_config, random_batch, step_config, step_flops
+from bench.workload import nano_config, random_batch, step_config
 from fastdino import distributed
 from fastdino.config import Config
 from fastdino.distributed import Ranks
+from fastdino.training.flops import step_flops
 from tests.bench.conftest import kill_python_when
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastdino.config import Config, ConfigError, EngineConfig
 from fastdino.distributed import Ranks
-from fastdino.engine import build_engine
+from fastdino.engine import _check_fp8, build_engine
 from fastdino.engine.zero import deepspeed_config
 from tests.children import environment
 
@@ -206,3 +206,33 @@ def test_batch_norm_over_processes_needs_gpus() -> None:
     network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     with pytest.raises(ConfigError, match="SyncBatchNorm"):
         build_engine(Config(), network, network, Ranks(0, 2, 0, torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "hip", "found"),
+    [
+        ("cpu", None, None, "computes on cpu"),
+        ("cuda:0", (8, 6), None, r"computes on RTX, 8\.6"),
+        ("cuda:0", (9, 4), "6.4", "computes on cuda:0"),
+        ("cuda:0", (8, 9), None, None),
+        ("cuda:0", (10, 0), None, None),
+    ],
+)
+def test_fp8_needs_a_gpu_that_has_it(
+    monkeypatch: pytest.MonkeyPatch, device: str, capability: Any, hip: str | None, found: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX")
+    monkeypatch.setattr(torch.version, "hip", hip)
+    if found is None:
+        _check_fp8(torch.device(device))
+    else:
+        with pytest.raises(ConfigError, match=f"engine.fp8=True needs an NVIDIA GPU.*8.9 or more.*{found}: leave it"):
+            _check_fp8(torch.device(device))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_fp8_is_refused_before_anything_moves() -> None:
+    network = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match=r"engine.fp8=True needs"):
+        build_engine(Config(engine=EngineConfig(fp8=True)), network, network, Ranks(0, 1, 0, torch.device("cpu")))

@@ -139,3 +139,56 @@ def test_a_long_silence_is_broken(tmp_path, caplog, monkeypatch):
     told.advance(7, 1.0, 0.0)
     told.close()
     assert "step 7 of 100" in caplog.text
+
+
+def reported(meter: dict[str, float] | None, folder: Path, caplog: pytest.LogCaptureFixture) -> str:
+    """The line of a report of three losses, in a run of 200,000 steps that may know its devices."""
+    caplog.set_level(logging.INFO)
+    paces: list[float] = []
+
+    def measure(images_per_second: float) -> dict[str, float]:
+        paces.append(images_per_second)
+        return meter or {}
+
+    told = Metrics(folder, 0, 200_000, 1024, meter=measure)
+    told._bar.disable = True
+    told._clock.started -= 0.5
+    losses = {"loss": 10.123, "loss_dino": 9.5, "loss_ibot": 8.25, "loss_koleo": -1.5, "patch_cos": 0.25}
+    values = told.report(1, losses)
+    told.close()
+    assert paces == [values["images_per_second"]]
+    return caplog.records[-1].getMessage()
+
+
+def test_a_line_has_what_the_devices_make_of_the_pace(tmp_path, caplog):
+    """On 8 GPUs, and with all losses: still on one line of a terminal of 160 columns."""
+    meter = {"images_per_second_per_device": 253.9, "mfu": 0.414, "peak_memory_gb": 12.34}
+    line = reported(meter, tmp_path, caplog)
+    assert "img/s 20" in line
+    assert "(254 each)  data 0%  mfu 41%  mem 12.3G  eta" in line
+    assert len(line) <= 160
+    assert meter.items() <= lines(tmp_path)[0].items()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Scalars("mfu")[0].value == pytest.approx(0.414)
+    assert events.Scalars("peak_memory_gb")[0].value == pytest.approx(12.34)
+
+
+def test_a_line_has_nothing_that_is_not_known(tmp_path, caplog):
+    line = reported({"peak_memory_gb": 0.75}, tmp_path, caplog)
+    assert "mem 0.8G" in line
+    assert "mfu" not in line
+    assert "each" not in line
+    assert "mfu" not in lines(tmp_path)[0], "absent, not 0"
+
+
+def test_one_device_has_one_pace(tmp_path, caplog):
+    told = Metrics(tmp_path, 0, 10, 8, meter=lambda pace: {"images_per_second_per_device": pace})
+    caplog.set_level(logging.INFO)
+    told._bar.disable = True
+    told.report(1, {"loss": 1.0})
+    told.close()
+    assert "each" not in caplog.records[-1].getMessage()
+    assert "images_per_second_per_device" in lines(tmp_path)[0]

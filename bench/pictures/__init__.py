@@ -1,0 +1,1 @@
+"""Pictures of the result files: charts, and a page of them."""

@@ -1,0 +1,209 @@
+"""What each switch gives: alone, when all others are off, and last, when all others are on.
+
+A variant is built, measured and freed by itself, so that the memory of no other counts, and large networks fit. All are
+measured twice, the second time in the reverse order, so that a drift of the machine's speed falls on all alike.
+"""
+
+import dataclasses
+import gc
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastdino.config import Config, UserError
+from fastdino.data import Batch
+from fastdino.distributed import Ranks
+from fastdino.engine import zero_stage
+from fastdino.training.flops import peak_memory, reset_peak_memory
+from fastdino.training.throughput.timing import step_seconds, warm_up
+from fastdino.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A setting that changes how a step is computed and not what."""
+
+    setting: str
+    on: Any
+    """Where the recipe has not another value."""
+    off: Any
+    runs: Callable[[Trainer], object]
+    """What runs, of a trainer: it is the same on and off where the switch has no effect."""
+
+    def set(self, config: Config, on: bool) -> Config:
+        """The config with it on, which is the recipe's own value unless that is off, or with it off."""
+        group, name = self.setting.split(".")
+        settings = getattr(config, group)
+        given = getattr(settings, name)
+        value = (self.on if given == self.off else given) if on else self.off
+        return dataclasses.replace(config, **{group: dataclasses.replace(settings, **{name: value})})
+
+
+def _attention(trainer: Trainer) -> str:
+    return str(trainer.engine.student_network.backbone.implementation)  # type: ignore[union-attr]
+
+
+SWITCHES = (  # one that another refuses comes after it
+    Switch("model.attention", "auto", "sdpa", _attention),
+    Switch("engine.compile", "auto", "off", lambda t: t.compiled),
+    Switch("engine.zero_stage", "auto", 0, lambda t: t.engine.sharded and zero_stage(t.config, t.ranks)),
+    Switch("engine.cuda_graphs", True, False, lambda t: t.config.engine.cuda_graphs),
+    Switch("engine.teacher_stream", True, False, lambda t: t.method.beside.stream),
+    Switch("engine.checkpointing", "selective", "none", lambda t: t.config.engine.checkpointing),
+    Switch("engine.fp8", True, False, lambda t: t.config.engine.fp8),
+)
+
+On = frozenset[str]
+"""The switches of a variant that are on."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a variant's step."""
+
+    seconds: float
+    """A mean over its two measurements."""
+    spread: float
+    """Between the two, as a share of the mean."""
+    peak_memory: int
+    """Bytes, of the rank that needs most."""
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What steps cost with some of the switches on."""
+
+    global_batch: int
+    skipped: dict[str, str]
+    """Switches without effect here, and why."""
+    switches: list[str]
+    """The others."""
+    costs: dict[On, Cost | str]
+    """Or why a variant does not run."""
+
+    def table(self) -> str:
+        """A line for each switch: images/s, how many times those without it, and memory."""
+        lines = [f"{name} is left out: {why}" for name, why in self.skipped.items()]
+        if not self.switches:
+            return "\n".join(lines)
+        everything, nothing = frozenset(self.switches), On()
+        head = f"{'images/s':>12}{'gain':>8}{'GB':>8}"
+        lines += [f"{'':20}{'it alone':>28}{'all but it':>28}", f"{'':20}{head}{head}"]
+        lines += [f"{'all off':20}{self._cells(nothing, nothing, nothing)}"]
+        for name in self.switches:
+            one, rest = On({name}), everything - {name}
+            lines.append(f"{name:20}{self._cells(one, one, nothing)}{self._cells(rest, everything, rest)}")
+        lines.append(f"{'all on':20}{self._cells(everything, everything, nothing)}")
+        spread = max((cost.spread for cost in self.costs.values() if isinstance(cost, Cost)), default=0.0)
+        lines.append(f"gain: times as many images/s as without it; measured twice, up to {spread:.1%} apart")
+        refused = {on: why for on, why in self.costs.items() if isinstance(why, str)}
+        return "\n".join([*lines, *(f"{_name(on)} does not run: {why}" for on, why in refused.items())])
+
+    def _cells(self, shown: On, with_it: On, without: On) -> str:
+        cost, slow, fast = self.costs[shown], self.costs[without], self.costs[with_it]
+        if isinstance(cost, str):
+            return f"{'does not run':>28}"
+        gain = f"{slow.seconds / fast.seconds:.2f}x" if isinstance(slow, Cost) and isinstance(fast, Cost) else "-"
+        return f"{self.global_batch / cost.seconds:12.1f}{gain:>8}{cost.peak_memory / 1e9:8.2f}"
+
+
+def ablate(config: Config, ranks: Ranks, views: list[Batch], seconds: float) -> Ablation:
+    """Measures the step with every switch that has an effect here, on ``views`` that are on the device.
+
+    Every rank calls it. Other trainers are used no more.
+    """
+    _free(ranks)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=0))  # they read no image
+    switches, skipped = _sorted_out(config, ranks)
+    everything = On(switches)
+    variants = [On(), *(On({name}) for name in switches), *(everything - {name} for name in switches), everything]
+    variants = [*dict.fromkeys(variants)] if switches else []
+    found: dict[On, list[tuple[float, int] | str]] = {on: [] for on in variants}
+    for turn, on in enumerate([*variants, *reversed(variants)], 1):
+        if ranks.is_main:
+            log.info("ablation, %d of %d: %s", turn, 2 * len(variants), _name(on))
+        found[on].append(_measure(config, on, ranks, views, seconds / 2))
+        _free(ranks)
+    costs = {on: _cost(both) for on, both in found.items()}
+    return Ablation(len(views) * config.run.local_batch * ranks.world_size, skipped, switches, costs)
+
+
+def _name(on: On) -> str:
+    return ", ".join(sorted(on)) or "all off"
+
+
+def _with(config: Config, on: On) -> Config:
+    """The config with these switches on, the others off."""
+    for switch in SWITCHES:
+        config = switch.set(config, switch.setting in on)
+    return config
+
+
+def _sorted_out(config: Config, ranks: Ranks) -> tuple[list[str], dict[str, str]]:
+    """The switches that have an effect here, one after the other, and why the rest have none."""
+    on, skipped = On(), dict[str, str]()
+    before = _running(config, on, ranks)
+    for switch in SWITCHES:
+        name = switch.setting
+        try:
+            running = _running(config, on | {name}, ranks)
+        except UserError as error:
+            skipped[name] = str(error)
+            continue
+        if running[name] == before[name]:
+            skipped[name] = "it changes nothing for this recipe on this device"
+        else:
+            on, before = on | {name}, running
+    return [switch.setting for switch in SWITCHES if switch.setting in on], skipped
+
+
+def _running(config: Config, on: On, ranks: Ranks) -> dict[str, object]:
+    """What runs, by switch."""
+    try:
+        trainer = Trainer(_with(config, on), ranks)
+        trainer.batches.close()
+        return {switch.setting: switch.runs(trainer) for switch in SWITCHES}
+    finally:
+        _free(ranks)
+
+
+def _measure(config: Config, on: On, ranks: Ranks, views: list[Batch], seconds: float) -> tuple[float, int] | str:
+    """Seconds of a step, and bytes; or why there are none."""
+    try:
+        trainer = Trainer(_with(config, on), ranks)
+        trainer.batches.close()
+
+        def step() -> None:
+            trainer.train_step(views)
+
+        warm_up(step, ranks, seconds)
+        reset_peak_memory(ranks.device)
+        taken = step_seconds(step, ranks, seconds)
+    except (torch.OutOfMemoryError, UserError) as error:
+        if isinstance(error, torch.OutOfMemoryError) and ranks.world_size > 1:  # the others wait for this one
+            raise
+        return str(error).splitlines()[0]
+    return max(ranks.gather((taken, peak_memory(ranks.device))))
+
+
+def _cost(both: list[tuple[float, int] | str]) -> Cost | str:
+    for found in both:
+        if isinstance(found, str):
+            return found
+    (first, first_bytes), (second, second_bytes) = (found for found in both if not isinstance(found, str))
+    mean = (first + second) / 2
+    return Cost(mean, abs(first - second) / mean, max(first_bytes, second_bytes))
+
+
+def _free(ranks: Ranks) -> None:
+    """Gives back what trainers held, their compiled code too; an engine and its hooks hold each other."""
+    ranks.release()
+    torch.compiler.reset()
+    gc.collect()
+    if ranks.device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,310 @@
+"""Compiled regions and captured steps: an eager step's numbers, no graph too many, and eager as the way out."""
+
+import dataclasses
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bench.counters import LiveBytes, kernels_counted
+from bench.workload import nano_config, nano_dinov2, random_batch
+from fastdino import distributed
+from fastdino.config import Config, ConfigError, OptimConfig
+from fastdino.distributed import Ranks
+from fastdino.engine.graphs import StepGraphs, check_cuda_graphs, compile_regions, compiles, keep_compiled_in
+from fastdino.engine.schedules import Now
+from fastdino.model import vit
+from fastdino.model.block import Mlp, Shape
+from fastdino.training.trainer import Trainer
+
+CPU = torch.device("cpu")
+STEPS = 3
+# Drop path of either kind, views of two sizes, masks, two heads.
+V1 = nano_config(engine="torch")
+V2 = nano_dinov2(nano_config(engine="torch", local_batch=8), sinkhorn=True)
+# From a LayerScale of 1e-5 all images look alike, and KoLeo magnifies every rounding.
+V2 = dataclasses.replace(V2, model=dataclasses.replace(V2.model, layer_scale=0.5))
+
+
+def with_engine(config: Config, **changes: Any) -> Config:
+    return dataclasses.replace(config, engine=dataclasses.replace(config.engine, **changes))
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def trained(config: Config, backend: str | None, steps: int = STEPS) -> tuple[list[float], list[Tensor], Trainer]:
+    """Losses, the gradients of the first step, and the trainer; with its regions compiled by ``backend`` if any."""
+    with distributed.init("cpu") as ranks:
+        trainer = Trainer(with_engine(config, compile="off"), ranks)
+        if backend:
+            student, teacher = trainer.engine.student_network, trainer.engine.teacher
+            compile_regions([*student.regions(), *teacher.regions()], backend)
+        gradients: list[Tensor] = []
+        prepare = trainer.engine.optimizer.prepare
+
+        def noting(now: Any, grads: list[Tensor], loss: Tensor) -> Tensor:
+            gradients.extend(grad.clone() for grad in grads if len(gradients) < len(grads))
+            return prepare(now, grads, loss)
+
+        trainer.engine.optimizer.prepare = noting  # type: ignore[method-assign]
+        losses = [float(trainer.train_step([random_batch(config, CPU, seed)])["loss"]) for seed in range(steps)]
+        trainer.engine.wait_teacher()
+        return losses, gradients, trainer
+
+
+def check_equal(config: Config) -> None:
+    eager, eager_gradients, _ = trained(config, None)
+    compiled, gradients, _ = trained(config, "inductor")
+    assert compiled == pytest.approx(eager, rel=1e-6)
+    for got, want in zip(gradients, eager_gradients, strict=True):
+        assert (got - want).norm() <= 1e-6 * want.norm()
+
+
+def test_a_compiled_step_equals_an_eager_one() -> None:
+    """DINO v1's: drop path by chance, views of two sizes."""
+    check_equal(V1)
+    assert counters["stats"]["unique_graphs"] == 8
+
+
+def test_a_compiled_step_equals_an_eager_one_on_every_engine() -> None:
+    """DINOv2's: subsets, masks, two heads, registers, LayerScale. The graphs are those of the first engine."""
+    for name, stage in (("torch", "auto"), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2)):
+        check_equal(with_engine(V2, name=name, zero_stage=stage))
+    assert counters["stats"]["unique_graphs"] == 10
+
+
+@pytest.mark.parametrize("config", [V1, V2], ids=["v1", "v2"])
+def test_equal_blocks_are_one_graph_and_no_step_compiles_again(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Student and teacher have a graph each for embedding, blocks, last block and head, whatever the depth."""
+    found = {}
+    for depth in (3, 6):
+        torch._dynamo.reset()
+        counters.clear()
+        monkeypatch.setitem(vit.SIZES, "nano", Shape(96, depth, 4, 384))
+        trained(config, "eager", steps=1)
+        first = counters["stats"]["unique_graphs"]
+        trained(config, "eager", steps=12)  # logging steps among them
+        assert counters["stats"]["unique_graphs"] == first
+        found[depth] = first
+    assert found[3] == found[6] == (8 if config is V1 else 10)
+
+
+def test_an_evaluation_compiles_nothing() -> None:
+    """Its images have shapes of their own, and another each time an epoch's last batch is smaller."""
+    _, _, trainer = trained(V1, "eager", steps=1)
+    before = counters["stats"]["unique_graphs"]
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        trainer.engine.teacher.backbone(torch.rand(3, 3, 40, 48))  # type: ignore[operator]
+    assert counters["stats"]["unique_graphs"] == before
+
+
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+@pytest.mark.parametrize("config", [V1, V2], ids=["v1", "v2"])
+def test_checkpointing_changes_no_bit(config: Config, checkpointing: Any) -> None:
+    """Eagerly; compiled it is the same graph's numbers, and as many graphs."""
+    eager, want, _ = trained(config, None)
+    made = with_engine(config, checkpointing=checkpointing)
+    losses, gradients, _ = trained(made, None)
+    assert losses == eager
+    assert all(torch.equal(a, b) for a, b in zip(gradients, want, strict=True))
+    losses, gradients, _ = trained(made, "aot_eager")
+    assert losses == pytest.approx(eager, rel=1e-6)
+    assert all((a - b).norm() <= 1e-6 * b.norm() for a, b in zip(gradients, want, strict=True))
+    assert counters["stats"]["unique_graphs"] == (8 if config is V1 else 10)
+
+
+def test_checkpointing_keeps_less() -> None:
+    """Activations of all blocks but the last, which computes little: a third is gone, then most."""
+    peaks = {}
+    for checkpointing in ("none", "selective", "full"):
+        _, _, trainer = trained(with_engine(V1, checkpointing=checkpointing), None, steps=1)
+        trainer.engine.ranks.world_size = 1
+        views = random_batch(V1, CPU, 0).views
+        with LiveBytes() as live:
+            out = trainer.engine.student_network({name: x.float() for name, x in views.items()})
+            peaks[checkpointing] = live.live
+        del out
+    assert peaks["selective"] < 0.65 * peaks["none"]
+    assert peaks["full"] < 0.6 * peaks["selective"]
+
+
+def test_what_cannot_be_compiled_runs_eagerly_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    eager, _, _ = trained(V1, None)
+    forward = Mlp.forward
+
+    def breaking(self: Mlp, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return forward(self, x)
+
+    monkeypatch.setattr(Mlp, "forward", breaking)
+    with caplog.at_level(logging.WARNING, "fastdino"):
+        losses, _, _ = trained(V1, "eager")
+    assert losses == eager
+    (record,) = caplog.records
+    assert "engine.compile: Block.forward cannot be compiled, so every step runs eagerly" in record.getMessage()
+
+
+def test_an_error_of_the_network_is_no_failure_to_compile(caplog: pytest.LogCaptureFixture) -> None:
+    linear = torch.nn.Linear(3, 2)
+    compile_regions([(linear, "forward")], "eager")
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(torch.zeros(1, 4))
+    assert linear(torch.zeros(1, 3)).shape == (1, 2)
+    assert not [record for record in caplog.records if record.name.startswith("fastdino")]
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_memory_that_is_short_is_not_taken_for_a_failure_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    linear = torch.nn.Linear(3, 2)
+    monkeypatch.setattr(torch, "compile", lambda eager, **_: short)
+    compile_regions([(linear, "forward")])
+    with pytest.raises(torch.OutOfMemoryError):
+        linear(torch.zeros(1, 3))
+
+
+def test_when_it_compiles() -> None:
+    gpu = torch.device("cuda")
+    assert [compiles(with_engine(V1, compile=how), CPU) for how in ("auto", "on", "off")] == [False, True, False]
+    anywhere = with_engine(V1, device="auto")
+    assert [compiles(with_engine(V1, compile=how), gpu) for how in ("auto", "on", "off")] == [True, True, False]
+    xformers = dataclasses.replace(V1.model, attention="xformers")
+    assert not compiles(dataclasses.replace(anywhere, model=xformers), gpu)
+    with pytest.raises(ConfigError, match=r"engine.compile=on.*model.attention=xformers"):
+        dataclasses.replace(with_engine(anywhere, compile="on"), model=xformers)
+
+
+CHILD = """
+import json, os, sys
+import torch
+from torch._dynamo.utils import counters
+from pathlib import Path
+from fastdino.engine.graphs import compile_regions, keep_compiled_in
+keep_compiled_in(Path(sys.argv[1]))
+net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU())
+compile_regions([(net, "forward")])
+net(torch.zeros(2, 4)).sum().backward()
+counted = counters["aot_autograd"]
+print(json.dumps([counted["autograd_cache_miss"], counted["autograd_cache_hit"]]))
+"""
+
+
+def test_a_run_that_is_resumed_starts_warm(tmp_path: Path) -> None:
+    env = {name: x for name, x in os.environ.items() if not name.endswith("_CACHE_DIR")}
+    found = [
+        json.loads(subprocess.check_output([sys.executable, "-c", CHILD, str(tmp_path / "cache")], env=env, text=True))
+        for _ in range(2)
+    ]
+    assert found == [[1, 0], [0, 1]]
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"inductor", "triton"}
+
+
+def test_caches_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"run.cache=.*file.* cannot be made \(Not a directory\)"):
+        keep_compiled_in(tmp_path / "file" / "x")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "elsewhere")
+    keep_compiled_in(tmp_path / "file")
+    assert os.environ["TRITON_CACHE_DIR"] == "elsewhere"
+
+
+# ---------------------------------------------------------------------------------------------------- CUDA graphs
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "reason"),
+    [
+        (V1, CPU, "they need a GPU"),
+        (dataclasses.replace(V1, optim=OptimConfig(name="lars")), torch.device("cuda"), "optim.name=lars"),
+        (with_engine(V1, name="deepspeed", zero_stage=1), torch.device("cuda"), "ZeRO 1 decides on the host"),
+    ],
+)
+def test_where_a_step_cannot_be_captured(config: Config, device: torch.device, reason: str) -> None:
+    with pytest.raises(ConfigError, match=f"engine.cuda_graphs=True: .*{reason}"):
+        check_cuda_graphs(config, Ranks(0, 1, 0, device))
+    check_cuda_graphs(V1, Ranks(0, 1, 0, torch.device("cuda")))
+    with (
+        pytest.raises(ConfigError, match=r"engine.cuda_graphs=True: they need a GPU"),
+        distributed.init("cpu") as ranks,
+    ):
+        Trainer(with_engine(V1, cuda_graphs=True), ranks)
+
+
+class Recorder(TorchDispatchMode):
+    """The operations, and which memory each is given: an address, or the number of a tensor that was made meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, tuple[int | str, ...]]] = []
+        self.made: dict[int, str] = {}
+        self.kept: list[Tensor] = []  # so that no address is used twice
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        self.found.append((func._schema.name, tuple(self.made.get(address, address) for address in given)))
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and (address := x.untyped_storage().data_ptr()) not in (0, *given, *self.made):
+                self.made[address] = f"tensor {len(self.made)}"
+                self.kept.append(x)
+        return result
+
+
+@pytest.mark.parametrize("engine", [("torch", "auto"), ("deepspeed", 0)], ids=str)
+@pytest.mark.parametrize("config", [V1, V2], ids=["v1", "v2"])
+def test_a_step_can_be_captured(config: Config, engine: tuple[str, Any]) -> None:
+    """As on a GPU: the same operations on the same memory at every step, none of which the host waits for."""
+    config = with_engine(config, name=engine[0], zero_stage=engine[1], precision="bf16")
+    with distributed.init("cpu") as ranks, kernels_counted():
+        trainer = Trainer(with_engine(config, compile="off"), ranks)
+        step = StepGraphs(trainer._update, trainer._abandon, CPU)
+        steps = []
+        for seed in range(5):
+            step._seen.clear()
+            with Recorder() as recorder:
+                step([random_batch(config, CPU, seed)], trainer.schedules(seed), logs=False)
+            steps.append(recorder.found)
+        trainer.engine.wait_teacher()
+    start = next(i for i, (name, _) in enumerate(steps[3]) if name == "aten::fill_") + len(Now.NUMBERS)
+    names = {name for name, _ in steps[4][start:]}
+    assert not names & {"aten::_local_scalar_dense", "aten::lift_fresh", "aten::is_nonzero", "aten::nonzero"}
+    assert "fastdino::adamw_ema_flat_" in names
+    assert steps[3][start:] == steps[4][start:]
+
+
+@pytest.mark.parametrize("config", [V1, V2], ids=["v1", "v2"])
+def test_a_step_that_cannot_be_captured_is_taken_without(config: Config, caplog: pytest.LogCaptureFixture) -> None:
+    """A CPU captures nothing: two steps by the schedules' tensors, then those that warn and are as ever."""
+    want, _, _ = trained(config, None, steps=5)
+    with distributed.init("cpu") as ranks, caplog.at_level(logging.WARNING, "fastdino.engine"):
+        trainer = Trainer(with_engine(config, compile="off"), ranks)
+        trainer._take = StepGraphs(trainer._update, trainer._abandon, CPU)
+        losses = [float(trainer.train_step([random_batch(config, CPU, seed)])["loss"]) for seed in range(5)]
+    assert losses == want
+    (record,) = caplog.records
+    assert "engine.cuda_graphs: a step cannot be captured" in record.getMessage()

@@ -1,0 +1,191 @@
+"""``fastdino bench``: each part of a step has its own time and their sum is the step's, by every engine."""
+
+import dataclasses
+import gzip
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from bench.workload import nano_config, random_batch
+from fastdino import distributed
+from fastdino.config import ConfigError
+from fastdino.data import Batch
+from fastdino.training.throughput.bench import Bench
+from fastdino.training.throughput.parts import PARTS, TRACED_STEPS, breakdown, trace
+from fastdino.training.throughput.timing import step_seconds
+from fastdino.training.trainer import Trainer
+from tests.children import environment
+
+ENGINES: dict[str, tuple[str, Any]] = {"torch": ("torch", 1), **{f"ZeRO {n}": ("deepspeed", n) for n in (0, 1, 2)}}
+PAUSE = 0.15  # seconds; a step of the smallest network takes a tenth of it
+
+
+def main(folder: str) -> None:
+    """Writes FOLDER/ENGINE.json of the benchmark by every engine, ablated by one of them."""
+    torch.set_num_threads(1)
+    for name, (engine, stage) in ENGINES.items():
+        config = nano_config(engine=engine, zero_stage=stage)
+        Bench(seconds=0.3, json=Path(folder) / f"{name}.json", ablate=name == "ZeRO 1")(config)
+
+
+@pytest.fixture
+def trainer() -> Iterator[Trainer]:
+    with distributed.init("cpu") as ranks:
+        yield Trainer(nano_config(engine="torch"), ranks)
+
+
+def slower(original: Callable[..., Any]) -> Callable[..., Any]:
+    def pausing(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(PAUSE)
+        return original(*args, **kwargs)
+
+    return pausing
+
+
+def test_what_is_slower_shows_in_its_part(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And in no other, however the parts lie in each other; together they are all of the time."""
+    engine = trainer.engine
+    batches = [random_batch(trainer.config, torch.device("cpu"), 0)]
+    prepare = engine.optimizer.prepare
+
+    def prepare_and_talk(*args: Any) -> torch.Tensor:
+        dist.all_reduce(torch.zeros(1), async_op=True)
+        return prepare(*args)
+
+    monkeypatch.setattr(engine.optimizer, "prepare", prepare_and_talk)
+    breakdown(trainer, lambda: batches, 1)  # the first step is slow anyway
+    places: dict[str, tuple[object, str]] = {
+        "teacher": (engine.teacher.backbone, "forward"),
+        "student forward": (engine.student_network.backbone, "forward"),
+        "losses": (sys.modules["fastdino.method.dino"], "dino_loss"),
+        "backward": (torch.Tensor, "backward"),
+        "optimizer and EMA": (engine.optimizer, "step"),
+        "communication": (dist.ProcessGroup, "allreduce"),
+        "other": (trainer, "_normalized"),
+    }
+    assert {"data", *places} == PARTS.keys()
+    for part in PARTS:
+        with monkeypatch.context() as patch:
+            if part in places:
+                owner, name = places[part]
+                patch.setattr(owner, name, slower(getattr(owner, name)))
+            started = time.perf_counter()
+            found = breakdown(trainer, slower(lambda: batches) if part == "data" else lambda: batches, 2)
+            whole = (time.perf_counter() - started) / 2
+        assert [name for name, seconds in found.items() if seconds > PAUSE] == [part]
+        assert 0.95 * whole < sum(found.values()) <= whole
+
+
+def test_what_watched_a_trainer_leaves_nothing(trainer: Trainer) -> None:
+    before = [dist.ProcessGroup.allreduce, {*vars(trainer)}, {*vars(trainer.engine)}, {*vars(trainer.engine.teacher)}]
+    breakdown(trainer, lambda: [next(trainer.batches)], 1)
+    after = [dist.ProcessGroup.allreduce, {*vars(trainer)}, {*vars(trainer.engine)}, {*vars(trainer.engine.teacher)}]
+    assert after == before
+
+
+@pytest.mark.parametrize("name", ["steps.json", "steps.json.gz"])
+def test_a_trace_has_the_parts_as_ranges(name: str, trainer: Trainer, tmp_path: Path) -> None:
+    path = tmp_path / name
+    trace(trainer, lambda: [next(trainer.batches)], path)
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    events = json.loads(data)["traceEvents"]
+    ranges = [event["name"] for event in events if event.get("cat") == "user_annotation"]
+    for part in PARTS.keys() - {"communication"}:
+        assert ranges.count(part) >= TRACED_STEPS, part
+    inside = next(e for e in events if e.get("name") == "aten::linear")
+    assert any(e["ts"] <= inside["ts"] < e["ts"] + e["dur"] for e in events if e.get("name") == "teacher")
+
+
+def test_a_step_is_repeated_as_long_as_is_asked(trainer: Trainer) -> None:
+    taken = []
+    started = time.perf_counter()
+    each = step_seconds(lambda: taken.append(time.sleep(0.02)), trainer.ranks, 0.3)
+    assert 0.3 <= time.perf_counter() - started < 2
+    assert 0.02 <= each < 0.1
+    assert each == pytest.approx((time.perf_counter() - started) / len(taken), rel=0.1)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bench")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
+    done = subprocess.run(
+        [*command, str(folder)], env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_ranks_by_every_engine(two_ranks: Path, engine: str) -> None:
+    found = json.loads((two_ranks / f"{engine}.json").read_text())
+    assert found["world_size"] == 2
+    assert found["parts"].keys() == PARTS.keys()
+    assert all(seconds > 0 for seconds in found["parts"].values()), "communication too"
+    whole = found["images"] / found["training"]
+    assert 0.4 * whole < sum(found["parts"].values()) < 2.5 * whole, "of steps that were not watched"
+    assert found["mfu"]["matmul"] == pytest.approx(
+        found["training"] / 2 * found["image_flops"] / found["matmul_flops"]
+    ), "of one device's share"
+    assert 0 <= found["data_wait"] < 1
+    assert found["config"]["engine"]["name"] in engine.replace("ZeRO", "deepspeed")
+
+
+def test_sharding_is_ablated_on_two_ranks(two_ranks: Path) -> None:
+    found = json.loads((two_ranks / "ZeRO 1.json").read_text())["ablation"]
+    both = ["engine.checkpointing", "engine.zero_stage"]
+    assert [cost["on"] for cost in found["costs"]] == [[], both[1:], both[:1], both]
+    assert all(cost["seconds"] > 0 and cost["peak_memory"] > 1e8 for cost in found["costs"])
+    assert {"model.attention", "engine.compile"} <= found["skipped"].keys()
+
+
+def test_a_table_tells_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = Bench(seconds=0.2, profile=tmp_path / "trace")(nano_config(engine="torch"))
+    lines = found.table().splitlines()
+    assert lines[0] == "vit_nano on 1 x CPU, float32, torch engine; 4 images a step"
+    assert any(line.startswith("MFU: ") and "what matrix products reach here" in line for line in lines)
+    assert "it needs --data.num-workers" in dataclasses.replace(found, pipeline=found.step / 3).table()
+    assert "keeps up with" in dataclasses.replace(found, pipeline=found.step * 3).table()
+    known = dataclasses.replace(found, published_flops=4 * found.matmul_flops)
+    assert "the published peak" in known.table()
+    assert "matrix products reach 25.0% of that peak here" in known.table()
+    assert json.loads((tmp_path / "trace").read_text())["traceEvents"]
+
+
+@pytest.mark.parametrize("flag", ["json", "profile"])
+@pytest.mark.parametrize("place", ["missing/figures", "."])
+def test_a_file_that_cannot_be_written_is_said_at_once(
+    flag: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> list[Batch]:
+        raise AssertionError("it was measured first")
+
+    monkeypatch.setattr(Bench, "_measure", never)
+    with pytest.raises(ConfigError, match=f"--{flag} .* cannot be written: "):
+        Bench(**{flag: tmp_path / place})(nano_config(engine="torch"))
+
+
+def test_a_file_that_can_be_written_is_not_made_before(tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    old.write_text("figures")
+    Bench(json=tmp_path / "new", profile=old)._check_files()
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert old.read_text() == "figures"
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_measurement_takes_time(seconds: float) -> None:
+    with pytest.raises(ConfigError, match="--seconds"):
+        Bench(seconds=seconds)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
