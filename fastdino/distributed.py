@@ -135,6 +135,11 @@ class Ranks:
         self._releases.append(release)
         self._destroy = destroy
 
+    def release(self) -> None:
+        """Lets go of what the engines so far hold; none of them is used any more."""
+        while self._releases:
+            self._releases.pop()()
+
     def __enter__(self) -> Self:
         return self
 
@@ -147,8 +152,7 @@ class Ranks:
         if kind is None:
             self.barrier()
         if kind is None or self.world_size == 1 or dist.get_backend() != "nccl":
-            while self._releases:
-                self._releases.pop()()
+            self.release()
             self._destroy()
 
 

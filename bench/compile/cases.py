@@ -68,23 +68,50 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype)
 
 
-def _dino_loss() -> None:
-    student, teacher = (_empty(views, B, K, dtype=torch.bfloat16) for views in (S, T))
-    dino_loss(student.requires_grad_(), teacher, _empty(K), student_temp=0.1, teacher_temp=0.04).backward()
+ON_DEVICE = ", numbers on the device"  # cases in which kernels read a schedule's numbers there, as in a captured step
+TEMP = torch.tensor(0.04)
+HYPER = AdamWHyper(lr=1e-3, weight_decay=0.04, momentum=0.996)
+HYPER_ON_DEVICE = AdamWHyper(*(torch.tensor(number, dtype=torch.float64) for number in (1e-3, 0.04, 0.996)))
+
+_SECOND_READING = {"_ibot_loss_kernel": 2 * MASKED * K * 2 + 2 * MASKED * K * 4}  # and the center for both
 
 
-def _ibot_loss() -> None:
+def _dino_loss(temp: float | Tensor) -> Case:
+    def call() -> None:
+        student, teacher = (_empty(views, B, K, dtype=torch.bfloat16) for views in (S, T))
+        dino_loss(student.requires_grad_(), teacher, _empty(K), student_temp=0.1, teacher_temp=temp).backward()
+
+    return Case(
+        call,
+        S * B * K,
+        {
+            "_slice_kernel": (S + T) * B * K * 2,
+            "_merge_kernel": 4 * B * (K // dino_loss_config(K)["slice"]["BLOCK_K"]) * (S * (2 + T) + 2 * T),
+            "_gradient_kernel": (2 * S + T) * B * K * 2,
+        },
+    )
+
+
+def _ibot_loss(temp: float | Tensor) -> Case:
     """With the gradient in place."""
-    student, teacher = (_empty(MASKED, K, dtype=torch.bfloat16) for _ in range(2))
-    rows = student.requires_grad_().view_as(student)
-    temps: dict[str, float] = {"student_temp": 0.1, "teacher_temp": 0.04}
-    ibot_loss(rows, teacher, _empty(K), _empty(MASKED), **temps, inplace_grad=True).backward()
+
+    def call() -> None:
+        student, teacher = (_empty(MASKED, K, dtype=torch.bfloat16) for _ in range(2))
+        rows, rest = student.requires_grad_().view_as(student), (teacher, _empty(K), _empty(MASKED))
+        ibot_loss(rows, *rest, student_temp=0.1, teacher_temp=temp, inplace_grad=True).backward()
+
+    return Case(
+        call,
+        MASKED * K,
+        {"_ibot_loss_kernel": 3 * MASKED * K * 2, "_scale_kernel": 2 * MASKED * K * 2},
+        cached=_SECOND_READING,
+    )
 
 
 def _ibot_loss_rows(num_grads: int) -> None:
     """One launch alone: the loss, and of ``num_grads`` 1 its gradient apart from the logits."""
     student, teacher, *grad = (_empty(MASKED, K, dtype=torch.bfloat16) for _ in range(2 + num_grads))
-    ibot_loss_rows_(grad[0] if grad else None, student, teacher, _empty(K), _empty(MASKED), 0.1, 0.04)
+    ibot_loss_rows_(grad[0] if grad else None, student, teacher, _empty(K), _empty(MASKED), 0.1, 0.04, None)
 
 
 def _linear_ibot_loss(num_rows: int, num_prototypes: int) -> Case:
@@ -94,13 +121,22 @@ def _linear_ibot_loss(num_rows: int, num_prototypes: int) -> Case:
 
     def call() -> None:
         student, teacher = (_empty(rows, num_prototypes, dtype=torch.bfloat16) for _ in range(2))
-        ibot_loss_rows_(student, None, teacher, _empty(num_prototypes), _empty(rows), 0.1, 0.04)
+        ibot_loss_rows_(student, None, teacher, _empty(num_prototypes), _empty(rows), 0.1, 0.04, None)
 
     return Case(
         call,
         logits,
         {"_ibot_loss_kernel": 3 * logits * 2},
         cached={"_ibot_loss_kernel": 2 * logits * 2 + 2 * logits * 4},  # the second reading, and the center for both
+    )
+
+
+def _sinkhorn(temp: float | Tensor) -> Case:
+    return Case(
+        lambda: sinkhorn(_empty(MASKED, K, dtype=torch.bfloat16), temp=temp, iterations=2),
+        MASKED * K,
+        {"_column_kernel": MASKED * K * 2, "_row_kernel": MASKED * K * 2},
+        cached={"_row_kernel": MASKED // 4 * K * 4},  # the column scaling, once for four rows
     )
 
 
@@ -151,7 +187,7 @@ def _ema_list() -> None:
     ema_update_(teacher, student, 0.996)
 
 
-def _adamw_ema(size: int, segments: Segments | None = None, rates: bool = False) -> None:
+def _adamw_ema(size: int, segments: Segments | None = None, rates: bool = False, hyper: AdamWHyper = HYPER) -> None:
     """Clipped, guarded, and with the rounded teacher that the next step computes with; by ``rates`` of each segment."""
     param, grad, exp_avg, exp_avg_sq, ema = (_empty(size) for _ in range(5))
     scale = _empty() if segments is None else _empty(len(segments.lengths))
@@ -162,7 +198,7 @@ def _adamw_ema(size: int, segments: Segments | None = None, rates: bool = False)
         exp_avg_sq,
         ema,
         _empty(),
-        AdamWHyper(lr=1e-3, weight_decay=0.04, momentum=0.996),
+        hyper,
         grad_scale=scale,
         lr_scale=scale.clone() if rates else None,
         segments=segments,
@@ -216,24 +252,11 @@ def _multi_crop(views: int, size: int, area: float, blurred: float, rotates: boo
     )
 
 
-_SECOND_READING = {"_ibot_loss_kernel": 2 * MASKED * K * 2 + 2 * MASKED * K * 4}  # and the center for both
-
 CASES = {
-    "dino_loss": Case(
-        _dino_loss,
-        S * B * K,
-        {
-            "_slice_kernel": (S + T) * B * K * 2,
-            "_merge_kernel": 4 * B * (K // dino_loss_config(K)["slice"]["BLOCK_K"]) * (S * (2 + T) + 2 * T),
-            "_gradient_kernel": (2 * S + T) * B * K * 2,
-        },
-    ),
-    "ibot_loss": Case(
-        _ibot_loss,
-        MASKED * K,
-        {"_ibot_loss_kernel": 3 * MASKED * K * 2, "_scale_kernel": 2 * MASKED * K * 2},
-        cached=_SECOND_READING,
-    ),
+    "dino_loss": _dino_loss(0.04),
+    "dino_loss" + ON_DEVICE: _dino_loss(TEMP),
+    "ibot_loss": _ibot_loss(0.04),
+    "ibot_loss" + ON_DEVICE: _ibot_loss(TEMP),
     "ibot_loss, gradient apart": Case(
         lambda: _ibot_loss_rows(1), MASKED * K, {"_ibot_loss_kernel": 3 * MASKED * K * 2}, cached=_SECOND_READING
     ),
@@ -246,12 +269,8 @@ CASES = {
     ),
     "linear_ibot_loss": _linear_ibot_loss(MASKED, K),
     "linear_ibot_loss of 131072": _linear_ibot_loss(4888, 131072),  # DINOv2's ViT-g: 16 x 16 patches
-    "sinkhorn": Case(
-        lambda: sinkhorn(_empty(MASKED, K, dtype=torch.bfloat16), temp=0.04, iterations=2),
-        MASKED * K,
-        {"_column_kernel": MASKED * K * 2, "_row_kernel": MASKED * K * 2},
-        cached={"_row_kernel": MASKED // 4 * K * 4},  # the column scaling, once for four rows
-    ),
+    "sinkhorn": _sinkhorn(0.04),
+    "sinkhorn" + ON_DEVICE: _sinkhorn(TEMP),
     "prototype_weight": Case(
         _prototype_weight,
         K * D,
@@ -292,6 +311,11 @@ CASES = {
     ),
     "adamw_ema_ with lr_scale": Case(
         lambda: _adamw_ema(PARAMETERS_LARGE, _segments(PARAMETERS_LARGE, 151), rates=True),
+        PARAMETERS_LARGE,
+        {"_adamw_ema_kernel": PARAMETERS_LARGE * (9 * 4 + 2)},
+    ),
+    "adamw_ema_ with lr_scale" + ON_DEVICE: Case(
+        lambda: _adamw_ema(PARAMETERS_LARGE, _segments(PARAMETERS_LARGE, 151), rates=True, hyper=HYPER_ON_DEVICE),
         PARAMETERS_LARGE,
         {"_adamw_ema_kernel": PARAMETERS_LARGE * (9 * 4 + 2)},
     ),

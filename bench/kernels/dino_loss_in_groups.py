@@ -30,7 +30,7 @@ class _DinoLossInGroups(torch.autograd.Function):
     def forward(
         ctx: Any, student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float, group: int
     ) -> Tensor:
-        num_images, loss, temps = student.shape[1], center.new_zeros(()), (student_temp, teacher_temp)
+        num_images, loss, temps = student.shape[1], center.new_zeros(()), (student_temp, teacher_temp, None)
         for start in range(0, num_images, group):
             images = slice(start, start + group)
             logits, targets = student[:, images].detach(), teacher[:, images]

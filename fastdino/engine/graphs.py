@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+from torch.utils.checkpoint import _StopRecomputationError
 
 from fastdino.config import Config, ConfigError
 from fastdino.distributed import Ranks
@@ -36,16 +38,17 @@ def keep_compiled_in(folder: Path) -> None:
 
     Raises ConfigError when it cannot be made.
     """
-    caches = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
-    for variable, name in caches.items():
-        if variable not in os.environ:
-            try:
-                (folder / name).mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ConfigError(
-                    f"run.cache={folder} cannot be made ({error.strerror}): name a folder that can be written"
-                ) from error
-            os.environ[variable] = str(folder / name)
+    for variable, name in {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}.items():
+        named = os.environ.get(variable, "")
+        if named and not named.startswith(default_cache_dir()):  # which torch writes into the environment itself
+            continue
+        try:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"run.cache={folder} cannot be made ({error.strerror}): name a folder that can be written"
+            ) from error
+        os.environ[variable] = str(folder / name)
 
 
 def compile_regions(regions: Iterable[tuple[nn.Module, str]], backend: str = "inductor") -> None:
@@ -74,7 +77,7 @@ class _Compiler:
                 return eager(*args)
             try:
                 return compiled(*args)
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, _StopRecomputationError):  # the latter ends a checkpoint's second pass
                 raise
             except Exception as error:  # of dynamo, inductor, Triton, a C++ compiler: they have no type in common
                 result = eager(*args)  # raises once more what is not the compiler's fault

@@ -7,7 +7,7 @@ patches Zhou et al. 2022 (iBOT), for both and KoLeo together Oquab et al. 2024 (
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +64,7 @@ class Dino:
         """
         views, masks, config = batch.views, batch.masks, self.config
         assert (masks is None) == (self.patch_target is None), "masks are in a batch exactly when patches are predicted"
-        temps = {"student_temp": config.student_temp, "teacher_temp": now.teacher_temp}
+        temps: dict[str, Any] = {"student_temp": config.student_temp, "teacher_temp": now.teacher_temp}
         with torch.no_grad(), self.beside():
             seen: Outputs = self.teacher({"global": views["global"]}, masks and masks._replace(hidden=None))
             logits = F.linear(seen.cls_points, seen.prototypes)

@@ -104,7 +104,7 @@ def _timm_flops(config: Config) -> tuple[float, float, int]:
 
 
 def published_peak(config: Config, device: torch.device) -> float | None:
-    """FLOP/s that the device's maker promises for matrix products in the step's precision.
+    """FLOP/s that the device's maker promises for matrix products in the step's precision, bf16 under engine.fp8 too.
 
     None where it is not known: on a CPU, on a GPU that is not in PEAKS, and in fp32, which has other units.
     """

@@ -39,8 +39,10 @@ from fastdino_kernels import (
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TEMPS: dict[str, float] = {"student_temp": 0.1, "teacher_temp": 0.04}
-HYPER = AdamWHyper(1e-3, 0.04, 0.9)
+STUDENT_TEMP, TEMP = 0.1, 0.04
+HYPER = 1e-3, 0.04, 0.9  # learning rate, weight decay, momentum
+ON_DEVICE = ", numbers on the device"
+Number = float | Tensor
 Lengths = tuple[tuple[int, int], ...]
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -49,18 +51,31 @@ def run(function: Callable[..., Any], args: tuple[Any, ...]) -> list[Tensor]:
     """The results, and the gradients for the arguments that take one."""
     results = function(*args)
     results = [results] if isinstance(results, Tensor) else list(results)
-    leaves = [x for x in args if x.requires_grad]
+    leaves = [x for x in args if isinstance(x, Tensor) and x.requires_grad]
     if not leaves:
         return results
     return [results[0].detach().clone(), *torch.autograd.grad(results[0].sin().sum(), leaves)]
 
 
-def dino(student: Tensor, *args: Tensor, inplace_grad: bool = False) -> Tensor:
-    return dino_loss(student * 2, *args, **TEMPS, inplace_grad=inplace_grad)
+def dino(student: Tensor, *rest: Any, inplace_grad: bool = False) -> Tensor:
+    *tensors, temp = rest
+    temps = {"student_temp": STUDENT_TEMP, "teacher_temp": temp}
+    return dino_loss(student * 2, *tensors, **temps, inplace_grad=inplace_grad)
 
 
-def ibot(student: Tensor, *args: Tensor, inplace_grad: bool = False) -> Tensor:
-    return ibot_loss(student * 2, *args, **TEMPS, inplace_grad=inplace_grad)
+def ibot(student: Tensor, *rest: Any, inplace_grad: bool = False) -> Tensor:
+    *tensors, temp = rest
+    temps = {"student_temp": STUDENT_TEMP, "teacher_temp": temp}
+    return ibot_loss(student * 2, *tensors, **temps, inplace_grad=inplace_grad)
+
+
+def linear_ibot(*args: Any) -> Tensor:
+    *tensors, temp = args
+    return linear_ibot_loss(*tensors, student_temp=STUDENT_TEMP, teacher_temp=temp)
+
+
+def balanced(logits: Tensor, temp: Number) -> tuple[Tensor, Tensor]:
+    return sinkhorn(logits, temp=temp)
 
 
 def gathered(x: Tensor, weight: Tensor, bias: Tensor, *rows: Tensor, lengths: Lengths) -> Tensor:
@@ -71,7 +86,7 @@ def scattered(x: Tensor, branch: Tensor, layer_scale: Tensor, *rows: Tensor, len
     return scatter_add_scaled(x, lengths, rows, branch, layer_scale)
 
 
-def ema(teacher: Tensor, student: Tensor, momentum: Tensor) -> list[Tensor]:
+def ema(teacher: Tensor, student: Tensor, momentum: Number) -> list[Tensor]:
     teacher, teacher_lp = teacher.clone(), torch.empty_like(teacher, dtype=torch.bfloat16)
     ema_update_(teacher, student, momentum, teacher_lp)
     return [teacher, teacher_lp]
@@ -83,21 +98,22 @@ def ema_of_lists(teacher: Tensor, student: Tensor) -> list[Tensor]:
     return teachers
 
 
-def adamw(param: Tensor, grad: Tensor) -> list[Tensor]:
+def adamw(param: Tensor, grad: Tensor, *numbers: Number) -> list[Tensor]:
     state = [param.clone(), param * 0.1, param * param, param + 1]
     param_lp = torch.empty_like(param, dtype=torch.bfloat16)
     step = torch.ones((), device=param.device)
-    adamw_ema_(state[0], grad, *state[1:], step, HYPER, param_lp=param_lp)
+    adamw_ema_(state[0], grad, *state[1:], step, AdamWHyper(*numbers), param_lp=param_lp)
     return [*state, param_lp]
 
 
-def clipped(param: Tensor, grad: Tensor, rates: bool = False) -> list[Tensor]:
+def clipped(param: Tensor, grad: Tensor, *numbers: Number, rates: bool = False) -> list[Tensor]:
     segments = make_segments((3000, 0, len(param) - 3000), param.device)
     state = [param.clone(), param * 0.1, param * param, param + 1]
     scale = 1 / (1 + segment_squares(grad, segments))
     flag, step = torch.zeros((), device=param.device), torch.ones((), device=param.device)
-    options = {"grad_scale": scale, "segments": segments, "found_inf": flag}
-    adamw_ema_(state[0], grad, *state[1:], step, HYPER, lr_scale=scale if rates else None, **options)
+    options: dict[str, Any] = {"grad_scale": scale, "segments": segments, "found_inf": flag}
+    options["lr_scale"] = scale if rates else None
+    adamw_ema_(state[0], grad, *state[1:], step, AdamWHyper(*numbers), **options)
     return state
 
 
@@ -122,9 +138,16 @@ def crops_of_two_images(device: str) -> tuple[Tensor, ...]:
 
 
 def make_calls(
-    device: str = DEVICE, dtype: torch.dtype = torch.float32, K: int = 100, rows: int = 5
+    device: str = DEVICE,
+    dtype: torch.dtype = torch.float32,
+    K: int = 100,
+    rows: int = 5,
+    numbers_dtype: torch.dtype = torch.float64,
 ) -> dict[str, Call]:
-    """By name a function and its arguments: logits and features of ``dtype``, K prototypes, ``rows`` patches."""
+    """By name a function and its arguments: logits and features of ``dtype``, K prototypes, ``rows`` patches.
+
+    Each that takes numbers of a schedule is there twice, with floats and with tensors of ``numbers_dtype``.
+    """
 
     def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         generator = torch.Generator(device).manual_seed(sum(shape))
@@ -141,28 +164,34 @@ def make_calls(
     lengths = ((4, tokens), (3, 3))
     rows_kept = torch.tensor([2, 0], device=device), torch.tensor([1], device=device)  # of either group
     packed, branch = leaf(4 * tokens + 9, width), leaf(2 * tokens + 3, width)
-    return {
-        "dino_loss": (dino, logits),
-        "dino_loss in place": (partial(dino, inplace_grad=True), logits),
-        "dino_loss in place, one teacher view": (partial(dino, inplace_grad=True), one_view),
-        "ibot_loss": (ibot, patches),
-        "ibot_loss in place": (partial(ibot, inplace_grad=True), patches),
-        "sinkhorn": (partial(sinkhorn, temp=0.1), (random(rows, K, dtype=dtype),)),
-        "linear_ibot_loss": (
-            partial(linear_ibot_loss, **TEMPS),
-            (leaf(rows, width), leaf(K, width), *teacher, random(K), random(rows).exp()),
-        ),
+    linear = leaf(rows, width), leaf(K, width), *teacher, random(K), random(rows).exp()
+    shard = random(n), random(n, dtype=dtype)
+    scheduled: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], tuple[float, ...]]] = {
+        "dino_loss": (dino, logits, (TEMP,)),
+        "dino_loss in place": (partial(dino, inplace_grad=True), logits, (TEMP,)),
+        "dino_loss in place, one teacher view": (partial(dino, inplace_grad=True), one_view, (TEMP,)),
+        "ibot_loss": (ibot, patches, (TEMP,)),
+        "ibot_loss in place": (partial(ibot, inplace_grad=True), patches, (TEMP,)),
+        "sinkhorn": (balanced, (random(rows, K, dtype=dtype),), (0.1,)),
+        "linear_ibot_loss": (linear_ibot, linear, (TEMP,)),
+        "ema_update_": (ema, (random(n), random(n, dtype=torch.bfloat16)), (0.9,)),
+        "adamw_ema_": (adamw, shard, HYPER),
+        "adamw_ema_ with segments": (clipped, shard, HYPER),
+        "adamw_ema_ with rates": (partial(clipped, rates=True), shard, HYPER),
+    }
+    found: dict[str, Call] = {}
+    for name, (call, tensors, numbers) in scheduled.items():
+        found[name] = call, (*tensors, *numbers)
+        on_device = [torch.tensor(number, dtype=numbers_dtype, device=device) for number in numbers]
+        found[name + ON_DEVICE] = call, (*tensors, *on_device)
+    return found | {
         "prototype_weight": (prototype_weight, (leaf(K, width), random(K, 1))),
         "koleo_loss": (koleo_loss, (leaf(2, rows, width),)),
         "multi_crop": (crops, crops_of_two_images(device)),
         "fp8_linear": (fp8_linear, (leaf(2, rows, 48), leaf(32, 48), leaf(32))),
         "gather_layer_norm": (partial(gathered, lengths=lengths), (packed, leaf(width), leaf(width), *rows_kept)),
         "scatter_add_scaled": (partial(scattered, lengths=lengths), (packed, branch, leaf(width), *rows_kept)),
-        "ema_update_": (ema, (random(n), random(n, dtype=torch.bfloat16), random(1)[0].sigmoid())),
         "ema_update_ of lists": (ema_of_lists, (random(n), random(n, dtype=torch.bfloat16))),
-        "adamw_ema_": (adamw, (random(n), random(n, dtype=dtype))),
-        "adamw_ema_ with segments": (clipped, (random(n), random(n, dtype=dtype))),
-        "adamw_ema_ with rates": (partial(clipped, rates=True), (random(n), random(n, dtype=dtype))),
     }
 
 

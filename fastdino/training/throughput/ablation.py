@@ -48,10 +48,14 @@ def _attention(trainer: Trainer) -> str:
     return str(trainer.engine.student_network.backbone.implementation)  # type: ignore[union-attr]
 
 
-SWITCHES = (
+SWITCHES = (  # one that another refuses comes after it
     Switch("model.attention", "auto", "sdpa", _attention),
     Switch("engine.compile", "auto", "off", lambda t: t.compiled),
     Switch("engine.zero_stage", "auto", 0, lambda t: t.engine.sharded and zero_stage(t.config, t.ranks)),
+    Switch("engine.cuda_graphs", True, False, lambda t: t.config.engine.cuda_graphs),
+    Switch("engine.teacher_stream", True, False, lambda t: t.method.beside.stream),
+    Switch("engine.checkpointing", "selective", "none", lambda t: t.config.engine.checkpointing),
+    Switch("engine.fp8", True, False, lambda t: t.config.engine.fp8),
 )
 
 On = frozenset[str]
@@ -79,8 +83,8 @@ class Ablation:
     """Switches without effect here, and why."""
     switches: list[str]
     """The others."""
-    costs: dict[On, Cost | None]
-    """None: it does not fit into the device's memory."""
+    costs: dict[On, Cost | str]
+    """Or why a variant does not run."""
 
     def table(self) -> str:
         """A line for each switch: images/s, how many times those without it, and memory."""
@@ -95,38 +99,42 @@ class Ablation:
             one, rest = On({name}), everything - {name}
             lines.append(f"{name:20}{self._cells(one, one, nothing)}{self._cells(rest, everything, rest)}")
         lines.append(f"{'all on':20}{self._cells(everything, everything, nothing)}")
-        spread = max(cost.spread for cost in self.costs.values() if cost)
+        spread = max((cost.spread for cost in self.costs.values() if isinstance(cost, Cost)), default=0.0)
         lines.append(f"gain: times as many images/s as without it; measured twice, up to {spread:.1%} apart")
-        return "\n".join(lines)
+        refused = {on: why for on, why in self.costs.items() if isinstance(why, str)}
+        return "\n".join([*lines, *(f"{_name(on)} does not run: {why}" for on, why in refused.items())])
 
     def _cells(self, shown: On, with_it: On, without: On) -> str:
-        cost = self.costs[shown]
-        gains = [self.costs[without], self.costs[with_it]]
-        if cost is None:
-            return f"{'does not fit':>28}"
-        gain = f"{gains[0].seconds / gains[1].seconds:.2f}x" if gains[0] and gains[1] else "-"
+        cost, slow, fast = self.costs[shown], self.costs[without], self.costs[with_it]
+        if isinstance(cost, str):
+            return f"{'does not run':>28}"
+        gain = f"{slow.seconds / fast.seconds:.2f}x" if isinstance(slow, Cost) and isinstance(fast, Cost) else "-"
         return f"{self.global_batch / cost.seconds:12.1f}{gain:>8}{cost.peak_memory / 1e9:8.2f}"
 
 
 def ablate(config: Config, ranks: Ranks, views: list[Batch], seconds: float) -> Ablation:
     """Measures the step with every switch that has an effect here, on ``views`` that are on the device.
 
-    Every rank calls it. Other trainers are better freed before.
+    Every rank calls it. Other trainers are used no more.
     """
+    _free(ranks)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=0))  # they read no image
-    skipped = _without_effect(config, ranks)
-    switches = [switch.setting for switch in SWITCHES if switch.setting not in skipped]
+    switches, skipped = _sorted_out(config, ranks)
     everything = On(switches)
     variants = [On(), *(On({name}) for name in switches), *(everything - {name} for name in switches), everything]
     variants = [*dict.fromkeys(variants)] if switches else []
-    found: dict[On, list[tuple[float, int] | None]] = {on: [] for on in variants}
+    found: dict[On, list[tuple[float, int] | str]] = {on: [] for on in variants}
     for turn, on in enumerate([*variants, *reversed(variants)], 1):
         if ranks.is_main:
-            log.info("ablation, %d of %d: %s", turn, 2 * len(variants), ", ".join(sorted(on)) or "all off")
-        found[on].append(_measure(_with(config, on), ranks, views, seconds / 2))
+            log.info("ablation, %d of %d: %s", turn, 2 * len(variants), _name(on))
+        found[on].append(_measure(config, on, ranks, views, seconds / 2))
         _free(ranks)
     costs = {on: _cost(both) for on, both in found.items()}
     return Ablation(len(views) * config.run.local_batch * ranks.world_size, skipped, switches, costs)
+
+
+def _name(on: On) -> str:
+    return ", ".join(sorted(on)) or "all off"
 
 
 def _with(config: Config, on: On) -> Config:
@@ -136,34 +144,38 @@ def _with(config: Config, on: On) -> Config:
     return config
 
 
-def _without_effect(config: Config, ranks: Ranks) -> dict[str, str]:
-    """Why a switch is no use here, of those of which this is so."""
-    off, found = _running(_with(config, On()), ranks), dict[str, str]()
+def _sorted_out(config: Config, ranks: Ranks) -> tuple[list[str], dict[str, str]]:
+    """The switches that have an effect here, one after the other, and why the rest have none."""
+    on, skipped = On(), dict[str, str]()
+    before = _running(config, on, ranks)
     for switch in SWITCHES:
+        name = switch.setting
         try:
-            alone = _running(_with(config, On({switch.setting})), ranks)
+            running = _running(config, on | {name}, ranks)
         except UserError as error:
-            found[switch.setting] = str(error)
+            skipped[name] = str(error)
+            continue
+        if running[name] == before[name]:
+            skipped[name] = "it changes nothing for this recipe on this device"
         else:
-            if alone[switch.setting] == off[switch.setting]:
-                found[switch.setting] = "it changes nothing for this recipe on this device"
-    return found
+            on, before = on | {name}, running
+    return [switch.setting for switch in SWITCHES if switch.setting in on], skipped
 
 
-def _running(config: Config, ranks: Ranks) -> dict[str, object]:
+def _running(config: Config, on: On, ranks: Ranks) -> dict[str, object]:
     """What runs, by switch."""
     try:
-        trainer = Trainer(config, ranks)
+        trainer = Trainer(_with(config, on), ranks)
         trainer.batches.close()
         return {switch.setting: switch.runs(trainer) for switch in SWITCHES}
     finally:
         _free(ranks)
 
 
-def _measure(config: Config, ranks: Ranks, views: list[Batch], seconds: float) -> tuple[float, int] | None:
-    """Seconds of a step, and bytes; None where they are too many for the device of the one rank that there is."""
+def _measure(config: Config, on: On, ranks: Ranks, views: list[Batch], seconds: float) -> tuple[float, int] | str:
+    """Seconds of a step, and bytes; or why there are none."""
     try:
-        trainer = Trainer(config, ranks)
+        trainer = Trainer(_with(config, on), ranks)
         trainer.batches.close()
 
         def step() -> None:
@@ -172,23 +184,25 @@ def _measure(config: Config, ranks: Ranks, views: list[Batch], seconds: float) -
         warm_up(step, ranks, seconds)
         reset_peak_memory(ranks.device)
         taken = step_seconds(step, ranks, seconds)
-    except torch.OutOfMemoryError:
-        if ranks.world_size > 1:  # the others wait for this one
+    except (torch.OutOfMemoryError, UserError) as error:
+        if isinstance(error, torch.OutOfMemoryError) and ranks.world_size > 1:  # the others wait for this one
             raise
-        return None
+        return str(error).splitlines()[0]
     return max(ranks.gather((taken, peak_memory(ranks.device))))
 
 
-def _cost(both: list[tuple[float, int] | None]) -> Cost | None:
-    (first, first_bytes), (second, second_bytes) = (found or (0.0, 0) for found in both)
-    if not first or not second:
-        return None
+def _cost(both: list[tuple[float, int] | str]) -> Cost | str:
+    for found in both:
+        if isinstance(found, str):
+            return found
+    (first, first_bytes), (second, second_bytes) = (found for found in both if not isinstance(found, str))
     mean = (first + second) / 2
     return Cost(mean, abs(first - second) / mean, max(first_bytes, second_bytes))
 
 
 def _free(ranks: Ranks) -> None:
-    """Gives back what a trainer held, its compiled code too; an engine and its hooks hold each other."""
+    """Gives back what trainers held, their compiled code too; an engine and its hooks hold each other."""
+    ranks.release()
     torch.compiler.reset()
     gc.collect()
     if ranks.device.type == "cuda":

@@ -7,7 +7,7 @@ import torch
 
 from fastdino.distributed import Ranks
 
-WARM_UP = 3  # steps in which kernels are compiled and memory is found; fewer where they take longer than a measurement
+WARM_UP = 4  # steps in which kernels are compiled, memory is found and graphs are captured
 
 
 def wait(device: torch.device) -> None:
@@ -26,8 +26,9 @@ def wall_seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def warm_up(step: Callable[[], object], ranks: Ranks, seconds: float) -> None:
-    """Takes the steps that are not like those after them."""
-    _repeat(step, ranks, seconds, WARM_UP)
+    """Takes the steps that are not like those after them; after the first one no longer than so many seconds."""
+    step()
+    _repeat(step, ranks, seconds, WARM_UP - 1)
 
 
 def step_seconds(step: Callable[[], object], ranks: Ranks, seconds: float) -> float:

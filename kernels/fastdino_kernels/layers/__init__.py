@@ -1,1 +1,1 @@
-"""Parts of the network that are bound by memory."""
+"""Parts of the network: most are bound by memory, fp8_linear by products."""

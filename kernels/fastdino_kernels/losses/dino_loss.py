@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastdino_kernels._backend import LOG2_E, check_single_backward, compute_dtype, dense_rows, operator, use_triton
+from fastdino_kernels._numbers import Number, check_temps, from_operator, load_log2_scale, log2_scale, to_operator
 
 MAX_STUDENT_VIEWS = 32
 
@@ -19,7 +20,7 @@ def dino_loss(
     center: Tensor,
     *,
     student_temp: float,
-    teacher_temp: float,
+    teacher_temp: Number,
     inplace_grad: bool = False,
 ) -> Tensor:
     """Mean cross-entropy of softmax((teacher - center) / teacher_temp) and softmax(student / student_temp).
@@ -29,7 +30,8 @@ def dino_loss(
         teacher: (T, B, K) logits of the first T of those views, T = 1 or 2; takes no gradient.
         center: (K,) fp32 running mean of the teacher's logits (fp64 with fp64 logits).
         student_temp: temperature of the student, > 0.
-        teacher_temp: temperature of the teacher, > 0.
+        teacher_temp: temperature of the teacher, > 0: a float, or a 0-d fp32 or fp64 tensor on the logits' device, for
+            whose value the host does not wait: it is neither checked nor may it change before the backward pass.
         inplace_grad: a kernel may write the gradient over the student's logits, which saves their size in memory.
             They are then consumed, possibly by the call already: their version counter moves, and a second backward
             raises RuntimeError. The reference (on a CPU, and in fp64) keeps them, and (S, B, K) probabilities besides.
@@ -46,12 +48,12 @@ def dino_loss(
             "inplace_grad=True would overwrite student, which is a leaf tensor: pass the output of a layer"
         )
     if use_triton(student) and torch.float64 not in (student.dtype, teacher.dtype):
-        return _DinoLoss.apply(student, teacher, center, student_temp, teacher_temp, inplace_grad)
+        return _DinoLoss.apply(student, teacher, center, student_temp, *to_operator(teacher_temp), inplace_grad)
     return dino_loss_reference(student, teacher, center, student_temp=student_temp, teacher_temp=teacher_temp)
 
 
 def dino_loss_reference(
-    student: Tensor, teacher: Tensor, center: Tensor, *, student_temp: float, teacher_temp: float
+    student: Tensor, teacher: Tensor, center: Tensor, *, student_temp: float, teacher_temp: Number
 ) -> Tensor:
     """:func:`dino_loss` in plain torch: the definition that the kernel is tested against, and what a CPU runs."""
     dtype = compute_dtype(student)
@@ -68,7 +70,7 @@ def num_terms(student: Tensor, teacher: Tensor) -> int:
     return len(teacher) * (len(student) - 1) * student.shape[1]
 
 
-def _check(student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float) -> None:
+def _check(student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: Number) -> None:
     def shapes() -> str:
         return f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}, center {tuple(center.shape)}"
 
@@ -82,8 +84,7 @@ def _check(student: Tensor, teacher: Tensor, center: Tensor, student_temp: float
             f"expected 1 or 2 teacher views, which are the first of 2 to {MAX_STUDENT_VIEWS} student views, "
             f"and at least one image and one prototype; got {shapes()}"
         )
-    if not student_temp > 0 or not teacher_temp > 0:
-        raise ValueError(f"temperatures must be positive; got student_temp={student_temp}, teacher_temp={teacher_temp}")
+    check_temps(student.device, student_temp=student_temp, teacher_temp=teacher_temp)
     if not student.device == teacher.device == center.device:
         raise ValueError(f"expected one device; got {student.device}, {teacher.device}, {center.device}")
     dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -106,12 +107,13 @@ class _DinoLoss(torch.autograd.Function):
         teacher: Tensor,
         center: Tensor,
         student_temp: float,
-        teacher_temp: float,
+        teacher_temp: float | None,
+        temp_on_device: Tensor | None,
         inplace_grad: bool,
     ) -> Tensor:
         student, teacher, center = dense_rows(student), dense_rows(teacher), center.contiguous()
-        loss, *statistics = dino_loss_forward(student, teacher, center, student_temp, teacher_temp)
-        ctx.save_for_backward(student, teacher, center, *statistics)
+        loss, *statistics = dino_loss_forward(student, teacher, center, student_temp, teacher_temp, temp_on_device)
+        ctx.save_for_backward(student, teacher, center, *statistics, temp_on_device)
         ctx.temps, ctx.inplace_grad, ctx.consumed = (student_temp, teacher_temp), inplace_grad, False
         return loss
 
@@ -120,14 +122,14 @@ class _DinoLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.inplace_grad:
             check_single_backward(ctx)
-        student, *saved = ctx.saved_tensors
+        student, *saved, temp_on_device = ctx.saved_tensors
         if ctx.inplace_grad:
             torch.autograd.graph.increment_version(student)  # whoever else saved the logits must not use them now
             grad, logits = student.detach(), None
         else:
             grad, logits = torch.empty_like(student, memory_format=torch.contiguous_format), student
-        dino_loss_gradient_(grad, logits, grad_loss, *saved, *ctx.temps)
-        return grad, None, None, None, None, None
+        dino_loss_gradient_(grad, logits, grad_loss, *saved, *ctx.temps, temp_on_device)
+        return grad, None, None, None, None, None, None
 
 
 def launch_config(num_prototypes: int) -> dict[str, dict[str, int]]:
@@ -145,7 +147,12 @@ def launch_config(num_prototypes: int) -> dict[str, dict[str, int]]:
 
 @operator()
 def dino_loss_forward(
-    student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    student_temp: float,
+    teacher_temp: float | None,
+    temp_on_device: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, and the (S, 2, B) and (T, 2, B) row statistics: the maximum in units of log2, and the sum over it."""
     (S, B, K), T = student.shape, len(teacher)
@@ -157,7 +164,7 @@ def dino_loss_forward(
     )
     parts, stats = (student_parts, teacher_parts), (student_stats, teacher_stats)
     strides = (student.stride()[:2], teacher.stride()[:2])
-    scales = (LOG2_E / student_temp, LOG2_E / teacher_temp)
+    scales = (LOG2_E / student_temp, log2_scale(from_operator(teacher_temp, temp_on_device)))
     slices = {"NUM_SLICES": num_slices, "BLOCK_N": triton.next_power_of_2(num_slices), "num_warps": 1}
     loss_scale = 1 / (LOG2_E * num_terms(student, teacher))
     with torch.cuda.device_of(student):
@@ -183,7 +190,8 @@ def dino_loss_gradient_(
     student_stats: Tensor,
     teacher_stats: Tensor,
     student_temp: float,
-    teacher_temp: float,
+    teacher_temp: float | None,
+    temp_on_device: Tensor | None,
 ) -> None:
     """Writes the gradient for the student's logits into ``grad``, which holds those logits if ``student`` is None."""
     student = grad if student is None else student
@@ -192,7 +200,8 @@ def dino_loss_gradient_(
     grid = (B * triton.cdiv(K, config["BLOCK_K"]),)
     tensors = (grad, grad_loss, student, teacher, center, student_stats, teacher_stats)
     strides = (grad.stride()[:2], student.stride()[:2], teacher.stride()[:2])
-    scales = (LOG2_E / student_temp, LOG2_E / teacher_temp, 1 / (student_temp * num_terms(student, teacher)))
+    teacher_scale = log2_scale(from_operator(teacher_temp, temp_on_device))
+    scales = (LOG2_E / student_temp, teacher_scale, 1 / (student_temp * num_terms(student, teacher)))
     with torch.cuda.device_of(student):
         _gradient_kernel[grid](*tensors, S, B, *strides, *scales, T=T, K=K, **config)
 
@@ -228,6 +237,7 @@ def _slice_kernel(
     student_ptr += image * student_strides[1]
     teacher_ptr += image * teacher_strides[1]
     center = tl.load(center_ptr + k, mask=inside, other=0.0)
+    teacher_scale = load_log2_scale(teacher_scale)
     for t in tl.static_range(T):
         logits = tl.load(teacher_ptr + k, mask=inside, other=float("-inf")).to(tl.float32) - center
         top = tl.max(logits, 0) * teacher_scale
@@ -334,6 +344,7 @@ def _gradient_kernel(
     teacher_ptr += image * teacher_strides[1]
     scale = tl.load(grad_loss_ptr).to(tl.float32) * grad_scale
     center = tl.load(center_ptr + k, mask=inside, other=0.0)
+    teacher_scale = load_log2_scale(teacher_scale)
     for t in tl.static_range(T):
         logits = tl.load(teacher_ptr + k, mask=inside, other=0.0).to(tl.float32) - center
         x = tl.fma(logits, teacher_scale, -tl.load(teacher_stats_ptr))

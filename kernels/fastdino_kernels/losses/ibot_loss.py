@@ -17,6 +17,7 @@ from fastdino_kernels._backend import (
     scale_,
     use_triton,
 )
+from fastdino_kernels._numbers import Number, check_temps, from_operator, load_log2_scale, log2_scale, to_operator
 
 
 def ibot_loss(
@@ -26,7 +27,7 @@ def ibot_loss(
     weight: Tensor,
     *,
     student_temp: float,
-    teacher_temp: float,
+    teacher_temp: Number,
     inplace_grad: bool = False,
 ) -> Tensor:
     """Sum of weight * H(softmax((teacher - center) / teacher_temp), softmax(student / student_temp)) over patches.
@@ -38,7 +39,7 @@ def ibot_loss(
             softmax's own denominator.
         weight: (M,) fp32 weight of each patch. iBOT's is 1 / (images * masked patches of the patch's image).
         student_temp: temperature of the student, > 0.
-        teacher_temp: temperature of the teacher, > 0.
+        teacher_temp: temperature of the teacher, > 0: a float or a tensor, as in :func:`dino_loss`.
         inplace_grad: a kernel may write the gradient over the student's logits, as in :func:`dino_loss`; this one does
             so in the forward pass.
 
@@ -51,12 +52,12 @@ def ibot_loss(
     if inplace_grad and student.requires_grad and student.is_leaf:
         raise ValueError("inplace_grad=True would overwrite student, a leaf tensor: pass the output of a layer")
     if use_triton(student) and torch.float64 not in (student.dtype, teacher.dtype) and len(student):
-        return _IbotLoss.apply(student, teacher, center, weight, student_temp, teacher_temp, inplace_grad)
+        return _IbotLoss.apply(student, teacher, center, weight, student_temp, *to_operator(teacher_temp), inplace_grad)
     return ibot_loss_reference(student, teacher, center, weight, student_temp=student_temp, teacher_temp=teacher_temp)
 
 
 def ibot_loss_reference(
-    student: Tensor, teacher: Tensor, center: Tensor, weight: Tensor, *, student_temp: float, teacher_temp: float
+    student: Tensor, teacher: Tensor, center: Tensor, weight: Tensor, *, student_temp: float, teacher_temp: Number
 ) -> Tensor:
     """:func:`ibot_loss` in plain torch: the definition that the kernel is tested against, and what a CPU runs."""
     dtype = compute_dtype(student)
@@ -66,7 +67,7 @@ def ibot_loss_reference(
 
 
 def _check(
-    student: Tensor, teacher: Tensor, center: Tensor, weight: Tensor, student_temp: float, teacher_temp: float
+    student: Tensor, teacher: Tensor, center: Tensor, weight: Tensor, student_temp: float, teacher_temp: Number
 ) -> None:
     def found() -> str:
         tensors = {"student": student, "teacher": teacher, "center": center, "weight": weight}
@@ -75,8 +76,7 @@ def _check(
     M, K = student.shape if student.dim() == 2 else (-1, -1)
     if not (teacher.shape == (M, K) and center.shape == (K,) and weight.shape == (M,) and K > 0):
         raise ValueError(f"expected student (M, K), teacher (M, K), center (K,) and weight (M,); got {found()}")
-    if not student_temp > 0 or not teacher_temp > 0:
-        raise ValueError(f"temperatures must be positive; got student_temp={student_temp}, teacher_temp={teacher_temp}")
+    check_temps(student.device, student_temp=student_temp, teacher_temp=teacher_temp)
     if not student.device == teacher.device == center.device == weight.device:
         raise ValueError(f"expected one device; got {found()}")
     dtypes = (torch.float32, student.dtype)
@@ -101,14 +101,15 @@ class _IbotLoss(torch.autograd.Function):
         center: Tensor,
         weight: Tensor,
         student_temp: float,
-        teacher_temp: float,
+        teacher_temp: float | None,
+        temp_on_device: Tensor | None,
         inplace_grad: bool,
     ) -> Tensor:
         student, teacher = dense_rows(student), dense_rows(teacher)
-        center, weight, temps = center.contiguous(), weight.contiguous(), (student_temp, teacher_temp)
-        ctx.temps, ctx.inplace_grad, ctx.consumed = temps, inplace_grad, False
+        center, weight, temps = center.contiguous(), weight.contiguous(), (student_temp, teacher_temp, temp_on_device)
+        ctx.temps, ctx.inplace_grad, ctx.consumed = temps[:2], inplace_grad, False
         if not (inplace_grad and ctx.needs_input_grad[0]):
-            ctx.save_for_backward(student, teacher, center, weight)
+            ctx.save_for_backward(student, teacher, center, weight, temp_on_device)
             return ibot_loss_rows_(None, student, teacher, center, weight, *temps)
         ctx.grad = student.detach()
         loss = ibot_loss_rows_(ctx.grad, None, teacher, center, weight, *temps)
@@ -123,10 +124,10 @@ class _IbotLoss(torch.autograd.Function):
             grad = ctx.grad
             scale_(grad, grad_loss)
         else:
-            student, teacher, center, weight = ctx.saved_tensors
+            student, teacher, center, weight, temp_on_device = ctx.saved_tensors
             grad = torch.empty_like(student, memory_format=torch.contiguous_format)
-            ibot_loss_rows_(grad, student, teacher, center, weight.float() * grad_loss, *ctx.temps)
-        return grad, None, None, None, None, None, None
+            ibot_loss_rows_(grad, student, teacher, center, weight.float() * grad_loss, *ctx.temps, temp_on_device)
+        return grad, None, None, None, None, None, None, None
 
 
 def launch_config(num_prototypes: int) -> dict[str, int]:
@@ -147,7 +148,8 @@ def ibot_loss_rows_(
     center: Tensor,
     weight: Tensor,
     student_temp: float,
-    teacher_temp: float,
+    teacher_temp: float | None,
+    temp_on_device: Tensor | None,
 ) -> Tensor:
     """The loss; and into ``grad``, if there is one, its gradient for the logits, which it holds if ``student`` is None.
 
@@ -158,7 +160,7 @@ def ibot_loss_rows_(
     M, K = logits.shape
     row_loss = torch.empty(M, dtype=torch.float32, device=logits.device)
     strides = (logits.stride(0), teacher.stride(0), 0 if grad is None else grad.stride(0))
-    scales = (LOG2_E / student_temp, LOG2_E / teacher_temp, 1 / student_temp)
+    scales = (LOG2_E / student_temp, log2_scale(from_operator(teacher_temp, temp_on_device)), 1 / student_temp)
     with torch.cuda.device_of(logits):
         _ibot_loss_kernel[(M,)](
             row_loss, grad, logits, teacher, center, weight, *strides, *scales, K=K, **launch_config(K)
@@ -194,6 +196,7 @@ def _ibot_loss_kernel(
     row = tl.program_id(0).to(tl.int64)
     student_ptr += row * student_stride
     teacher_ptr += row * teacher_stride
+    teacher_scale = load_log2_scale(teacher_scale)
     x_top = tl.full([], float("-inf"), tl.float32)
     y_top = tl.full([], float("-inf"), tl.float32)
     x_sum = tl.zeros([BLOCK_K], tl.float32)

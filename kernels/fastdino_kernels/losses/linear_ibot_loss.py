@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastdino_kernels._backend import operator, use_triton
+from fastdino_kernels._numbers import Number, check_temps, to_operator
 from fastdino_kernels.losses.ibot_loss import ibot_loss_reference, ibot_loss_rows_
 
 
@@ -19,7 +20,7 @@ def linear_ibot_loss(
     weight: Tensor,
     *,
     student_temp: float,
-    teacher_temp: float,
+    teacher_temp: Number,
 ) -> Tensor:
     """ibot_loss(student @ student_weight.T, teacher @ teacher_weight.T, center, weight), never with all its logits.
 
@@ -35,7 +36,7 @@ def linear_ibot_loss(
         center: (K,) fp32, as in :func:`ibot_loss`; known beforehand, also where it comes from :func:`sinkhorn`.
         weight: (M,) fp32 weight of each patch.
         student_temp: temperature of the student, > 0.
-        teacher_temp: temperature of the teacher, > 0.
+        teacher_temp: temperature of the teacher, > 0: a float or a tensor, as in :func:`dino_loss`.
 
     Returns the fp32 (fp64 for fp64) scalar, with gradients for ``student`` and ``student_weight``; the latter is summed
     over the chunks in fp32. Raises ValueError when shapes, dtypes, devices or temperatures do not fit.
@@ -46,7 +47,7 @@ def linear_ibot_loss(
     if not use_triton(student) or torch.float64 in (student.dtype, teacher.dtype):
         return linear_ibot_loss_reference(*tensors, student_temp=student_temp, teacher_temp=teacher_temp)
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in tensors[:2]]
-    return _LinearIbotLoss.apply(*tensors, student_temp, teacher_temp, *wanted)
+    return _LinearIbotLoss.apply(*tensors, student_temp, *to_operator(teacher_temp), *wanted)
 
 
 def linear_ibot_loss_reference(
@@ -58,13 +59,13 @@ def linear_ibot_loss_reference(
     weight: Tensor,
     *,
     student_temp: float,
-    teacher_temp: float,
+    teacher_temp: Number,
 ) -> Tensor:
     """:func:`linear_ibot_loss` in plain torch, with all logits: what the kernel is tested against and a CPU runs."""
     with torch.autocast(student.device.type, enabled=False):
         logits, teacher_logits = student @ student_weight.T, teacher @ teacher_weight.T
-    temps = {"student_temp": student_temp, "teacher_temp": teacher_temp}
-    return ibot_loss_reference(logits, teacher_logits, center, weight, **temps)
+    tensors = (logits, teacher_logits, center, weight)
+    return ibot_loss_reference(*tensors, student_temp=student_temp, teacher_temp=teacher_temp)
 
 
 class _LinearIbotLoss(torch.autograd.Function):
@@ -80,14 +81,16 @@ class _LinearIbotLoss(torch.autograd.Function):
         center: Tensor,
         weight: Tensor,
         student_temp: float,
-        teacher_temp: float,
+        teacher_temp: float | None,
+        temp_on_device: Tensor | None,
         for_student: bool,
         for_weight: bool,
     ) -> Tensor:
         tensors = (student, student_weight, teacher, teacher_weight, center, weight)
-        loss, *grads = linear_ibot_loss_forward(*tensors, student_temp, teacher_temp, for_student, for_weight)
+        temps, wanted = (student_temp, teacher_temp, temp_on_device), (for_student, for_weight)
+        loss, *grads = linear_ibot_loss_forward(*tensors, *temps, *wanted)
         ctx.save_for_backward(*grads)
-        ctx.wanted, ctx.weight_dtype, ctx.consumed = (for_student, for_weight), student_weight.dtype, False
+        ctx.wanted, ctx.weight_dtype, ctx.consumed = wanted, student_weight.dtype, False
         return loss
 
     @staticmethod
@@ -100,7 +103,7 @@ class _LinearIbotLoss(torch.autograd.Function):
             grad.mul_(grad_loss) if wanted else None for grad, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
         )
         grad_weight = None if grad_weight is None else grad_weight.to(ctx.weight_dtype)
-        return grad_student, grad_weight, None, None, None, None, None, None, None, None
+        return grad_student, grad_weight, None, None, None, None, None, None, None, None, None
 
 
 # Most rows of logits at a time. Each chunk reads both weights and updates the gradient of one, so few chunks are best.
@@ -121,7 +124,8 @@ def linear_ibot_loss_forward(
     center: Tensor,
     weight: Tensor,
     student_temp: float,
-    teacher_temp: float,
+    teacher_temp: float | None,
+    temp_on_device: Tensor | None,
     for_student: bool,
     for_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,7 +133,7 @@ def linear_ibot_loss_forward(
 
     One operator, so that torch.compile does not unroll the chunks.
     """
-    (M, D), K, temps = student.shape, len(student_weight), (student_temp, teacher_temp)
+    (M, D), K, temps = student.shape, len(student_weight), (student_temp, teacher_temp, temp_on_device)
     center, weight = center.contiguous(), weight.contiguous()
     loss = torch.zeros((), device=student.device)
     grad_student = student.new_empty((M if for_student else 0, D))
@@ -178,7 +182,7 @@ def _check(
     center: Tensor,
     weight: Tensor,
     student_temp: float,
-    teacher_temp: float,
+    teacher_temp: Number,
 ) -> None:
     tensors = (student, student_weight, teacher, teacher_weight, center, weight)
     shapes = [tuple(x.shape) for x in tensors]
@@ -190,8 +194,7 @@ def _check(
             "expected student (M, D), student_weight (K, D), teacher (M, D), teacher_weight (K, D), center (K,) and "
             f"weight (M,); got {shapes}"
         )
-    if not student_temp > 0 or not teacher_temp > 0:
-        raise ValueError(f"temperatures must be positive; got student_temp={student_temp}, teacher_temp={teacher_temp}")
+    check_temps(student.device, student_temp=student_temp, teacher_temp=teacher_temp)
     if any(x.device != student.device for x in tensors):
         raise ValueError(f"expected one device; got {[str(x.device) for x in tensors]}")
     dtypes = [x.dtype for x in tensors]

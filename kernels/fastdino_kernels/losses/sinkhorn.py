@@ -1,6 +1,7 @@
 """Sinkhorn-Knopp: the teacher's probabilities with equal use of every prototype, as two scaling vectors."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -8,10 +9,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdino_kernels._backend import LOG2_E, compute_dtype, operator, use_triton
+from fastdino_kernels._numbers import Number, check_temps, from_operator, load_log2_scale, log2_scale, to_operator
 
 
 def sinkhorn(
-    logits: Tensor, *, temp: float, iterations: int = 3, all_reduce: Callable[[Tensor], Tensor] | None = None
+    logits: Tensor, *, temp: Number, iterations: int = 3, all_reduce: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Scalings (row, column) so that the rows of Q = exp(logits / temp + row[:, None] + column) sum to 1.
 
@@ -21,7 +23,8 @@ def sinkhorn(
 
     Args:
         logits: (R, K) of this rank's R samples, which may be 0, over K prototypes; fp32, fp16, bf16 or fp64.
-        temp: the teacher's temperature, > 0.
+        temp: the teacher's temperature, > 0: a float, or a 0-d fp32 or fp64 tensor on the logits' device, for whose
+            value the host does not wait, and which it does not check.
         iterations: at least 1.
         all_reduce: given this rank's (K,) log-sum-exps of the columns (-inf with no rows), returns those over all
             ranks; called once per iteration. None for one rank.
@@ -32,23 +35,24 @@ def sinkhorn(
     """
     if logits.dim() != 2 or not logits.shape[1] or not logits.is_floating_point():
         raise ValueError(f"expected floating-point logits (R, K); got {tuple(logits.shape)} {logits.dtype}")
-    if not temp > 0 or iterations < 1:
-        raise ValueError(f"expected temp > 0 and iterations >= 1; got temp={temp}, iterations={iterations}")
+    check_temps(logits.device, temp=temp)
+    if iterations < 1:
+        raise ValueError(f"expected iterations >= 1; got iterations={iterations}")
     logits = logits.detach()
     if not use_triton(logits) or logits.dtype == torch.float64 or not len(logits):
         return sinkhorn_reference(logits, temp=temp, iterations=iterations, all_reduce=all_reduce)
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    row = None
+    row, temps = None, to_operator(temp)
     for _ in range(iterations):
-        column_lse = sinkhorn_columns(logits, row, temp)
+        column_lse = sinkhorn_columns(logits, row, *temps)
         column = -(column_lse if all_reduce is None else all_reduce(column_lse)).contiguous()
-        row = -sinkhorn_rows(logits, column, temp)
+        row = -sinkhorn_rows(logits, column, *temps)
     assert row is not None
     return row, column
 
 
 def sinkhorn_reference(
-    logits: Tensor, *, temp: float, iterations: int = 3, all_reduce: Callable[[Tensor], Tensor] | None = None
+    logits: Tensor, *, temp: Number, iterations: int = 3, all_reduce: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """:func:`sinkhorn` in plain torch: the definition that the kernel is tested against, and what a CPU runs."""
     x = logits.to(compute_dtype(logits)) / temp
@@ -73,7 +77,7 @@ def launch_config(num_rows: int, num_prototypes: int) -> dict[str, dict[str, int
 
 
 @operator()
-def sinkhorn_columns(logits: Tensor, row: Tensor | None, temp: float) -> Tensor:
+def sinkhorn_columns(logits: Tensor, row: Tensor | None, temp: float | None, temp_on_device: Tensor | None) -> Tensor:
     """(K,) log-sum-exps over the rows of logits / temp + row[:, None]; no row is 0."""
     R, K = logits.shape
     config = launch_config(R, K)["columns"]
@@ -81,31 +85,33 @@ def sinkhorn_columns(logits: Tensor, row: Tensor | None, temp: float) -> Tensor:
     parts = torch.empty((num_groups, K), dtype=torch.float32, device=logits.device)
     row = None if row is None else row * LOG2_E
     grid = (triton.cdiv(K, config["BLOCK_K"]), num_groups)
+    scale = log2_scale(from_operator(temp, temp_on_device))
     with torch.cuda.device_of(logits):
-        _column_kernel[grid](parts, logits, row, R, logits.stride(0), LOG2_E / temp, K=K, **config, num_warps=1)
+        _column_kernel[grid](parts, logits, row, R, logits.stride(0), scale, K=K, **config, num_warps=1)
     return torch.logsumexp(parts / LOG2_E, dim=0)
 
 
 @sinkhorn_columns.register_fake
-def _(logits: Tensor, row: Tensor | None, temp: float) -> Tensor:
+def _(logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape[1], dtype=torch.float32)
 
 
 @operator()
-def sinkhorn_rows(logits: Tensor, column: Tensor, temp: float) -> Tensor:
+def sinkhorn_rows(logits: Tensor, column: Tensor, temp: float | None, temp_on_device: Tensor | None) -> Tensor:
     """(R,) log-sum-exps over the columns of logits / temp + column."""
     R, K = logits.shape
     config = launch_config(R, K)["rows"]
     num_slices = triton.cdiv(K, config["COLUMNS"])
     parts = torch.empty((R, num_slices), dtype=torch.float32, device=logits.device)
     column, grid = column * LOG2_E, (triton.cdiv(R, config["BLOCK_ROWS"]) * num_slices,)
+    scale = log2_scale(from_operator(temp, temp_on_device))
     with torch.cuda.device_of(logits):
-        _row_kernel[grid](parts, logits, column, R, logits.stride(0), LOG2_E / temp, K=K, **config, num_warps=1)
+        _row_kernel[grid](parts, logits, column, R, logits.stride(0), scale, K=K, **config, num_warps=1)
     return torch.logsumexp(parts / LOG2_E, dim=1)
 
 
 @sinkhorn_rows.register_fake
-def _(logits: Tensor, column: Tensor, temp: float) -> Tensor:
+def _(logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(len(logits), dtype=torch.float32)
 
 
@@ -128,6 +134,7 @@ def _column_kernel(
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = k < K if K % BLOCK_K else tl.full([BLOCK_K], True, tl.int1)
     end = tl.minimum((group + 1) * ROWS, R)
+    scale = load_log2_scale(scale)
     top = tl.full([BLOCK_K], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_K], tl.float32)
     for start in tl.range(group * ROWS, end, BLOCK_ROWS, num_stages=3):
@@ -165,6 +172,7 @@ def _row_kernel(
     n = tl.program_id(0) % num_slices
     rows = tl.program_id(0) // num_slices * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     logits_ptr += tl.minimum(rows, R - 1).to(tl.int64)[:, None] * row_stride  # rows past R repeat the last one
+    scale = load_log2_scale(scale)
     top = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_ROWS, BLOCK_K], tl.float32)
     for start in tl.range(n * COLUMNS, tl.minimum((n + 1) * COLUMNS, K), BLOCK_K, num_stages=3):

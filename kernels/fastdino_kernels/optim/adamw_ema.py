@@ -11,16 +11,27 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdino_kernels._backend import lerp, operator, use_triton
+from fastdino_kernels._numbers import (
+    Number,
+    check_number,
+    ema_weight,
+    from_operator,
+    load_ema_weight,
+    load_number,
+    on_host,
+    product,
+    to_operator,
+)
 from fastdino_kernels.optim.ema_update import ema_update_reference_
 from fastdino_kernels.optim.segment_squares import BLOCK, Segments, check_divides, load_chunk
 
 
 class AdamWHyper(NamedTuple):
-    """Hyperparameters of one step."""
+    """Hyperparameters of one step. A schedule's are floats, or 0-d fp32 or fp64 tensors on the parameter's device."""
 
-    lr: float
-    weight_decay: float
-    momentum: float  # weight of the old teacher, in [0, 1]
+    lr: Number
+    weight_decay: Number
+    momentum: Number  # weight of the old teacher, in [0, 1]; fp32 would lose digits of 1 - momentum
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
@@ -53,6 +64,7 @@ def adamw_ema_(
         grad: (N,) contiguous, of the same dtype; or bf16 or fp16.
         step: 0-d fp32, updates so far with this one. Like every tensor here the host does not wait for it (except in
             fp64 on a GPU).
+        hyper: numbers, of which those that are tensors are read by the kernel, and their values not checked.
         grad_scale: fp32 coefficient for clipping: 0-d, or with ``segments`` (num_segments,), one for each.
         lr_scale: fp32 multiplier of the learning rate, of the shapes that ``grad_scale`` has. Where the product with lr
             is 0 the parameter stays bit for bit as it was, not even decayed, while its moments run on.
@@ -65,14 +77,15 @@ def adamw_ema_(
     """
     flat = {"param": param, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema}
     optional = {"param_lp": param_lp, "ema_lp": ema_lp}
-    _check_hyper(hyper)
+    _check_hyper(hyper, param.device)
     _check_flat(flat | {name: x for name, x in optional.items() if x is not None})
     _check_scalars(param, segments, step=step, found_inf=found_inf, grad_scale=grad_scale, lr_scale=lr_scale)
     parts = (None, None, None) if segments is None else segments
+    numbers = (*to_operator(hyper.lr), *to_operator(hyper.weight_decay), *to_operator(hyper.momentum))
     with torch.no_grad():
         adamw_ema_flat_(
-            param, grad, exp_avg, exp_avg_sq, ema, step, hyper.lr, hyper.weight_decay, hyper.momentum, hyper.betas,
-            hyper.eps, grad_scale, lr_scale, *parts, found_inf, param_lp, ema_lp,
+            param, grad, exp_avg, exp_avg_sq, ema, step, *numbers, hyper.betas, hyper.eps, grad_scale, lr_scale, *parts,
+            found_inf, param_lp, ema_lp,
         )  # fmt: skip
 
 
@@ -84,9 +97,12 @@ def adamw_ema_flat_(
     exp_avg_sq: Tensor,
     ema: Tensor,
     step: Tensor,
-    lr: float,
-    weight_decay: float,
-    momentum: float,
+    lr: float | None,
+    lr_on_device: Tensor | None,
+    weight_decay: float | None,
+    weight_decay_on_device: Tensor | None,
+    momentum: float | None,
+    momentum_on_device: Tensor | None,
     betas: Sequence[float],
     eps: float,
     grad_scale: Tensor | None,
@@ -99,7 +115,13 @@ def adamw_ema_flat_(
     ema_lp: Tensor | None,
 ) -> None:
     """:func:`adamw_ema_` in the types of an operator. Here the addresses are known."""
-    hyper = AdamWHyper(lr, weight_decay, momentum, (betas[0], betas[1]), eps)
+    hyper = AdamWHyper(
+        from_operator(lr, lr_on_device),
+        from_operator(weight_decay, weight_decay_on_device),
+        from_operator(momentum, momentum_on_device),
+        (betas[0], betas[1]),
+        eps,
+    )
     segments = None
     if lengths is not None and chunks is not None and first_chunk is not None:
         segments = Segments(tuple(lengths), chunks, first_chunk)
@@ -136,28 +158,32 @@ def adamw_ema_reference_(
     if found_inf is not None and found_inf.tolist() != 0:  # on a CPU there is nothing to wait for
         return
     split = (lambda x: [x]) if segments is None else segments.split
-    g = grad.to(param.dtype)
-    if grad_scale is not None:
-        g = torch.cat([g[:0], *(x * scale for x, scale in zip(split(g), grad_scale.view(-1), strict=True))])
+    g = grad.to(param.dtype, copy=grad_scale is not None)
+    if grad_scale is not None and grad_scale.numel():  # a shard may have no segment
+        torch._foreach_mul_(split(g), list(grad_scale.view(-1).unbind()))
+    lr, weight_decay = on_host(hyper.lr), on_host(hyper.weight_decay)  # torch's update takes its decay from the host
     flat = (param, g, exp_avg, exp_avg_sq)
-    rates, parts = [hyper.lr], [[x] for x in flat]
+    rates, parts = [lr], [[x] for x in flat]
     if lr_scale is not None:
-        rates, parts = [hyper.lr * scale for scale in lr_scale.view(-1).tolist()], [split(x) for x in flat]
+        rates, parts = [lr * scale for scale in lr_scale.view(-1).tolist()], [split(x) for x in flat]
     for rate, *part in zip(rates, *parts, strict=True):
         if lr_scale is not None and rate == 0:
             part[0] = part[0].clone()
         p, part_grad, average, average_sq = ([x] for x in part)
         torch._fused_adamw_(
             p, part_grad, average, average_sq, [], [step], lr=rate, beta1=hyper.betas[0], beta2=hyper.betas[1],
-            weight_decay=hyper.weight_decay, eps=hyper.eps, amsgrad=False, maximize=False,
+            weight_decay=weight_decay, eps=hyper.eps, amsgrad=False, maximize=False,
         )  # fmt: skip
     ema_update_reference_(ema, param, hyper.momentum, ema_lp)
     if param_lp is not None:
         param_lp.copy_(param)
 
 
-def _check_hyper(hyper: AdamWHyper) -> None:
-    if not 0 <= hyper.momentum <= 1:
+def _check_hyper(hyper: AdamWHyper, device: torch.device) -> None:
+    for name in ("lr", "weight_decay", "momentum"):
+        if isinstance(number := getattr(hyper, name), Tensor):
+            check_number(name, number, device)
+    if not isinstance(hyper.momentum, Tensor) and not 0 <= hyper.momentum <= 1:
         raise ValueError(f"momentum is {hyper.momentum}, but the weight of the old teacher must be in [0, 1]")
     if not all(0 <= beta < 1 for beta in hyper.betas):
         raise ValueError(f"betas are {hyper.betas}, but the weights of the old moments must be in [0, 1)")
@@ -222,7 +248,8 @@ def _launch(
         return
     b1, b2 = hyper.betas
     # What would lose digits in fp32 is computed here.
-    numbers = (hyper.lr, hyper.lr * hyper.weight_decay, 1 - hyper.momentum, hyper.eps)
+    decay = product(hyper.lr, hyper.weight_decay)
+    numbers = (hyper.lr, *decay, ema_weight(hyper.momentum), hyper.eps)
     decays = (1 - b1, 1 - b2, math.log(b1) if b1 else -math.inf, math.log(b2) if b2 else -math.inf)
     num_programs = triton.cdiv(param.numel(), BLOCK) if segments is None else len(segments.chunks)
     chunks = None if segments is None else segments.chunks
@@ -265,7 +292,11 @@ def _adamw_ema_kernel(tensors, control, num_elements, numbers, decays, BLOCK: tl
 
 @triton.jit
 def _adamw_ema_block(tensors, start, i, mask, scale, lr_scale, correction1, correction2, numbers, decays):
-    lr, lr_decay, weight, eps = numbers
+    lr, lr_decay, weight_decay, weight, eps = numbers
+    lr = load_number(lr)
+    if lr_decay is None:
+        lr_decay = lr * load_number(weight_decay)
+    weight = load_ema_weight(weight)
     param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, ema_ptr, param_lp_ptr, ema_lp_ptr = tensors
     param = tl.load(param_ptr + start + i, mask=mask)
     grad = tl.load(grad_ptr + start + i, mask=mask).to(tl.float32) * scale

@@ -10,14 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdino_kernels._backend import lerp, operator, use_triton
+from fastdino_kernels._numbers import Number, ema_weight, from_operator, load_ema_weight, on_host, to_operator
 
 Tensors = Tensor | Sequence[Tensor]
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def ema_update_(
-    teacher: Tensors, student: Tensors, momentum: float | Tensor, teacher_lp: Tensors | None = None
-) -> None:
+def ema_update_(teacher: Tensors, student: Tensors, momentum: Number, teacher_lp: Tensors | None = None) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student, in place; optionally a rounded copy in the same pass.
 
     Args:
@@ -35,19 +34,17 @@ def ema_update_(
     teachers, students, copies = _as_list(teacher), _as_list(student), _as_list(teacher_lp)
     _check_lists(teachers, students, None if teacher_lp is None else copies)
     _check_momentum(momentum, teachers)
-    on_device = isinstance(momentum, Tensor)
     with torch.no_grad():
-        ema_update_lists_(teachers, students, copies, None if on_device else momentum, momentum if on_device else None)
+        ema_update_lists_(teachers, students, copies, *to_operator(momentum))
 
 
 @torch.no_grad()
 def ema_update_reference_(
-    teacher: Tensors, student: Tensors, momentum: float | Tensor, teacher_lp: Tensors | None = None
+    teacher: Tensors, student: Tensors, momentum: Number, teacher_lp: Tensors | None = None
 ) -> None:
     """:func:`ema_update_` in plain torch: the CPU path and the definition that the kernel is tested against."""
     teachers, students = _as_list(teacher), _as_list(student)
-    # Not .item(), which is counted where host and device must not meet: on a CPU there is nothing to wait for.
-    weight: float = 1 - (momentum.tolist() if isinstance(momentum, Tensor) else momentum)  # type: ignore[operator]
+    weight = 1 - on_host(momentum)
     if weight == 1:
         torch._foreach_copy_(teachers, students)
     elif weight > 0:
@@ -95,7 +92,7 @@ def _check_lists(teachers: list[Tensor], students: list[Tensor], copies: list[Te
                 raise ValueError(f"{name} {i} is on {tensor.device}, teacher 0 on {teachers[0].device}: use one device")
 
 
-def _check_momentum(momentum: float | Tensor, teachers: list[Tensor]) -> None:
+def _check_momentum(momentum: Number, teachers: list[Tensor]) -> None:
     if not isinstance(momentum, Tensor):
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum is {momentum}, but the weight of the old value must be in [0, 1]")
@@ -176,8 +173,7 @@ def ema_update_lists_(
 ) -> None:
     """:func:`ema_update_` in the types of an operator. The whole of it, because its plan depends on addresses."""
     groups = _plan(_facts(teacher), _facts(student), _facts(teacher_lp))
-    old = momentum if momentum_on_device is None else momentum_on_device
-    assert old is not None
+    old = from_operator(momentum, momentum_on_device)
     for group in groups:
         columns = [[tensors[i] for i in group.members] for tensors in (teacher, student, teacher_lp) if tensors]
         if group.fused and use_triton(columns[0][0]):
@@ -188,31 +184,30 @@ def ema_update_lists_(
 
 def _launch(
     group: _Group,
-    momentum: float | Tensor,
+    momentum: Number,
     teacher: list[Tensor],
     student: list[Tensor],
     teacher_lp: Sequence[Tensor] = (),
 ) -> None:
-    momentum_ptr = momentum if isinstance(momentum, Tensor) else None
-    weight = 1.0 if isinstance(momentum, Tensor) else 1.0 - momentum
+    weight = ema_weight(momentum)
     with torch.cuda.device_of(teacher[0]):
         if group.chunks is None:
             num_elements = teacher[0].numel()
             tensors = (teacher[0], student[0], teacher_lp[0] if teacher_lp else None)
             grid = (triton.cdiv(num_elements, group.config["BLOCK"]),)
-            _ema_kernel[grid](*tensors, num_elements, weight, momentum_ptr, **group.config)
+            _ema_kernel[grid](*tensors, num_elements, weight, **group.config)
         else:
             dtypes = (_TRITON_DTYPES[student[0].dtype], _TRITON_DTYPES[teacher_lp[0].dtype] if teacher_lp else None)
-            _ema_list_kernel[(len(group.chunks),)](group.chunks, weight, momentum_ptr, *dtypes, **group.config)
+            _ema_list_kernel[(len(group.chunks),)](group.chunks, weight, *dtypes, **group.config)
 
 
 @triton.jit
-def _ema_kernel(teacher_ptr, student_ptr, teacher_lp_ptr, num_elements, weight, momentum_ptr, BLOCK: tl.constexpr):
+def _ema_kernel(teacher_ptr, student_ptr, teacher_lp_ptr, num_elements, weight, BLOCK: tl.constexpr):
     # One block of a flat tensor per program. A mask defeats 128-bit access, so only the last block has one.
     start = tl.program_id(0).to(tl.int64) * BLOCK
     left = num_elements - start
     teacher_lp_ptr = None if teacher_lp_ptr is None else teacher_lp_ptr + start
-    weight = _weight(weight, momentum_ptr)
+    weight = load_ema_weight(weight)
     if left >= BLOCK:
         _ema_block(teacher_ptr + start, student_ptr + start, teacher_lp_ptr, weight, None, BLOCK)
     else:
@@ -220,7 +215,7 @@ def _ema_kernel(teacher_ptr, student_ptr, teacher_lp_ptr, num_elements, weight, 
 
 
 @triton.jit
-def _ema_list_kernel(chunks_ptr, weight, momentum_ptr, STUDENT: tl.constexpr, COPY: tl.constexpr, BLOCK: tl.constexpr):
+def _ema_list_kernel(chunks_ptr, weight, STUDENT: tl.constexpr, COPY: tl.constexpr, BLOCK: tl.constexpr):
     # One chunk of one tensor of a list per program; see _chunk_table. An address read from memory carries no
     # alignment, so it is tested here and promised to the compiler.
     chunk_ptr = chunks_ptr + tl.program_id(0).to(tl.int64) * 4
@@ -231,7 +226,7 @@ def _ema_list_kernel(chunks_ptr, weight, momentum_ptr, STUDENT: tl.constexpr, CO
     teacher_ptr = teacher.to(tl.pointer_type(tl.float32))
     student_ptr = student.to(tl.pointer_type(STUDENT))
     teacher_lp_ptr = None if COPY is None else teacher_lp.to(tl.pointer_type(COPY))
-    weight = _weight(weight, momentum_ptr)
+    weight = load_ema_weight(weight)
     if (left >= BLOCK) & ((teacher | student | teacher_lp) % 16 == 0):
         teacher_ptr = tl.multiple_of(teacher_ptr, 16)
         student_ptr = tl.multiple_of(student_ptr, 16)
@@ -239,14 +234,6 @@ def _ema_list_kernel(chunks_ptr, weight, momentum_ptr, STUDENT: tl.constexpr, CO
         _ema_block(teacher_ptr, student_ptr, teacher_lp_ptr, weight, None, BLOCK)
     else:
         _ema_block(teacher_ptr, student_ptr, teacher_lp_ptr, weight, left, BLOCK)
-
-
-@triton.jit
-def _weight(weight, momentum_ptr):
-    # 1 - momentum, subtracted in the momentum's own dtype: in fp64 nothing is lost.
-    if momentum_ptr is not None:
-        weight = (1 - tl.load(momentum_ptr)).to(tl.float32)
-    return weight
 
 
 @triton.jit
