@@ -181,9 +181,9 @@ def test_drop_path_drops_whole_branches_of_sequences() -> None:
     lengths = ((3000, 2), (2000, 3))
     packing = packing_of(lengths, torch.device("cpu"))
     tokens = torch.ones(1, 12000, 1)
-    drawn = packing.draw_factors([0.0, 0.3], torch.float32)
-    assert torch.equal(_add(10 * tokens, tokens, packing, None, drawn[0, 0]), 11 * tokens)  # no rate, no drop
-    out = _add(10 * tokens, tokens, packing, None, drawn[1, 0])[0, :, 0] - 10
+    drawn = packing.per_token(packing.draw_factors([0.0, 0.3], torch.float32))
+    assert torch.equal(_add(10 * tokens, tokens, drawn[0, 0]), 11 * tokens)  # no rate, no drop
+    out = _add(10 * tokens, tokens, drawn[1, 0])[0, :, 0] - 10
     per_sequence = torch.cat([out[:6000].view(3000, 2)[:, 0], out[6000:].view(2000, 3)[:, 0]])
     assert torch.equal(
         out, torch.cat([per_sequence[:3000].repeat_interleave(2), per_sequence[3000:].repeat_interleave(3)])
@@ -206,7 +206,7 @@ def test_drop_path_follows_the_seed_and_pruning_changes_no_draw() -> None:
     assert not torch.equal(run(0)[0], run(1)[0])
     torch.manual_seed(0)
     x, packing, _ = vit._start(list(groups.values()), None)
-    for block, drops in zip(vit.blocks, vit._draw(packing, x.dtype), strict=True):
+    for block, drops in zip(vit.blocks, vit._draw(packing, None, x.dtype), strict=True):
         x = block(x, packing, drops=drops)  # the last block in full
     x = vit.norm(x)[0]
     want = x[packing.first].view(5, 4, -1)

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Switch:
-    """A setting that changes how a step is computed and not what."""
+    """A setting that changes how a step is computed and not what, but for rounding."""
 
     setting: str
     on: Any
