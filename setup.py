@@ -76,7 +76,7 @@ setup(
             "mypy",
             "pyarrow>=16",
             "pytest",
-            "pytest-benchmark",
+            "pytest-benchmark[histogram]>=5.2",
             "pytest-timeout",
             "pytest-xdist",
             "ruff",

@@ -1,8 +1,18 @@
-"""This tree against another commit, on this machine, in one run.
+"""This tree against another commit, on this machine, in one run: for a verdict where other work disturbs the clock.
 
-``python -m bench.compare --base main`` checks the base out beside this tree, keeps one process of each alive and lets
-them take turns, one call at a time. First the base runs against itself: when that is not even, the machine is unfit.
-Exit code 0: as fast, faster or AMBIGUOUS. 1: slower, in two runs. 2: unfit, or a result is wrong.
+The base is checked out beside this tree, with this tree's bench/. One process of each stays alive, and they take turns,
+one call at a time: A B A B. First the base runs against itself: when that is not even, the machine is unfit.
+
+  SAME, FASTER   said with the median of the paired ratios and its 95 % interval
+  SLOWER         the whole interval is above 1.05, in two runs
+  AMBIGUOUS      the median is above 1.05, and not all of that: take more --rounds, or a quieter machine
+  UNFIT          the base against itself is off by more than 5 % on a CPU, 2 % on a GPU
+  WRONG          a result is not what float64 or the public peer says, or a side died: no time was taken
+
+Exit code 0: SAME, FASTER or AMBIGUOUS. 1: SLOWER. 2: UNFIT, WRONG, or no such base.
+
+  python -m bench.compare --base HEAD~1 --case dino_loss
+  python -m bench.compare --base $(git merge-base main HEAD)
 """
 
 import argparse
@@ -24,9 +34,10 @@ import torch
 import fastdino_kernels
 from bench.kernels.case import OURS, PLAIN, check
 from bench.kernels.measure import BENCHES, make_work, num_inputs
+from bench.peers.contenders import build
+from bench.peers.contenders import check as check_step
 from bench.record import ROOT, python_path
-from bench.step import NUM_BATCHES, build
-from bench.step import check as check_step
+from bench.step import NUM_BATCHES
 from bench.timing import Clock, Ratio, Work, paired_ratio
 from bench.workload import random_batch, step_config
 from fastdino import distributed
@@ -35,6 +46,8 @@ SLOWER = 1.05  # the interval's lower end above it is a regression, if a second 
 UNFIT = {"cuda": 0.02, "cpu": 0.05}  # half-width of the base against itself
 WARMUP = 3  # calls
 ROUNDS = {"cuda": 200, "cpu": 60}
+CASES = [*BENCHES, "step"]
+DIED = "the process died; its message is above"
 
 
 class Side:
@@ -57,13 +70,19 @@ class Side:
     def ready(self) -> str | None:
         """Waits until it has judged its results; what is wrong, if anything is."""
         line = self.process.stdout.readline()  # type: ignore[union-attr]
-        return json.loads(line)["wrong"] if line else "the process died; its message is above"
+        return json.loads(line)["wrong"] if line else DIED
 
     def seconds(self) -> float:
-        """Of one call, made now."""
-        self.process.stdin.write("go\n")  # type: ignore[union-attr]
-        self.process.stdin.flush()  # type: ignore[union-attr]
-        return float(self.process.stdout.readline())  # type: ignore[union-attr]
+        """Of one call, made now. Raises Wrong when the process has died."""
+        try:
+            self.process.stdin.write("go\n")  # type: ignore[union-attr]
+            self.process.stdin.flush()  # type: ignore[union-attr]
+            line = self.process.stdout.readline()  # type: ignore[union-attr]
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise Wrong(DIED)
+        return float(line)
 
 
 class Wrong(Exception):
@@ -94,12 +113,23 @@ def verdict(ratio: Ratio, again: Ratio | None) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__)
-    parser.add_argument("--base", help="commit to compare with")
-    parser.add_argument("--serve", action="store_true", help="be one side: time one call of --case for every line read")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--base", metavar="COMMIT", help="what to compare with: anything that git knows")
+    parser.add_argument("--serve", action="store_true", help="be one side: time a call of --case for every line read")
     parser.add_argument("--device", choices=list(ROUNDS), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--case", nargs="+", default=["dino_loss", "adamw_ema_", "ema_update_", "step"])
-    parser.add_argument("--rounds", type=int)
+    parser.add_argument(
+        "--case",
+        nargs="+",
+        choices=CASES,
+        metavar="CASE",
+        default=["dino_loss", "adamw_ema_", "ema_update_", "step"],
+        help=f"of {', '.join(CASES)}, at its headline size; default: %(default)s",
+    )
+    parser.add_argument(
+        "--rounds", type=int, help=f"pairs of calls; default: {ROUNDS['cuda']} on a GPU, else {ROUNDS['cpu']}"
+    )
     options = parser.parse_args()
     if options.serve:
         return serve(torch.device(options.device), options.case[0])
@@ -199,10 +229,10 @@ def _step(device: torch.device, folder: Path) -> Work:
     config = step_config("vit_small" if device.type == "cuda" else "vit_nano", device)
     ranks = distributed.init("cuda" if device.type == "cuda" else "cpu")
     batches = [random_batch(config, device, seed) for seed in range(NUM_BATCHES)]
-    contenders = build(config, ranks, folder, ["lightly + timm"])
-    check_step(contenders, batches, config)
-    order = itertools.cycle(batches)
-    return Work(lambda index: contenders[OURS].step(next(order)))
+    contenders = build(config, ranks, folder, [OURS, "lightly + timm"])
+    check_step(contenders, batches, config.engine.precision)
+    ours, order = contenders[OURS].work(batches), itertools.count()
+    return Work(lambda index: ours.run(next(order)))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -203,40 +204,61 @@ def stage_ways(folder: Path, paths: list[Path], config: ViewsConfig) -> dict[str
 def _stage(ways: dict[str, Way], sizes: Sizes) -> dict[str, dict[str, Any]]:
     """Processor time of one thread, in turns; all go through the same images."""
     peers.seed_all(1)
-
-    def work(way: Way) -> Work:
-        def run(index: int) -> None:
-            for number in range(sizes.per_round):
-                way((index + 3) * sizes.per_round + number)  # rounds that warm up count from -3
-
-        return Work(run)
-
-    seconds, _ = interleave({name: work(way) for name, way in ways.items()}, sizes.rounds, Clock(CPU))
+    works = {name: way_work(way, sizes.per_round) for name, way in ways.items()}
+    seconds, _ = interleave(works, sizes.rounds, Clock(CPU))
     return _figures(seconds, sizes.per_round, cores=1)
+
+
+def way_work(way: Way, per_round: int) -> Work:
+    """Goes through ``per_round`` other images in each round."""
+
+    def run(index: int) -> None:
+        for number in range(per_round):
+            way((index + 3) * per_round + number)  # rounds that warm up count from -3
+
+    return Work(run)
 
 
 def _loaders(
     folder: Path, paths: list[Path], views: ViewsConfig, sizes: Sizes, workers: int
 ) -> dict[str, dict[str, Any]]:
     """Wall time between batches that nobody waits to use, once what was made ahead is taken."""
-    ahead, timed = 2 * workers + 1, sizes.batches * workers
-    starts = {
-        OURS: lambda: _ours(folder, views, sizes.batch, workers),
-        PEER: lambda: _peer(peers.loader(paths, views, sizes.batch, workers)),
-    }
-    if not dali.why_not():
-        starts[DALI] = lambda: _peer(dali.loader(paths, views, sizes.batch, workers))
-    seconds: dict[str, list[float]] = {name: [] for name in starts}
+    timed = sizes.batches * workers
+    loaders = loader_ways(folder, paths, views, sizes.batch, workers)
+    seconds: dict[str, list[float]] = {name: [] for name in loaders}
     for index in range(sizes.loader_rounds):
-        for name in list(starts) if index % 2 else reversed(starts):
-            with starts[name]() as batches:
-                for _ in itertools.islice(batches, ahead):
-                    pass
+        for name in list(loaders) if index % 2 else reversed(loaders):
+            with loaders[name]() as batches:
                 started = time.perf_counter()
-                for _ in itertools.islice(batches, timed):
-                    pass
+                take(batches, timed)
                 seconds[name].append(time.perf_counter() - started)
     return _figures(seconds, timed * sizes.batch, cores=workers)
+
+
+def loader_ways(
+    folder: Path, paths: list[Path], views: ViewsConfig, batch: int, workers: int
+) -> dict[str, Callable[[], AbstractContextManager[Iterator[object]]]]:
+    """Loaders by name. Entering one starts it and takes what it made ahead; it yields batches without end."""
+    ways = {
+        OURS: lambda: _ours(folder, views, batch, workers),
+        PEER: lambda: _peer(peers.loader(paths, views, batch, workers)),
+    }
+    if not dali.why_not():
+        ways[DALI] = lambda: _peer(dali.loader(paths, views, batch, workers))
+
+    @contextmanager
+    def started(way: Callable[[], AbstractContextManager[Iterator[object]]]) -> Iterator[Iterator[object]]:
+        with way() as batches:
+            take(batches, 2 * workers + 1)
+            yield batches
+
+    return {name: partial(started, way) for name, way in ways.items()}
+
+
+def take(batches: Iterator[object], count: int) -> None:
+    """Takes so many and drops them."""
+    for _ in itertools.islice(batches, count):
+        pass
 
 
 @contextmanager

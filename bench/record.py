@@ -72,8 +72,11 @@ def result_path(bench: str, device: torch.device) -> Path:
 
 
 def write(path: Path, document: dict[str, Any]) -> None:
+    """All of it or, where the process is killed meanwhile, nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    whole = path.with_name(f".{path.name}.{os.getpid()}")
+    whole.write_text(json.dumps(document, indent=1) + "\n")
+    whole.replace(path)
 
 
 def may_add(path: Path, now: dict[str, Any]) -> bool:
@@ -90,14 +93,19 @@ def may_add(path: Path, now: dict[str, Any]) -> bool:
 
 
 def add(path: Path, part: dict[str, Any], name: Callable[[dict[str, Any]], Hashable]) -> None:
-    """Writes ``part`` into ``path``, its cases in the place of those of the same names; see :func:`may_add`."""
+    """Writes ``part`` into ``path``, its cases in the place of those of the same names; see :func:`may_add`.
+
+    A partial case does not take the place of a whole one.
+    """
     if path.exists():
         before = json.loads(path.read_text())
-        measured = {name(case) for case in part["cases"]}
+        whole = {name(case) for case in before["cases"] if "partial" not in case}
+        cases = [case for case in part["cases"] if "partial" not in case or name(case) not in whole]
+        measured = {name(case) for case in cases}
         kept = [case for case in before["cases"] if name(case) not in measured]
         commands = dict.fromkeys([*before["provenance"]["command"].split("; "), part["provenance"]["command"]])
         where = before["provenance"] | {"command": "; ".join(commands)}
-        part = {"provenance": where, "cases": kept + part["cases"]}
+        part = {"provenance": where, "cases": kept + cases}
     write(path, part)
 
 

@@ -275,12 +275,16 @@ def _step_rows(document: dict[str, Any], on_gpu: bool) -> tuple[list[str], Rows]
     rows = []
     for case in document["cases"]:
         what = f"{case['arch']}, {case['views']} px, batch {case['batch']}, {case['precision']}"
+        what += f", {case['order']}" if case.get("order", "in turns") != "in turns" else ""
+        what += ", not finished" if "partial" in case else ""
         for name, f in case["contenders"].items():
             memory = _megabytes(f["peak_bytes"]) if f["peak_bytes"] is not None else "-"
             counted = [str(f[key]) if f[key] is not None else "-" for key in ("host_syncs", "launches")]
             speed = [f"{f['milliseconds']:.1f}", f"{f['images_per_second']:.1f}", f"{100 * f['mfu']:.0f} %"]
-            rows.append([what, name, *speed, _times(f), memory, *counted])
+            shown = f"{name}, not compiled: it failed" if f.get("fallback") else name
+            rows.append([what, shown, *speed, _times(f), memory, *counted])
             what = ""
+        rows += [[what, name, "does not fit", *[""] * 6] for name in case.get("left_out", ())]
     calls = "launches" if on_gpu else "aten calls"
     header = ["step", "trainer", "ms", "images/s", "MFU", "time / ours", "peak MB", "host syncs", calls]
     return header, rows

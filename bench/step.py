@@ -1,236 +1,193 @@
 """The whole training step beside a careful public peer, in the same run: same weights, views, precision.
 
-Correct first: before anything is timed, ours and the peers' losses over three steps must agree. A contender that does
-not fit into the device's memory beside the others is left out by name.
-``python -m bench.step`` writes bench/results/step-DEVICE.json.
+Correct first: before anything is timed, ours and the peers' losses over three steps must agree. All take turns where
+they fit into the device's memory together. Else, or with --alone, one runs after another, each with its own warm-up;
+the file says so, and names what does not fit even alone. ``python -m bench.step`` writes it as it goes,
+bench/results/step-DEVICE.json: what is not finished is marked as partial.
 """
 
 import argparse
+import gc
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from bench.counters import KeptBytes, OpCounts, launches, peak_bytes
-from bench.peers.trainer import Peer
+from bench.kernels.case import OURS, first_line
+from bench.peers.contenders import CONTENDERS, NOT_COUNTED, Contender, build, check, counted, usual
 from bench.record import add, may_add, provenance, result_path, write
-from bench.timing import Clock, Work, interleave, paired_ratio
-from bench.workload import build_trainer, flatten_positions, random_batch, step_config
+from bench.timing import Clock, Ratio, interleave, paired_ratio, unpaired_ratio
+from bench.workload import random_batch, step_config
 from fastdino import distributed
 from fastdino.config import Config
-from fastdino.data import Batch
 from fastdino.distributed import Ranks
-from fastdino.model import build_network
 from fastdino.training.flops import matmul_flops, step_flops
-from fastdino.training.trainer import Trainer
 
-OURS = "fastdino"
-ENGINES: dict[str, tuple[str, int | str]] = {
-    OURS: ("deepspeed", "auto"),
-    "fastdino, ZeRO 1": ("deepspeed", 1),
-    "fastdino, ZeRO 2": ("deepspeed", 2),
-    "fastdino, torch engine": ("torch", "auto"),
-}
-PEERS = {"lightly + timm": False, "lightly + timm, torch.compile": True}  # compiled or not
-CONTENDERS = [*ENGINES, *PEERS][1:]
 ARCHS = {"cuda": ["vit_small", "vit_base"], "cpu": ["vit_tiny"]}
 ROUNDS = {"cuda": 60, "cpu": 15}
 NUM_BATCHES = 4
-CHECKED_STEPS = 3
-Made = TypeVar("Made")
-TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}  # of the loss, relative
-
-
-@dataclass
-class Contender:
-    """Something that trains: ``step`` is one update on a batch, ``networks`` what eval() and train() switch."""
-
-    step: Callable[[Batch], Tensor]
-    networks: list[nn.Module]
-    kept: KeptBytes
-    """What stays allocated between steps: weights, moments, buffers; it is active until :func:`check` has trained a
-    few, since the peers' moments and some of our buffers are made in the first one."""
+IN_TURNS, ALONE = "in turns", "one after another"
+SAVE_SECONDS = 5.0  # from one save to the next while rounds are timed: figures cost time
+Figures = dict[str, Any]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--arch", nargs="+", help="default: ViT-S and -B on a GPU; is added to a file of the same code")
-    parser.add_argument("--contender", nargs="+", choices=CONTENDERS, help="beside fastdino; default: all of them")
-    parser.add_argument("--batch", type=int, help="images of a step")
-    parser.add_argument("--rounds", type=int)
-    parser.add_argument("--out", type=Path, help="default: bench/results/step-DEVICE.json, if nothing is changed")
-    options = parser.parse_args()
+    options = _options()
     device = torch.device(options.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
     path, where = result_path("step", device), provenance(device, "bench.step")
-    changed = options.rounds or options.contender is not None or options.batch or options.out
+    changed = options.rounds or options.contender is not None or options.batch or options.alone or options.out
     part = bool(options.arch) and not changed and may_add(path, where)
+    others = usual(device) if options.contender is None else options.contender
     with distributed.init("cuda" if device.type == "cuda" else "cpu") as ranks:
-        rounds = options.rounds or ROUNDS[device.type]
-        archs = options.arch or ARCHS[device.type]
-        others = CONTENDERS if options.contender is None else options.contender
-        cases = [measure(arch, ranks, rounds, others, options.batch) for arch in archs]
-    document = {"provenance": where, "cases": cases}
-    if part:
-        add(path, document, lambda case: case["arch"])
-    elif options.out or not (options.arch or changed):
-        write(options.out or path, document)
-    for case in cases:
-        print(table(case))
+        contests = []
+        for text in options.arch or ARCHS[device.type]:
+            arch, _, batch = text.partition(":")
+            config = step_config(arch, device, batch=int(batch) if batch else options.batch)
+            contests.append(Contest(config, ranks, others, options.rounds or ROUNDS[device.type]))
+        document = {"provenance": where, "cases": [contest.case for contest in contests]}
+
+        def save() -> None:
+            if part:
+                add(path, document, lambda case: (case["arch"], case["batch"]))
+            elif options.out or not (options.arch or changed):
+                write(options.out or path, document)
+
+        for contest in contests:
+            contest.measure(save, options.alone)
+            print(table(contest.case), flush=True)
     return 0
 
 
-def measure(arch: str, ranks: Ranks, rounds: int, others: Sequence[str], batch: int | None = None) -> dict[str, Any]:
-    """All figures of one architecture. Raises AssertionError, and times nothing, when the losses disagree."""
-    config = step_config(arch, ranks.device, batch=batch)
-    with tempfile.TemporaryDirectory() as folder:
-        contenders = build(config, ranks, Path(folder), others)
-        batches = [random_batch(config, ranks.device, seed) for seed in range(NUM_BATCHES)]
-        losses = check(contenders, batches, config)
-        works = {
-            name: Work(lambda index, c=contender: c.step(batches[index % NUM_BATCHES]))  # type: ignore[misc]
-            for name, contender in contenders.items()
-        }
-        clock = Clock(ranks.device)
-        seconds, _ = interleave(works, rounds, clock, hide_launches=False)
-        dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
-        peak_flops = matmul_flops(ranks.device, dtype, clock)
-        figures = {}
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--arch",
+        nargs="+",
+        metavar="ARCH[:BATCH]",
+        help="such as vit_small vit_large:32; default: ViT-S and -B on a GPU; is added to a file of the same code",
+    )
+    parser.add_argument("--contender", nargs="+", choices=CONTENDERS, help="beside fastdino; default: those unlike it")
+    parser.add_argument("--batch", type=int, help="images of a step, of architectures that name none")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--alone", action="store_true", help="one after another, as where memory is short")
+    parser.add_argument("--out", type=Path, help="default: bench/results/step-DEVICE.json, if nothing is changed")
+    return parser.parse_args()
+
+
+class Contest:
+    """Ours and others at one architecture. ``case`` is its entry in a result file, ``partial`` until it is whole."""
+
+    def __init__(self, config: Config, ranks: Ranks, others: Sequence[str], rounds: int) -> None:
+        self.config, self.ranks, self.names, self.rounds = config, ranks, [OURS, *others], rounds
+        views = config.views
+        self.case: dict[str, Any] = {
+            "arch": config.model.arch, "views": f"2 x {views.global_size} + {views.num_local} x {views.local_size}",
+            "batch": config.run.local_batch, "prototypes": config.head.num_prototypes,
+            "precision": config.engine.precision, "rounds": rounds, "order": IN_TURNS, "partial": True,
+            "step_flops": step_flops(config), "losses": {}, "contenders": {}, "left_out": {},
+        }  # fmt: skip
+
+    def measure(self, save: Callable[[], None], alone: bool) -> None:
+        """All figures. Calls ``save`` before the first and whenever there are more.
+
+        Raises AssertionError, and times nothing, when the losses disagree; OutOfMemoryError when ours does not fit.
+        """
+        save()
+        device = self.ranks.device
+        self.clock = Clock(device)
+        dtype = torch.bfloat16 if self.case["precision"] == "bf16" else torch.float32
+        self.case["matmul_flops_per_s"] = matmul_flops(device, dtype, self.clock)
+        self.batches = [random_batch(self.config, device, seed) for seed in range(NUM_BATCHES)]
+        if not alone and (why := self._use(self.names, lambda made: self._in_turns(made, save))):
+            print(f"{self.case['arch']}: one after another, because together they do not fit: {why}", flush=True)
+            alone = True
+        if alone:
+            self.case |= {"order": ALONE, "losses": {}, "contenders": {}}
+            self._one_after_another(save)
+        self.batches = []
+        del self.case["partial"]
+        save()
+
+    def _in_turns(self, contenders: dict[str, Contender], save: Callable[[], None]) -> None:
+        self.case["losses"] = check(contenders, self.batches, self.case["precision"])
+        figures, saved = self.case["contenders"], time.monotonic()
+
+        def after_round(seconds: dict[str, list[float]]) -> None:
+            nonlocal saved
+            if len(seconds[OURS]) == self.rounds or time.monotonic() > saved + SAVE_SECONDS:
+                for name in contenders:
+                    figures[name] = self._speed(seconds[name], paired_ratio(seconds[name], seconds[OURS]))
+                save()
+                saved = time.monotonic()
+
+        works = {name: contender.work(self.batches) for name, contender in contenders.items()}
+        interleave(works, self.rounds, self.clock, hide_launches=False, after_round=after_round)
         for name, contender in contenders.items():
-            figures[name] = _figures(contender, name, config, seconds, batches[0], peak_flops)
+            figures[name] |= self._counted(contender, name)
+            save()
+
+    def _one_after_another(self, save: Callable[[], None]) -> None:
+        seconds: dict[str, list[float]] = {}
+
+        def measure_it(made: dict[str, Contender]) -> None:
+            self.case["losses"] = check(made, self.batches, self.case["precision"], self.case["losses"])
+            works = {name: contender.work(self.batches) for name, contender in made.items()}
+            seconds.update(interleave(works, self.rounds, self.clock, hide_launches=False)[0])
+            for name, contender in made.items():
+                figures = self._speed(seconds[name], unpaired_ratio(seconds[name], seconds[OURS]))
+                self.case["contenders"][name] = figures | self._counted(contender, name)
+
+        for name in self.names:
+            if why := self._use([name], measure_it):
+                if name == OURS:
+                    raise torch.OutOfMemoryError(why)
+                print(f"{name} is left out: {why}", flush=True)
+                self.case["left_out"][name] = why
+            save()
+
+    def _use(self, names: Sequence[str], use: Callable[[dict[str, Contender]], None]) -> str:
+        """Builds these contenders for ``use`` and drops them; says why if they do not fit into the device's memory."""
+        why = ""
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                use(build(self.config, self.ranks, Path(folder), names))
+        except torch.OutOfMemoryError as error:
+            why = first_line(error)
+        gc.collect()  # an engine and its hooks hold each other; not earlier, because the error held the tensors
+        if self.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return why
+
+    def _counted(self, contender: Contender, name: str) -> Figures:
+        """And why it is not what its name says, if it could not be compiled."""
+        return counted(contender, name, self.batches[0]) | {"fallback": contender.fallback}
+
+    def _speed(self, seconds: list[float], times_ours: Ratio) -> Figures:
+        """What the rounds so far say of a contender, which is not counted yet."""
+        return speed(self.config, seconds, times_ours, self.case["matmul_flops_per_s"]) | NOT_COUNTED
+
+
+def speed(config: Config, seconds: list[float], times_ours: Ratio, peak_flops: float) -> Figures:
+    """Of a contender, by its median."""
+    median = statistics.median(seconds)
     return {
-        "arch": arch, "views": f"2 x {config.views.global_size} + {config.views.num_local} x {config.views.local_size}",
-        "batch": config.run.local_batch, "prototypes": config.head.num_prototypes,
-        "precision": config.engine.precision, "rounds": rounds, "step_flops": step_flops(config),
-        "matmul_flops_per_s": peak_flops, "losses": losses, "contenders": figures,
+        "milliseconds": 1e3 * median, "images_per_second": config.run.local_batch / median,
+        "times_ours": asdict(times_ours), "mfu": step_flops(config) / median / peak_flops,
     }  # fmt: skip
-
-
-def _figures(
-    contender: Contender, name: str, config: Config, seconds: dict[str, list[float]], batch: Batch, peak_flops: float
-) -> dict[str, Any]:
-    device = batch.views["global"].device
-    median = statistics.median(seconds[name])
-    with OpCounts() as counts:
-        contender.step(batch)
-    seen = device.type == "cuda" or "compile" not in name  # on a CPU the counters see aten calls, not compiled code
-    return {
-        "milliseconds": 1e3 * median,
-        "images_per_second": config.run.local_batch / median,
-        "times_ours": asdict(paired_ratio(seconds[name], seconds[OURS])),
-        "mfu": step_flops(config) / median / peak_flops,
-        "state_bytes": contender.kept.bytes if seen else None,
-        "peak_bytes": contender.kept.bytes + peak_bytes(lambda: contender.step(batch), device) if seen else None,
-        "host_syncs": counts.syncs.total() if seen else None,
-        "launches": launches(lambda: contender.step(batch), device) if seen else None,
-    }
-
-
-def build(config: Config, ranks: Ranks, folder: Path, others: Sequence[str]) -> dict[str, Contender]:
-    """Ours and those of ``others`` that fit, all with the same weights."""
-    _warm_up(ranks.device)
-    weights = _start(config)
-    made = {
-        name: _if_it_fits(name, lambda n=name: _contender(n, config, ranks, folder / n, weights))  # type: ignore[misc]
-        for name in (OURS, *others)
-    }
-    return {name: contender for name, contender in made.items() if contender is not None}
-
-
-def _if_it_fits(name: str, work: Callable[[], Made]) -> Made | None:
-    """What ``work`` returns; None, with a line, where the device's memory is too small for a contender of ours."""
-    try:
-        return work()
-    except torch.OutOfMemoryError as error:
-        if name == OURS:
-            raise
-        why = str(error).splitlines()[0]
-    if torch.cuda.is_available():  # here, because the error held the tensors
-        torch.cuda.empty_cache()
-    print(f"{name} is left out: {why}")
-    return None
-
-
-def _contender(name: str, config: Config, ranks: Ranks, folder: Path, weights: dict[str, Tensor]) -> Contender:
-    if name in PEERS:
-        compiled = PEERS[name]
-        with (kept := KeptBytes(ranks.device, watch=ranks.device.type == "cuda" or not compiled)):
-            peer = Peer(config, weights, ranks.device, compiled)
-        return Contender(peer.train_step, [peer.student, peer.teacher], kept)
-    engine, stage = ENGINES[name]
-    settings = replace(config, engine=replace(config.engine, name=engine, zero_stage=stage))  # type: ignore[arg-type]
-    with (kept := KeptBytes(ranks.device)):
-        trainer = build_trainer(settings, ranks, folder)
-        _load(trainer, weights)
-    return Contender(partial(_train_step, trainer), [trainer.engine.student, trainer.engine.teacher], kept)
-
-
-def _train_step(trainer: Trainer, batch: Batch) -> Tensor:
-    return trainer.train_step([batch])["loss"]
-
-
-def _warm_up(device: torch.device) -> None:
-    """Makes what torch allocates once for all, such as cuBLAS's workspaces: the first contender would have it alone."""
-    x = torch.randn(64, 64, device=device, requires_grad=True)
-    nn.functional.linear(x, x, x[0]).sum().backward()
-
-
-def _start(config: Config) -> dict[str, Tensor]:
-    """Weights that all contenders start from, with one position embedding for all patches."""
-    torch.manual_seed(config.run.seed)
-    weights = {name: p.detach() for name, p in build_network(config).named_parameters()}
-    flatten_positions(weights)
-    return weights
-
-
-def _load(trainer: Trainer, weights: dict[str, Tensor]) -> None:
-    for fragment in trainer.engine.fragments():
-        for key in ("param", "ema"):
-            fragment.tensors[key].copy_(weights[fragment.name].view(-1)[fragment.start : fragment.stop])
-    trainer.engine.after_load()
-
-
-def check(contenders: dict[str, Contender], batches: list[Batch], config: Config) -> dict[str, list[float]]:
-    """Losses of the first steps without drop path; raises AssertionError when a peer's are not ours.
-
-    A contender that does not fit leaves ``contenders``.
-    """
-    losses: dict[str, list[float]] = {}
-    for name, contender in list(contenders.items()):
-        found = _if_it_fits(name, partial(_first_losses, contender, batches))
-        if found is None:
-            del contenders[name]
-            continue
-        losses[name] = found
-        for step, (got, want) in enumerate(zip(found, losses[OURS], strict=True)):
-            assert abs(got - want) <= TOLERANCE[config.engine.precision] * abs(want), (
-                f"no figure: step {step} of {name} has loss {got}, ours {want}"
-            )
-    return losses
-
-
-def _first_losses(contender: Contender, batches: list[Batch]) -> list[float]:
-    for network in contender.networks:
-        network.eval()
-    with contender.kept:
-        losses = [float(contender.step(batches[step % NUM_BATCHES])) for step in range(CHECKED_STEPS)]
-    for network in contender.networks:
-        network.train()
-    return losses
 
 
 def table(case: dict[str, Any]) -> str:
     """The case in a few lines."""
-    lines = [f"{case['arch']}, {case['views']} px, batch {case['batch']}, {case['precision']}"]
+    lines = [f"{case['arch']}, {case['views']} px, batch {case['batch']}, {case['precision']}, {case['order']}"]
     for name, f in case["contenders"].items():
         ratio = f["times_ours"]
         peak = f"{f['peak_bytes'] / 1e6:8.1f} MB" if f["peak_bytes"] is not None else "          -"
@@ -239,6 +196,8 @@ def table(case: dict[str, Any]) -> str:
             f"  MFU {100 * f['mfu']:5.1f} %  {peak}  syncs {f['host_syncs']}  launches {f['launches']}"
             f"  x {ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
         )
+    lines += [f"  {name:30} {f['fallback']}" for name, f in case["contenders"].items() if f.get("fallback")]
+    lines += [f"  {name:30} does not fit: {why}" for name, why in case["left_out"].items()]
     return "\n".join(lines)
 
 

@@ -32,6 +32,27 @@ def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ra
     return Ratio(float(np.median(ratios)), float(low), float(high))
 
 
+def unpaired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:
+    """Ratio of the medians of two series that were measured one after the other: a drift between them is in it."""
+    random = np.random.default_rng(0)
+    series = [np.asarray(x, dtype=np.float64) for x in (numerator, denominator)]
+    above, below = (np.median(x[random.integers(0, len(x), (RESAMPLES, len(x)))], axis=1) for x in series)
+    low, high = np.quantile(above / below, [0.025, 0.975])
+    return Ratio(float(np.median(series[0]) / np.median(series[1])), float(low), float(high))
+
+
+class Moment:
+    """A point in the GPU's queue. The difference of two are the seconds between them, once the GPU has passed both."""
+
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event(enable_timing=True)
+        self._event.record()
+
+    def __sub__(self, earlier: "Moment") -> float:
+        self._event.synchronize()
+        return earlier._event.elapsed_time(self._event) * 1e-3
+
+
 class Clock:
     """Seconds that a piece of work takes on the device.
 
@@ -43,14 +64,13 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         if device.type == "cuda":
-            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             for cycles in (10**6, 10**7):  # the first one warms up
-                self._cycles_per_second = cycles / self._between_events(lambda n=cycles: torch.cuda._sleep(n))  # type: ignore[misc]
+                self._cycles_per_second = cycles / self._on_gpu(lambda n=cycles: torch.cuda._sleep(n))  # type: ignore[misc]
 
     def __call__(self, work: Callable[[], object], host_seconds: float = 0.0) -> float:
         """Seconds of ``work``; ``host_seconds`` is what the host needs to queue it, 0 to let launches count."""
         if self.device.type == "cuda":
-            return self._between_events(work, host_seconds)
+            return self._on_gpu(work, host_seconds)
         started = time.process_time()
         work()
         return time.process_time() - started
@@ -68,16 +88,17 @@ class Clock:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def _between_events(self, work: Callable[[], object], host_seconds: float = 0.0) -> float:
-        start, end = self._events
-        torch.cuda.synchronize()
-        if host_seconds:
+    def pause(self, host_seconds: float) -> None:
+        """Waits for a GPU, then queues a pause that covers ``host_seconds``, if there are any; on a CPU nothing."""
+        self.synchronize()
+        if self.device.type == "cuda" and host_seconds:
             torch.cuda._sleep(int(self._cycles_per_second * (1.5 * host_seconds + 20e-6)))
-        start.record()
+
+    def _on_gpu(self, work: Callable[[], object], host_seconds: float = 0.0) -> float:
+        self.pause(host_seconds)
+        start = Moment()
         work()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) * 1e-3
+        return Moment() - start
 
 
 @dataclass(frozen=True)
@@ -89,7 +110,12 @@ class Work:
 
 
 def interleave(
-    works: dict[str, Work], rounds: int, clock: Clock, warmup: int = 3, hide_launches: bool = True
+    works: dict[str, Work],
+    rounds: int,
+    clock: Clock,
+    warmup: int = 3,
+    hide_launches: bool = True,
+    after_round: Callable[[dict[str, list[float]]], object] = lambda seconds: None,
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Seconds of every variant in every round; and the host's seconds to queue each.
 
@@ -98,6 +124,7 @@ def interleave(
     Args:
         warmup: rounds that are not kept, at least 1; the last one tells the host's seconds.
         hide_launches: on a GPU, time the device alone; False times what a user waits for.
+        after_round: is given the seconds so far.
     """
     seconds: dict[str, list[float]] = {name: [] for name in works}
     host: dict[str, float] = {}
@@ -114,6 +141,8 @@ def interleave(
                 else:
                     seconds[name].append(clock(run, host[name] if hide_launches else 0.0))
                 work.after(index)
+            if index >= 0:
+                after_round(seconds)
     finally:
         gc.enable()
     return seconds, host

@@ -1,8 +1,8 @@
 """Every kernel beside its reference, torch.compile and the best public alternative.
 
-Correct first, then timed. ``python -m bench.kernels`` writes bench/results/kernels-DEVICE.json, after every case. On a
-GPU these are the kernels; on a CPU the references, which is what a CPU runs. ``pytest bench/kernels`` times small cases
-with pytest-benchmark.
+Correct first, then timed; the headline shape of every kernel before any other. ``python -m bench.kernels`` writes
+bench/results/kernels-DEVICE.json after every case, so that what stops it costs no figure. On a GPU these are the
+kernels; on a CPU the references, which is what a CPU runs.
 """
 
 import argparse

@@ -74,20 +74,16 @@ def _measure(case: Case, device: torch.device, rounds: int) -> Measured:
     inputs = [case.make(1 + i) for i in range(num_inputs(case, device))]
     order = itertools.count()
     works = {name: make_work(variant, inputs, order) for name, variant in case.variants.items()}
-    source = torch.randn(COPY_BYTES[device.type] // 4, device=device)
-    target = torch.empty_like(source)
-    works[COPY] = Work(lambda index: target.copy_(source))
+    works[COPY] = copy_work(device)
     seconds, host = interleave(works, rounds, Clock(device))
     copy_bytes = 2 * COPY_BYTES[device.type]
     copy_bandwidth = copy_bytes / statistics.median(seconds[COPY])
     figures = {}
-    for name, variant in case.variants.items():
+    for name in case.variants:
         median = statistics.median(seconds[name])
         alone, beside_copy = (
             paired_ratio(*x) for x in ((seconds[name], [1e-3] * rounds), (seconds[COPY], seconds[name]))
         )
-        # On a CPU the counters see aten calls, not what torch.compile made of them.
-        seen = device.type == "cuda" or name != COMPILED
         figures[name] = {
             "milliseconds": 1e3 * median,
             "times_ours": asdict(paired_ratio(seconds[name], seconds[OURS])),
@@ -96,12 +92,26 @@ def _measure(case: Case, device: torch.device, rounds: int) -> Measured:
                 "milliseconds": [alone.low, alone.high],
                 "copy_fraction": [x * case.bytes / copy_bytes for x in (beside_copy.low, beside_copy.high)],
             },
-            "peak_bytes": peak_bytes(variant.bind(case.make(0)), device) if seen else None,
-            "launches": launches(variant.bind(case.make(0)), device) if seen else None,
+            **counted(case, name, device),
             "host_milliseconds": 1e3 * host[name],
             "error": errors[name],
         }
     return Measured(seconds, figures, left_out)
+
+
+def copy_work(device: torch.device) -> Work:
+    """Copies COPY_BYTES, which are read once and written once."""
+    source = torch.randn(COPY_BYTES[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    return Work(lambda index: target.copy_(source))
+
+
+def counted(case: Case, name: str, device: torch.device) -> dict[str, int | None]:
+    """Peak memory and launches of a variant; None where a CPU's counters do not see what torch.compile made of it."""
+    if device.type != "cuda" and name == COMPILED:
+        return {"peak_bytes": None, "launches": None}
+    bind = case.variants[name].bind
+    return {"peak_bytes": peak_bytes(bind(case.make(0)), device), "launches": launches(bind(case.make(0)), device)}
 
 
 def num_inputs(case: Case, device: torch.device) -> int:

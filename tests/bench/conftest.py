@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 
 import pytest
@@ -16,6 +17,23 @@ def run_python(*arguments: str, **variables: str) -> subprocess.CompletedProcess
     """Runs python with the arguments given, and environment variables by name."""
     command, env = [sys.executable, *arguments], environment(**variables)
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+
+
+def kill_python_when(ready: Callable[[], bool], *arguments: str, seconds: float = 120) -> None:
+    """Starts python as :func:`run_python` and kills it once ``ready``, as a machine does whose time is over."""
+    process = subprocess.Popen(
+        [sys.executable, *arguments], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True,
+    )  # fmt: skip
+    until = time.monotonic() + seconds
+    try:
+        while not ready():
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < until, "it was never ready"
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from bench.kernels import multi_crop
 from bench.kernels.case import OURS, PLAIN, Case, Variant, check
 from bench.kernels.measure import BENCHES, NoRoom, make_cases, measure, num_inputs
 from fastdino.config import ViewsConfig
-from tests.bench.conftest import Python
+from tests.bench.conftest import Python, kill_python_when
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -152,6 +152,17 @@ def test_the_file_has_every_case_that_is_right(tmp_path: Path, python: Python) -
     assert set(case["variants"]) == {OURS, PLAIN, "torch._foreach_norm"}
 
 
+STUCK = KERNELS.replace('raise RuntimeError("no such kernel")', "import time; time.sleep(600)")
+
+
+def test_a_killed_run_leaves_what_was_measured(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    arguments = "--only segment_squares koleo_loss --rounds 3 --device cpu --no-compile --out"
+    kill_python_when(out.exists, "-c", STUCK, *arguments.split(), str(out), "koleo_loss")
+    assert set(entries(out)["segment_squares"]["variants"]) == {OURS, PLAIN, "torch._foreach_norm"}
+    assert len(entries(out)) == 1
+
+
 def test_time_runs_out(tmp_path: Path, python: Python) -> None:
     out = tmp_path / "out.json"
     done = python("-m", "bench.kernels", *["--device", "cpu", "--seconds", "0", "--no-compile", "--out"], str(out))
@@ -165,13 +176,3 @@ def test_profile_times_nothing(python: Python) -> None:
         "-m", "bench.kernels", *["--device", "cpu", "--only", "koleo_loss", "--shape", "2,10,32", "--profile"]
     )
     assert (done.returncode, done.stdout) == (0, "koleo_loss 2,10,32: profiled\n"), done.stderr
-
-
-def test_pytest_benchmark_times_the_kernels(tmp_path: Path, python: Python) -> None:
-    out = tmp_path / "out.json"
-    arguments = ["-m", "pytest", "bench/kernels", "-k", "segment_squares", "-p", "no:cacheprovider"]
-    done = python(*arguments, f"--benchmark-json={out}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = {entry["extra_info"]["variant"]: entry["stats"] for entry in json.loads(out.read_text())["benchmarks"]}
-    assert set(found) == {OURS, PLAIN, "torch._foreach_norm"}
-    assert all(stats["rounds"] == 20 and stats["median"] > 1e-5 for stats in found.values()), "its own timer"

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ def test_kernels_write_their_file_without_git(tmp_path: Path, python: Python) ->
     assert "git rev-parse: unknown, because fatal: not a git repository" in done.stdout + done.stderr
 
 
-def document(command: str, **entries: int) -> dict[str, object]:
+def document(command: str, **entries: int) -> dict[str, Any]:
     where = {**record.provenance(CPU, "bench.x"), "command": command}
     return {"provenance": where, "cases": [{"name": name, "figure": figure} for name, figure in entries.items()]}
 
@@ -93,6 +94,30 @@ def test_a_part_takes_the_place_of_its_own_entries_alone(tmp_path: Path) -> None
     assert [(case["name"], case["figure"]) for case in found["cases"]] == [("a", 1), ("b", 4)]
     assert found["provenance"]["command"] == "one; two"
     assert record.may_add(path, record.provenance(CPU, "bench.x"))
+
+
+def test_what_is_partial_takes_no_whole_entrys_place(tmp_path: Path) -> None:
+    path = tmp_path / "x-cpu.json"
+    for figure, partial in ((1, True), (2, True), (3, False), (4, True), (5, False), (6, True)):
+        part = document("one", a=figure)
+        if partial:
+            part["cases"][0]["partial"] = True
+        record.add(path, part, lambda case: case["name"])
+    assert json.loads(path.read_text())["cases"] == [{"name": "a", "figure": 5}]
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, write_text = tmp_path / "x-cpu.json", Path.write_text
+    record.write(path, {"cases": [1]})
+
+    def killed(self: Path, text: str) -> None:
+        write_text(self, text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        record.write(path, {"cases": [1, 2]})
+    assert json.loads(path.read_text()) == {"cases": [1]}
 
 
 @pytest.mark.parametrize("key", ["device", "driver", "threads", "versions", "sources"])
@@ -119,6 +144,7 @@ def test_sources_are_those_that_are_there(tmp_path: Path, monkeypatch: pytest.Mo
 PARTS = """
 import sys
 from pathlib import Path
+from typing import Any
 from bench.kernels import __main__ as kernels
 from bench.kernels.measure import BENCHES, ROUNDS
 for name, shape in (("koleo_loss", "2,10,32"), ("segment_squares", "5,400")):

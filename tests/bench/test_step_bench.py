@@ -1,6 +1,8 @@
 """The step's FLOPs, the peer that computes the same, the verdicts of compare, and the tables."""
 
-from collections.abc import Iterator
+import json
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import record, report, step
 from bench.compare import verdict
 from bench.counters import KeptBytes
+from bench.kernels.case import OURS
+from bench.peers import contenders
+from bench.peers.contenders import CHECKED_STEPS, CONTENDERS, Contender
 from bench.record import RESULTS
+from bench.step import NUM_BATCHES, Contest
 from bench.timing import Ratio
-from bench.workload import nano_config, random_batch
+from bench.workload import nano_config, random_batch, step_config
 from fastdino import distributed
+from fastdino.config import Config
 from fastdino.distributed import Ranks
 from fastdino.training.flops import step_flops
+from tests.bench.conftest import kill_python_when
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -32,49 +40,120 @@ def ranks() -> Iterator[Ranks]:
 def test_peer_trains_like_ours_and_flops_are_counted(
     ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = step.step_config("vit_nano", CPU, engine="torch")
-    others = [name for name in step.CONTENDERS if "torch.compile" not in name]
-    contenders = step.build(config, ranks, tmp_path, others)
-    batches = [random_batch(config, CPU, seed) for seed in range(step.NUM_BATCHES)]
-    losses = step.check(contenders, batches, config)
-    assert len(set(losses[step.OURS])) == step.CHECKED_STEPS, "the steps differ, so equal losses mean equal updates"
-    for name, contender in contenders.items():
+    config = step_config("vit_nano", CPU)
+    made = contenders.build(config, ranks, tmp_path, [OURS, *(name for name in CONTENDERS if "compile" not in name)])
+    batches = [random_batch(config, CPU, seed) for seed in range(NUM_BATCHES)]
+    losses = contenders.check(made, batches, config.engine.precision)
+    assert len(set(losses[OURS])) == CHECKED_STEPS, "the steps differ, so equal losses mean equal updates"
+    for name, contender in made.items():
         student, teacher = (list(network.parameters()) for network in contender.networks)
         trained = [p for p in student if p.requires_grad]
         weights_and_moments = sum(p.numel() * p.element_size() for p in [*student, *teacher, *trained, *trained])
         assert weights_and_moments < contender.kept.bytes < 2 * weights_and_moments, name
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as flops:
-        contenders["lightly + timm"].step(batches[0])
+        made["lightly + timm"].step(batches[0])
     pairs = 2 * 2 * config.views.num_views * config.run.local_batch * config.head.num_prototypes  # lightly's einsum
     assert flops.get_total_flops() == pytest.approx(step_flops(config) + 2 * pairs, rel=0.01)
 
 
 def test_no_figure_when_losses_disagree() -> None:
     losses = iter([1.0, 0.9, 0.8, 1.0, 0.9, 0.81])
-    contenders = {
-        name: step.Contender(lambda batch: torch.tensor(next(losses)), [], KeptBytes(CPU))
-        for name in (step.OURS, "peer")
-    }
+    made = {name: Contender(lambda batch: torch.tensor(next(losses)), [], KeptBytes(CPU)) for name in (OURS, "peer")}
+    batches: list[Any] = [None] * NUM_BATCHES
     with pytest.raises(AssertionError, match=r"no figure: step 2 of peer has loss 0\.81"):
-        step.check(contenders, [None] * step.NUM_BATCHES, step.step_config("vit_nano", CPU))  # type: ignore[list-item]
+        contenders.check(made, batches, "fp32")
 
 
-def test_a_contender_that_does_not_fit_is_left_out_by_name(capsys: pytest.CaptureFixture[str]) -> None:
-    def full(batch: object) -> torch.Tensor:
-        raise torch.OutOfMemoryError("Tried to allocate 9 GiB.\nMore words")
+def test_where_memory_is_short_one_runs_after_another(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two contenders do not fit together, and one of them does not fit at all."""
+    build, alive, saved = contenders.build, [], []
 
-    fits = step.Contender(lambda batch: torch.tensor(1.0), [], KeptBytes(CPU))
-    contenders = {step.OURS: fits, "large": step.Contender(full, [], KeptBytes(CPU)), "peer": fits}
-    batches: list[Any] = [None] * step.NUM_BATCHES
-    losses = step.check(contenders, batches, step.step_config("vit_nano", CPU))
-    assert set(losses) == set(contenders) == {step.OURS, "peer"}
-    assert capsys.readouterr().out == "large is left out: Tried to allocate 9 GiB.\n"
-    with pytest.raises(torch.OutOfMemoryError):
-        step.check({step.OURS: step.Contender(full, [], KeptBytes(CPU))}, batches, step.step_config("vit_nano", CPU))
+    def in_a_small_memory(config: Config, ranks: Ranks, folder: Path, names: Sequence[str]) -> dict[str, Contender]:
+        assert not [name for name, network in alive if network() is not None], "those before are gone"
+        if len(names) > 1 or names == ["fastdino, ZeRO 1"]:
+            raise torch.OutOfMemoryError("Tried to allocate 9 GiB.\nMore words")
+        made = build(config, ranks, folder, names)
+        alive.extend((name, weakref.ref(contender.networks[0])) for name, contender in made.items())
+        return made
+
+    monkeypatch.setattr(step, "build", in_a_small_memory)
+    contest = Contest(step_config("vit_nano", CPU), ranks, ["fastdino, ZeRO 1", "lightly + timm"], rounds=2)
+    contest.measure(lambda: saved.append(json.dumps(contest.case)), alone=False)
+    case = contest.case
+    assert [name for name, _ in alive] == list(case["contenders"]) == list(case["losses"]) == [OURS, "lightly + timm"]
+    assert case["left_out"] == {"fastdino, ZeRO 1": "OutOfMemoryError: Tried to allocate 9 GiB."}
+    assert case["order"] == "one after another"
+    assert all(figures["launches"] for figures in case["contenders"].values())
+    found = [(list(part["contenders"]), "partial" in part) for part in map(json.loads, saved)]
+    both = [OURS, "lightly + timm"]
+    assert found == [([], True), ([OURS], True), ([OURS], True), (both, True), (both, False)], "each as it is measured"
+    printed = capsys.readouterr().out
+    assert "vit_nano: one after another, because together they do not fit: OutOfMemoryError: Tried" in printed
+    assert "fastdino, ZeRO 1 is left out: OutOfMemoryError: Tried to allocate 9 GiB.\n" in printed
+    rows = report._step_rows({"cases": [case]}, on_gpu=False)[1]
+    assert rows[0][0].endswith(", one after another")
+    assert rows[2][1:3] == ["fastdino, ZeRO 1", "does not fit"]
+    assert len({len(row) for row in rows}) == 1
+    assert "does not fit" in step.table(case)
+
+
+def test_ours_must_fit(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> dict[str, Contender]:
+        raise torch.OutOfMemoryError("Tried to allocate 9 GiB.")
+
+    monkeypatch.setattr(step, "build", full)
+    with pytest.raises(torch.OutOfMemoryError, match="9 GiB"):
+        Contest(step_config("vit_nano", CPU), ranks, [], rounds=2).measure(lambda: None, alone=False)
+
+
+def test_a_contender_that_could_not_be_compiled_says_so(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(function: object, **options: object) -> Callable[..., object]:
+        def call(*inputs: object) -> object:
+            raise RuntimeError("no C++ compiler")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    contest = Contest(step_config("vit_nano", CPU), ranks, ["fastdino, compiled"], rounds=2)
+    contest.measure(lambda: None, alone=False)
+    ours, compiled = contest.case["contenders"].values()
+    assert not ours["fallback"]
+    assert "runs eagerly" in compiled["fallback"]
+    assert "no C++ compiler" in step.table(contest.case)
+    rows = report._step_rows({"cases": [contest.case]}, on_gpu=False)[1]
+    assert [row[1] for row in rows] == [OURS, "fastdino, compiled, not compiled: it failed"]
+
+
+STEP = """
+import sys
+from bench import step
+step.SAVE_SECONDS = 0.0
+sys.exit(step.main())
+"""
+
+
+def test_a_killed_run_leaves_what_was_measured(tmp_path: Path) -> None:
+    out = tmp_path / "step.json"
+    arguments = f"--device cpu --arch vit_nano:2 vit_tiny --rounds 100000 --out {out} --contender".split()
+
+    def rounds_are_there() -> bool:
+        return out.exists() and OURS in json.loads(out.read_text())["cases"][0]["contenders"]
+
+    kill_python_when(rounds_are_there, "-c", STEP, *arguments, "lightly + timm")
+    nano, tiny = json.loads(out.read_text())["cases"]
+    assert (nano["batch"], tiny["batch"]) == (2, 4)
+    assert nano["partial"] is tiny["partial"] is True
+    assert set(nano["contenders"]) == {OURS, "lightly + timm"}
+    assert all(figures["milliseconds"] > 0 for figures in nano["contenders"].values())
+    assert not tiny["contenders"]
+    rows = report._step_rows({"cases": [nano, tiny]}, on_gpu=False)[1]
+    assert [row[0][-14:] for row in rows] == [", not finished", ""]
 
 
 def test_the_batch_can_be_chosen() -> None:
-    small, usual = (step.step_config("vit_nano", CPU, batch=batch) for batch in (2, None))
+    small, usual = (step_config("vit_nano", CPU, batch=batch) for batch in (2, None))
     assert (small.run.local_batch, usual.run.local_batch) == (2, 4)
     assert small.optim.lr * 2 == usual.optim.lr * 4, "the same rate in the end"
 
@@ -146,7 +225,7 @@ def two_gpus(folder: Path) -> None:
         where = {"commit": "0" * 40, "dirty": False, "device": name, "driver": "1", "date": "2000-01-01T00:00:00"}
         where["versions"] = dict.fromkeys(("torch", "triton", "lightly", "timm"), "0")  # type: ignore[assignment]
         figures = {"milliseconds": 0.1 * number, "copy_fraction": 0.4 * number, "peak_bytes": 1e6 * number}
-        variants = {name: {**figures, "times_ours": FLAT} for name in (step.OURS, "reference", "lightly")}
+        variants = {name: {**figures, "times_ours": FLAT} for name in (OURS, "reference", "lightly")}
         case = {"operation": "dino_loss", "shape": "10,2,64,65536,bf16", "rounds": 3, "variants": variants}
         path = folder / f"kernels-{name.lower().replace(' ', '-')}.json"
         record.write(path, {"provenance": where, "cases": [case]})

@@ -1,5 +1,7 @@
 """What the figures rest on: paired ratios, interleaving, counters."""
 
+import subprocess
+import sys
 import time
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -9,7 +11,7 @@ import torch
 
 from bench import compare
 from bench.counters import LiveBytes, OpCounts, kernels_counted, launches, peak_bytes, saved_bytes
-from bench.timing import Clock, Work, interleave, paired_ratio
+from bench.timing import Clock, Work, interleave, paired_ratio, unpaired_ratio
 from fastdino_kernels import prototype_weight
 
 CPU = torch.device("cpu")
@@ -31,6 +33,14 @@ def test_interval_holds_what_is_uncertain() -> None:
     few, many = paired_ratio(noise[:20], [1.0] * 20), paired_ratio(noise, [1.0] * 400)
     assert few.low < 1 < few.high
     assert many.high - many.low < (few.high - few.low) / 2
+
+
+def test_unpaired_ratio_is_that_of_the_medians() -> None:
+    """Series that were measured apart, which may be of different length; what does not overlap is told apart."""
+    base, slower = [1.0 + 0.01 * (i % 5) for i in range(40)], [1.1 + 0.01 * (i % 7) for i in range(20)]
+    ratio = unpaired_ratio(slower, base)
+    assert ratio.median == pytest.approx(1.13 / 1.02)
+    assert 1.05 < ratio.low <= ratio.median <= ratio.high < 1.15
 
 
 def test_interleave_takes_turns_and_restores() -> None:
@@ -121,6 +131,21 @@ def test_launches_queued_before_do_not_count(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("wait"))
     assert launches(lambda: seen.append("work"), torch.device("cuda")) == 0
     assert seen == ["wait", "profiler", "work", "wait"]
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_side_of_compare_that_dies_is_no_verdict(lives: bool) -> None:
+    """An exit code of 1 would mean that this tree is slower."""
+    wait = "input()" if lives else ""  # dies at the first call, or before
+    side = object.__new__(compare.Side)
+    command = [sys.executable, "-c", f"print('{{\"wrong\": null}}', flush=True); {wait}"]
+    side.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with side:
+        assert side.ready() is None
+        if not lives:
+            side.process.wait()
+        with pytest.raises(compare.Wrong, match="the process died"):
+            side.seconds()
 
 
 def test_a_side_of_compare_is_idle_when_it_tells_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
