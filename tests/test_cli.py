@@ -242,6 +242,18 @@ def test_help_teaches():
     assert '"arch": "vit_nano"' in fastdino("recipes", "demo").stdout
 
 
+def test_bench_prints_a_table_and_what_it_does(tmp_path):
+    figures = tmp_path / "figures.json"
+    done = fastdino("bench", "vit_small_16", *TINY, "--seconds", 0.1, "--json", figures, "--loss.patch-weight", 1)
+    assert done.stdout.startswith("vit_nano on 1 x CPU, float32, deepspeed ZeRO 0; 8 images a step\n")
+    assert "optimizer and EMA" in done.stdout
+    assert "measuring training\n" in done.stderr
+    found = json.loads(figures.read_text())
+    assert found["training"] > 0
+    assert found["config"]["loss"]["patch_weight"] == 1
+    assert found["config"]["run"]["log_every"] == 1, "the settings that were given"
+
+
 def test_eval_and_export(run, tmp_path):
     scores = json.loads(fastdino("eval", "knn", run, "--neighbors", 5, 20, "--num-workers", 0).stdout)
     assert {"knn_5", "knn_20", "bank", "test", "size", "path", "split"} <= scores.keys()

@@ -9,6 +9,10 @@ TRAIN = (
     "python -m fastdino train vit_small_16 --run.dir {work}/run --data.root shapes --data.num-images 1024 "
     "--data.num-workers 4 --run.local-batch 32 --run.epochs 1 --run.knn-every 1 --optim.warmup-epochs 0"
 )
+ABLATION = (
+    "python -m fastdino bench vit_small_16 --data.root shapes --data.num-images 4096 --ablate --seconds 2 "
+    "--json {out}/ablation.json"
+)
 SANITIZER = (
     # with torch's cache of memory an access beyond a tensor's end would hit another tensor
     "env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 --print-limit 20 --tool {tool} "
@@ -60,6 +64,7 @@ STAGES = (
     Stage("step-vit_small", "python -m bench.step --arch vit_small", 110),
     Stage("profile", "python -m bench.visit.step_profile vit_small", 40),
     Stage("kernels", "python -m bench.kernels --seconds {seconds}", 140),
+    Stage("ablation", ABLATION, 110, shows=r"^ *(model|engine|all|alone|last|images/s|MFU)|images/s|skipped|%"),
     Stage("launch-configs", "python -m bench.visit.launch_configs", 90),
     Stage("ncu", NCU, 90, shows=r"_kernel|Duration|DRAM Throughput|Registers Per|Achieved Occ|Local\(|profiled"),
     Stage("attention", "python -m bench.kernels.attention", 80),

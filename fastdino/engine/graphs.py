@@ -25,7 +25,12 @@ GRAPHS = 64  # of one region's code: every mixture of shapes, gradient and readi
 
 
 def compiles(config: Config, device: torch.device) -> bool:
-    """What ``engine.compile`` comes to on a device. What auto cannot compile is left alone; on is tried."""
+    """What ``engine.compile`` comes to on a device. What auto cannot compile is left alone; on is tried.
+
+    Where anything will be compiled, be it our own kernels, ``run.cache`` is made ready for it.
+    """
+    if device.type == "cuda" or config.engine.compile == "on":
+        keep_compiled_in(config.run.cache)
     match config.engine.compile:
         case "auto":
             return device.type == "cuda" and config.model.attention != "xformers"
@@ -119,6 +124,8 @@ class SideStream:
 
 def check_cuda_graphs(config: Config, ranks: Ranks) -> None:
     """Raises ConfigError when ``engine.cuda_graphs`` is asked for where a step cannot be captured."""
+    if not config.engine.cuda_graphs:
+        return
     stage = 0 if config.engine.name == "torch" else zero_stage(config, ranks)
     remedies = []
     if ranks.device.type != "cuda":

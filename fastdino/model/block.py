@@ -104,7 +104,7 @@ class Block(nn.Module):
         branch = self._remade(lambda x: self.mlp(self.norm2(x, kept)), x)
         if isinstance(drop, Subset):
             return self.ls2(branch, x, drop)
-        return _add(x, self.ls2(branch), packing, reading, drop)
+        return _add(x, self.ls2(branch), drop)
 
     def _attend(
         self, x: Tensor, packing: Packing, rotation: Rotation | None, reading: Reading | None, drop: Drop
@@ -119,7 +119,7 @@ class Block(nn.Module):
         branch = self.attn(qkv, packing, rotation, reading)
         if reading is not None:
             x = x.index_select(1, reading.rows)
-        return _add(x, self.ls1(branch), packing, reading, drop)
+        return _add(x, self.ls1(branch), drop)
 
     def _remade(self, work: Callable[[Tensor], Any], x: Tensor) -> Any:
         """What ``work`` makes of x, its inside made again in the backward pass if that is asked for."""
@@ -128,9 +128,9 @@ class Block(nn.Module):
         return work(x)
 
 
-def _add(x: Tensor, branch: Tensor, packing: Packing, reading: Reading | None, factors: Tensor | None) -> Tensor:
-    """The residual sum, the branch times its sequence's factor."""
-    return x + branch if factors is None else torch.addcmul(x, branch, packing.per_token(factors, reading))
+def _add(x: Tensor, branch: Tensor, factors: Tensor | None) -> Tensor:
+    """The residual sum, each row of the branch times its factor."""
+    return x + branch if factors is None else torch.addcmul(x, branch, factors)
 
 
 class Attention(nn.Module):

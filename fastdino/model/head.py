@@ -49,7 +49,7 @@ class Head(nn.Module):
     def project(self, x: Tensor) -> Tensor:
         """:meth:`points` of at least one row."""
         z = self.mlp(x.flatten(0, -2))
-        z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1)
+        z = F.normalize(z if z.dtype == torch.float64 else z.float(), dim=-1)
         return z.to(x.dtype).unflatten(0, x.shape[:-1])
 
     def prototypes(self) -> Tensor:

@@ -60,8 +60,8 @@ class Subset(NamedTuple):
 
 
 Drop = Tensor | Subset | None
-"""What drop path leaves of a residual branch: (sequences, 1) factors, 0 or 1 / (1 - p); the sequences that it runs on;
-None: all of it."""
+"""What drop path leaves of a residual branch: a factor for each of its rows, (rows, 1), 0 or 1 / (1 - p); the sequences
+that it runs on; None: all of it."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Packing:
 
         A sequence keeps a branch with probability 1 - rate, times 1 / (1 - rate).
         """
-        keep = _keep(tuple(rates), torch.promote_types(dtype, torch.float32), self.first.device)
+        keep = _keep(tuple(rates), dtype if dtype == torch.float64 else torch.float32, self.first.device)
         return torch.bernoulli(keep.expand(-1, 2, self.num_sequences, 1)).div_(keep).to(dtype)
 
     def draw_subsets(self, rate: float, count: int) -> list[Subset]:
@@ -124,9 +124,9 @@ class Packing:
         return [Subset(self, list(rows), packing) for rows in zip(*drawn, strict=True)]
 
     def per_token(self, x: Tensor, reading: Reading | None = None) -> Tensor:
-        """(sequences, ..) -> (tokens, ..), each sequence's value for its tokens, or for those that are read."""
+        """(.., sequences, 1) -> (.., tokens, 1), each sequence's value for its tokens, or for those that are read."""
         sequence = self.sequence if reading is None else reading.sequence
-        return x if sequence is None else x[sequence]
+        return x if sequence is None else x.index_select(-2, sequence)
 
 
 @functools.lru_cache(maxsize=64)

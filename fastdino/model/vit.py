@@ -5,6 +5,7 @@ B images of C channels, N patches of a view, D width, H heads.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -24,7 +25,7 @@ from fastdino.model.block import (
     Shape,
     init_linears,
 )
-from fastdino.model.packing import Drop, Packing, is_packed, packing_of
+from fastdino.model.packing import Drop, Packing, Reading, is_packed, packing_of
 from fastdino.model.positions import (
     Grid,
     Rotation,
@@ -171,18 +172,17 @@ class ViT(nn.Module):
         The last block computes what is read alone: queries of the groups of which patches are read and of CLS tokens,
         the rest for such rows.
         """
-        tokens, packing, turns, drops = self._all_but_last_block(groups, None if masks is None else masks.hidden)
-        reading = packing.reading(None if masks is None else masks.rows, self.num_prefix)
-        tokens = self.norm(self._run(self.blocks[-1], tokens, packing, turns, reading, drops)).squeeze(0)
+        tokens, last = self._all_but_last_block(groups, masks)
+        tokens = self.norm(self._run(self.blocks[-1], tokens, *last)).squeeze(0)
         cls, patches = tokens, tokens[:0]
         if masks is not None:
-            cls, patches = tokens.split([packing.num_sequences, len(masks.rows)])
+            cls, patches = tokens.split([last[0].num_sequences, len(masks.rows)])
         return cls.view(-1, groups[0].shape[1], self.num_features), patches
 
     def patch_tokens(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, rows, columns, D), the patches after the final norm."""
-        tokens, packing, turns, drops = self._all_but_last_block([x.unsqueeze(0)])
-        tokens = self.norm(self.blocks[-1](tokens, packing, turns, None, drops)).view(*packing.lengths[0], -1)
+        tokens, last = self._all_but_last_block([x.unsqueeze(0)], whole=True)
+        tokens = self.norm(self.blocks[-1](tokens, *last)).view(*last[0].lengths[0], -1)
         return tokens[:, self.num_prefix :].unflatten(1, self._grid(*x.shape[-2:]))
 
     def attention_maps(self, x: Tensor) -> Tensor:
@@ -190,22 +190,23 @@ class ViT(nn.Module):
 
         A head's row sums to 1 minus what the CLS token keeps for itself and gives to registers.
         """
-        tokens, packing, turns, _ = self._all_but_last_block([x.unsqueeze(0)])
+        tokens, (packing, turns, *_) = self._all_but_last_block([x.unsqueeze(0)])
         last = self.blocks[-1]
         assert isinstance(last, Block)
         weights = last.attn.cls_weights(last.norm1(tokens).view(*packing.lengths[0], -1), turns)
         return weights[:, :, self.num_prefix :]
 
     def _all_but_last_block(
-        self, groups: list[Tensor], hidden: Tensor | None = None
-    ) -> tuple[Tensor, Packing, Rotation | None, Drops]:
-        """Views as :meth:`forward` takes them -> (1, tokens, D), where each sequence lies in it, how each token is
-        turned, and what the last block drops."""
-        tokens, packing, turns = self._start(groups, hidden)
-        *drops, last = self._draw(packing, tokens.dtype)
+        self, groups: list[Tensor], masks: Masks | None = None, whole: bool = False
+    ) -> tuple[Tensor, tuple[Packing, Rotation | None, Reading | None, Drops]]:
+        """Views as :meth:`forward` takes them -> (1, tokens, D), and what else the last block is given; ``whole``: it
+        computes every token."""
+        tokens, packing, turns = self._start(groups, None if masks is None else masks.hidden)
+        reading = None if whole else packing.reading(None if masks is None else masks.rows, self.num_prefix)
+        *drops, last = self._draw(packing, reading, tokens.dtype)
         for block, dropped in zip(self.blocks[:-1], drops, strict=True):
             tokens = self._run(block, tokens, packing, turns, None, dropped)
-        return tokens, packing, turns, last
+        return tokens, (packing, turns, reading, last)
 
     def _run(self, block: nn.Module, tokens: Tensor, *args: Any) -> Tensor:
         if self.checkpointing == "full" and torch.is_grad_enabled():
@@ -231,16 +232,19 @@ class ViT(nn.Module):
             ]
         return self.embed(rows, hidden, matrices), packing, turns
 
-    def _draw(self, packing: Packing, dtype: torch.dtype) -> list[Drops]:
+    def _draw(self, packing: Packing, reading: Reading | None, dtype: torch.dtype) -> list[Drops]:
         """What each block drops. The last has factors under either rule, for it computes what is read alone."""
         rates = [cast(Block, block).drop_path for block in self.blocks]
         if not self.training or not any(rates):
             return [(None, None)] * len(rates)
-        if not self.subsets:
-            return [(attn, mlp) for attn, mlp in packing.draw_factors(rates, dtype)]
-        drawn = iter(packing.draw_subsets(rates[0], 2 * (len(rates) - 1)))
-        attn, mlp = packing.draw_factors(rates[-1:], dtype)[0]
-        return [*zip(drawn, drawn, strict=True), (attn, mlp)]
+        if self.subsets:
+            branches: Iterator[Drop] = iter(packing.draw_subsets(rates[0], 2 * (len(rates) - 1)))
+            factors = packing.draw_factors(rates[-1:], dtype)
+        else:
+            factors = packing.draw_factors(rates, dtype)
+            branches = iter(packing.per_token(factors[:-1]).flatten(0, 1))
+        attn, mlp = packing.per_token(factors[-1], reading)
+        return [*zip(branches, branches, strict=True), (attn, mlp)]
 
     def embed(self, rows: list[Tensor], hidden: Tensor | None, matrices: list[Tensor | None] | None) -> Tensor:
         """Packed tokens of all groups, (1, tokens, D); of each sequence CLS, registers, patches.

@@ -19,14 +19,7 @@ from fastdino.config import Config, ConfigError, UserError
 from fastdino.data import Batch, normalize, open_source, train_batches
 from fastdino.distributed import Ranks
 from fastdino.engine import build_engine, zero_stage
-from fastdino.engine.graphs import (
-    SideStream,
-    StepGraphs,
-    check_cuda_graphs,
-    compile_regions,
-    compiles,
-    keep_compiled_in,
-)
+from fastdino.engine.graphs import SideStream, StepGraphs, check_cuda_graphs, compile_regions, compiles
 from fastdino.engine.schedules import Now, Schedules
 from fastdino.eval import OnlineKnn
 from fastdino.method.dino import Dino
@@ -100,8 +93,7 @@ class Trainer:
 
     def __init__(self, config: Config, ranks: Ranks, folder: RunFolder | None = None) -> None:
         self.config, self.ranks, self.folder = config, ranks, folder
-        if config.engine.cuda_graphs:
-            check_cuda_graphs(config, ranks)
+        check_cuda_graphs(config, ranks)
         self.source = open_source(config.data.root, config.data)
         self.online_knn: OnlineKnn | None = None  # on rank 0, where one was asked for
         if folder:
@@ -114,8 +106,6 @@ class Trainer:
         self.shapes = {name: list(p.shape) for name, p in student.named_parameters()}
         self.engine = build_engine(config, student, teacher, ranks)
         self.compiled = compiles(config, ranks.device)
-        if self.compiled or ranks.device.type == "cuda":
-            keep_compiled_in(config.run.cache)
         if self.compiled:
             compile_regions([*student.regions(), *teacher.regions()])
         beside = SideStream(ranks.device) if config.engine.teacher_stream else None

@@ -71,6 +71,7 @@ PYTEST = [words[1:] for words in MODULES if words[0] == "pytest"]
 PYTEST += [words[1:] for _, words in COMMANDS if words[0] == "pytest"]
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning:runpy")
 @pytest.mark.parametrize("words", OURS, ids=" ".join)
 def test_a_command_of_ours_takes_its_options(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Parsed):

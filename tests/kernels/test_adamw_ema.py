@@ -210,8 +210,11 @@ def test_not_skipped_when_found_inf_is_zero() -> None:
     check(shard(2500), found_inf=scalar(0.0))
 
 
-def test_nothing_to_update() -> None:
-    adamw_ema_(**shard(0), step=scalar(1.0), hyper=HYPER)
+@pytest.mark.parametrize("update", UPDATES)
+def test_nothing_to_update(update: Any) -> None:
+    update(**shard(0), step=scalar(1.0), hyper=HYPER)
+    none = {"grad_scale": torch.zeros(0, device=DEVICE), "segments": make_segments([], DEVICE)}
+    update(**shard(0), step=scalar(1.0), hyper=HYPER, **none)
 
 
 def test_fp64() -> None:

@@ -102,7 +102,7 @@ LENGTHS = [700, 0, 1, 1599]
 @pytest.mark.parametrize("on_device", [*itertools.product([False, True], repeat=3)], ids=str)
 def test_any_of_three_numbers_on_the_device(on_device: tuple[bool, ...], update: Callable[..., None]) -> None:
     """Floats and tensors mixed, as where one group of parameters has a decay of 0; a rate of 0 leaves every bit."""
-    numbers = (1e-2, 0.04, 0.996)
+    numbers = (0.7, 0.3, 0.996)  # a decay so large that its last digit shows, and which fp64 would round otherwise
     mixed = [
         torch.tensor(x, dtype=torch.float64, device=DEVICE) if there else x
         for x, there in zip(numbers, on_device, strict=True)

@@ -174,6 +174,33 @@ def test_views_in_patches_are_the_same_views(pos_embed: str, dtype: torch.dtype)
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("pos_embed", ["learned", "rope"])
+def test_one_pass_per_size_gives_the_same(pos_embed: str) -> None:
+    """Masks are of the first group, whose patches are read; a single size is one pass either way."""
+    groups = views((2, 2, 3, 48, 48), (3, 2, 3, 24, 24))
+    hidden = torch.arange(4 * 36).view(4, 36) % 7 == 0
+    masks = Masks(hidden, hidden.flatten().nonzero().flatten(), torch.empty(0))
+    options = {"pos_embed": pos_embed, "registers": 2, "mask_token": True}
+    whole, apart = nano(packed="on", **options).eval(), nano(packed="off", **options).eval()
+    passes: list[int] = []
+    apart.norm.register_forward_pre_hook(lambda _, args: passes.append(args[0].shape[1]))
+    for got, want in zip(apart(groups, masks), whole(groups, masks), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    assert passes == [4 + len(masks.rows), 6]
+    assert torch.equal(apart(groups["0"][0]), whole(groups["0"][0]))
+
+
+def test_packing_by_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")
+    assert packing_room.is_packed("auto", gpu)
+    monkeypatch.setattr(packing_room, "PACKED", {"A100": True, "H100": False})
+    assert not packing_room.is_packed("auto", gpu)
+    assert packing_room.is_packed("auto", cpu)
+    assert packing_room.is_packed("on", gpu)
+    assert not packing_room.is_packed("off", cpu)
+
+
 def test_drop_path_drops_whole_branches_of_sequences() -> None:
     torch.manual_seed(0)
     rates = [block.drop_path for block in nano(drop_path=0.3).blocks]
@@ -181,9 +208,9 @@ def test_drop_path_drops_whole_branches_of_sequences() -> None:
     lengths = ((3000, 2), (2000, 3))
     packing = packing_of(lengths, torch.device("cpu"))
     tokens = torch.ones(1, 12000, 1)
-    drawn = packing.draw_factors([0.0, 0.3], torch.float32)
-    assert torch.equal(_add(10 * tokens, tokens, packing, None, drawn[0, 0]), 11 * tokens)  # no rate, no drop
-    out = _add(10 * tokens, tokens, packing, None, drawn[1, 0])[0, :, 0] - 10
+    drawn = packing.per_token(packing.draw_factors([0.0, 0.3], torch.float32))
+    assert torch.equal(_add(10 * tokens, tokens, drawn[0, 0]), 11 * tokens)  # no rate, no drop
+    out = _add(10 * tokens, tokens, drawn[1, 0])[0, :, 0] - 10
     per_sequence = torch.cat([out[:6000].view(3000, 2)[:, 0], out[6000:].view(2000, 3)[:, 0]])
     assert torch.equal(
         out, torch.cat([per_sequence[:3000].repeat_interleave(2), per_sequence[3000:].repeat_interleave(3)])
@@ -206,7 +233,7 @@ def test_drop_path_follows_the_seed_and_pruning_changes_no_draw() -> None:
     assert not torch.equal(run(0)[0], run(1)[0])
     torch.manual_seed(0)
     x, packing, _ = vit._start(list(groups.values()), None)
-    for block, drops in zip(vit.blocks, vit._draw(packing, x.dtype), strict=True):
+    for block, drops in zip(vit.blocks, vit._draw(packing, None, x.dtype), strict=True):
         x = block(x, packing, drops=drops)  # the last block in full
     x = vit.norm(x)[0]
     want = x[packing.first].view(5, 4, -1)

@@ -199,7 +199,7 @@ def test_rope_in_bf16_turns_in_fp32() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         autocast = vit(groups, masks)
     half = vit.bfloat16()(groups, masks)
-    tables = vit._all_but_last_block(list(groups.values()))[2]
+    _, _, tables = vit._start(list(groups.values()), None)
     assert tables is not None
     assert tables.cos.dtype == tables.sin.dtype == torch.float32
     for exact, mixed, low in zip(want, autocast, half, strict=True):

@@ -146,10 +146,10 @@ def test_on_is_what_the_recipe_has() -> None:
 
 
 def test_what_a_device_cannot_run_is_left_out(ranks: Ranks) -> None:
-    """Of the real switches: a CPU has no graphs, no streams and no fp8; checkpointing it has, and that is measured."""
+    """Of the real switches: a CPU has no graphs, no streams and no fp8; what it has is measured."""
     config = nano_config(engine="torch")
     found = ablate(config, ranks, [random_batch(config, CPU, 0)], 0.1)
-    assert found.switches == ["engine.checkpointing"]
-    assert found.skipped.keys() == {switch.setting for switch in SWITCHES} - {"engine.checkpointing"}
+    assert found.switches == ["model.packed", "engine.checkpointing"]
+    assert found.skipped.keys() == {switch.setting for switch in SWITCHES} - {*found.switches}
     assert "they need a GPU" in found.skipped["engine.cuda_graphs"]
     assert all(isinstance(cost, Cost) for cost in found.costs.values())

@@ -28,6 +28,7 @@ from tests.engine.engine_cases import SyncCount
 from tests.training.test_trainer import tiny
 
 ENGINES = {"torch": ("torch", 1), **{f"deepspeed {stage}": ("deepspeed", stage) for stage in (0, 1, 2)}}
+CAPTURED = {"torch, captured": ("torch", 1), "deepspeed 0, captured": ("deepspeed", 0)}  # on a GPU
 NUM_STEPS, STOP_AT, LOG_EVERY = 10, 5, 4
 WARM_UP = 2  # steps in which kernels are compiled and what depends on shapes alone is copied to the device
 # Relative, of a loss. A GPU's attention sums its gradients in any order, which bf16 weights make visible.
@@ -41,9 +42,10 @@ def main(device: str, folder: Path) -> None:
     """Writes FOLDER/losses.json: {engine: {"straight", "stopped", "resumed": {step: loss}}}."""
     torch.set_num_threads(1)
     found: dict[str, dict[str, Losses]] = {}
-    for name, (engine, stage) in ENGINES.items():
+    for name, (engine, stage) in (ENGINES | (CAPTURED if device == "cuda" else {})).items():
         settings = {"engine__name": engine, "engine__zero_stage": stage, "engine__precision": "bf16"}
         settings |= {"engine__device": device, "optim__lr": 0.002, "run__log_every": LOG_EVERY}
+        settings |= {"engine__cuda_graphs": name in CAPTURED, "engine__teacher_stream": name in CAPTURED}
         straight, stopped = (tiny(folder / f"{name} {kind}", **settings) for kind in ("straight", "stopped"))
         found[name] = {"straight": run(straight), "stopped": run(stopped, STOP_AT), "resumed": run(stopped)}
     (folder / "losses.json").write_text(json.dumps(found))
@@ -56,7 +58,8 @@ def run(config: Config, stop_at: int | None = None) -> Losses:
 
     def train_step(trainer: Trainer, batches: list[Batch]) -> dict[str, Tensor]:
         step = trainer.step + 1
-        may_wait = len(losses) < WARM_UP or step % LOG_EVERY == 0 or step == NUM_STEPS
+        captured = trainer.config.engine.cuda_graphs  # a capture waits, once
+        may_wait = captured or len(losses) < WARM_UP or step % LOG_EVERY == 0 or step == NUM_STEPS
         with nullcontext() if may_wait else no_waits(trainer.ranks.device):
             figures = original(trainer, batches)
         losses[step] = figures["loss"]
@@ -109,6 +112,18 @@ def test_every_engine_trains_the_same_in_bf16(runs: tuple[str, dict[str, Any]]) 
     for name in ENGINES:
         assert losses[name]["straight"].keys() == expected.keys(), name
         assert largest_difference(losses[name]["straight"], expected) < ROUNDING[device], name
+
+
+def test_a_captured_step_is_an_eager_one(runs: tuple[str, dict[str, Any]]) -> None:
+    """With the teacher beside the student."""
+    device, losses = runs
+    assert losses.keys() >= (CAPTURED.keys() if device == "cuda" else set())
+    for name in losses.keys() & CAPTURED.keys():
+        assert largest_difference(losses[name]["straight"], losses["torch"]["straight"]) < ROUNDING[device], name
+        assert (
+            largest_difference(losses[name]["stopped"] | losses[name]["resumed"], losses[name]["straight"])
+            < (ROUNDING[device])
+        ), name
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -17,6 +17,7 @@ from fastdino.config import Config, UserError
 from fastdino.data import Batch
 from fastdino.distributed import Ranks
 from fastdino.engine import zero_stage
+from fastdino.model.packing import is_packed
 from fastdino.training.flops import peak_memory, reset_peak_memory
 from fastdino.training.throughput.timing import step_seconds, warm_up
 from fastdino.training.trainer import Trainer
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Switch:
-    """A setting that changes how a step is computed and not what."""
+    """A setting that changes how a step is computed and not what, but for rounding."""
 
     setting: str
     on: Any
@@ -48,8 +49,13 @@ def _attention(trainer: Trainer) -> str:
     return str(trainer.engine.student_network.backbone.implementation)  # type: ignore[union-attr]
 
 
+def _packed(trainer: Trainer) -> bool:
+    return is_packed(trainer.config.model.packed, trainer.ranks.device)
+
+
 SWITCHES = (  # one that another refuses comes after it
     Switch("model.attention", "auto", "sdpa", _attention),
+    Switch("model.packed", "auto", "off", lambda t: t.config.model.is_vit and t.config.views.num_local and _packed(t)),
     Switch("engine.compile", "auto", "off", lambda t: t.compiled),
     Switch("engine.zero_stage", "auto", 0, lambda t: t.engine.sharded and zero_stage(t.config, t.ranks)),
     Switch("engine.cuda_graphs", True, False, lambda t: t.config.engine.cuda_graphs),

@@ -130,11 +130,12 @@ class Bench:
         """
         with distributed.init(config.engine.device) as ranks:
             ranks.on_main(self._check_files)
+            config = settled(config)
             # A step that logs is another graph, which would be captured in the middle.
-            config = dataclasses.replace(settled(config), run=dataclasses.replace(config.run, log_every=NEVER))
-            found, views = self._measure(config, ranks)
+            quiet = dataclasses.replace(config, run=dataclasses.replace(config.run, log_every=NEVER))
+            found, views = self._measure(quiet, ranks)
             if self.ablate:
-                found = dataclasses.replace(found, ablation=ablate(config, ranks, views, self.seconds))
+                found = dataclasses.replace(found, ablation=ablate(quiet, ranks, views, self.seconds))
             if self.json and ranks.is_main:
                 self.json.write_text(json.dumps(_document(found, config), indent=1) + "\n")
             return found
