@@ -162,7 +162,8 @@ class Contest:
                 use(build(self.config, self.ranks, Path(folder), names))
         except torch.OutOfMemoryError as error:
             why = first_line(error)
-        gc.collect()  # an engine and its hooks hold each other; not earlier, because the error held the tensors
+        self.ranks.release()  # here, because the error held the tensors
+        gc.collect()  # an engine and its hooks hold each other
         if self.ranks.device.type == "cuda":
             torch.cuda.empty_cache()
         return why

@@ -139,14 +139,14 @@ def _first_losses(contender: Contender, batches: list[Batch]) -> list[float]:
 
 @contextmanager
 def _fallbacks() -> Iterator[list[str]]:
-    """What the product says of code that it could not compile, while active."""
+    """What the engine warns of while active: code that it cannot compile, a graph that it cannot capture."""
     said: list[str] = []
 
     class Heard(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             said.append(record.getMessage())
 
-    heard, logger = Heard(logging.WARNING), logging.getLogger("fastdino.engine.compile")
+    heard, logger = Heard(logging.WARNING), logging.getLogger("fastdino.engine")
     logger.addHandler(heard)
     try:
         yield said

@@ -1,5 +1,6 @@
 """A training step of fastdino beside its other engines and the public peer. On a CPU nothing is compiled."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,9 +23,17 @@ NAMES = [OURS, *(name for name in usual(DEVICE) if DEVICE.type == "cuda" or "com
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
+def group() -> Iterator[Ranks]:
     with distributed.init("cuda" if DEVICE.type == "cuda" else "cpu") as ranks:
         yield ranks
+
+
+@pytest.fixture
+def ranks(group: Ranks) -> Iterator[Ranks]:
+    """Without what the case before has left in memory."""
+    yield group
+    group.release()
+    gc.collect()
 
 
 @pytest.fixture(scope="module")
