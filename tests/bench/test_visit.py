@@ -25,6 +25,7 @@ from bench.visit import launch_configs, step_profile, visit
 from bench.visit.stages import SECONDS, SPARE, STAGES, Stage, longest, stretch
 from bench.visit.visit import Visit
 from fastdino import cli, distributed
+from fastdino.training.throughput.bench import Bench
 from tests.bench.conftest import Python
 
 MARKERS = {
@@ -54,6 +55,7 @@ def parsed(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if module == "fastdino":  # its parser is tyro's
         monkeypatch.setattr(argparse.ArgumentParser, "parse_args", original)
         monkeypatch.setattr(cli, "train", stop)
+        monkeypatch.setattr(Bench, "__call__", stop)
     runpy.run_module(module, run_name="__main__")
 
 
