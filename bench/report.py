@@ -8,14 +8,18 @@ import argparse
 import json
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench.kernels.attention import CHOICES
 from bench.kernels.case import OURS
 from bench.pictures.page import write_page, write_pngs
 from bench.record import H200, RESULTS, ROOT
 from fastdino.config import ConfigError
+from fastdino.model.attention import FASTEST
+from fastdino.model.packing import PACKED
 
 MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- bench:(\w+) -->")
@@ -187,6 +191,28 @@ def attention_table(results: Path) -> str:
     return _by_device(results, "attention", _attention_rows)
 
 
+def choices_table(results: Path) -> str:
+    """What the product takes on each GPU that was measured, beside what was fastest there."""
+    rows, whole = defaultdict[str, dict[str, str]](dict), "packed"
+    for name, ours in (("attention", CHOICES), ("step", {OURS: whole, "fastdino, a pass per size": "a pass per size"})):
+        for file in sorted(results.glob(f"{name}-*.json")):
+            document = json.loads(file.read_text())
+            variants = document["cases"][0]["variants" if name == "attention" else "contenders"]
+            times = {ours[way]: f["milliseconds"] for way, f in variants.items() if way in ours}
+            if len(times) > 1 and file.stem != f"{name}-cpu":
+                rows[document["provenance"]["device"]][name] = min(times, key=lambda way: times[way])
+    if not rows:
+        return NOT_MEASURED
+    header = ["GPU", "fastest attention", "auto", "fastest views", "auto"]
+    table = []
+    for gpu, fastest in rows.items():
+        attention = next((way for part, way in FASTEST.items() if part in gpu), "varlen")
+        packed = next((packed for part, packed in PACKED.items() if part in gpu), True)
+        found = [fastest.get(name, "not measured") for name in ("attention", "step")]
+        table.append([gpu, found[0], attention, found[1], whole if packed else "a pass per size"])
+    return _table(header, table)
+
+
 def data_table(results: Path) -> str:
     """Images per second of each stage, one process or several workers."""
     file = results / "data-cpu.json"
@@ -225,6 +251,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "small_trials": small_trials_table,
     "ceilings": ceilings_table,
     "attention": attention_table,
+    "choices": choices_table,
     "data": data_table,
 }
 

@@ -5,7 +5,6 @@ bench/results/attention-DEVICE.json. On a CPU a small form, SDPA alone.
 """
 
 import argparse
-import itertools
 import statistics
 import sys
 from collections.abc import Callable
@@ -28,6 +27,7 @@ HEADS, HEAD_DIM = 6, 64  # ViT-S
 # Sequences x tokens of each, of 64 images: 2 global views of 196 patches, CLS, 4 registers; 8 local ones of 36 and CLS.
 SHAPES = {"cuda": ["128x201+512x37", "128x201", "512x37"], "cpu": ["2x37+8x10"]}
 BACKENDS = {"SDPA flash": "FLASH_ATTENTION", "SDPA cuDNN": "CUDNN_ATTENTION", "SDPA efficient": "EFFICIENT_ATTENTION"}
+CHOICES = {f"fastdino, {choice}": choice for choice in ("varlen", "xformers", "sdpa")}  # of model.attention
 # Products of a (tokens, tokens) with a (tokens, d) matrix: 2 forward, 5 backward.
 PRODUCTS = 7
 
@@ -114,7 +114,7 @@ def _alternatives(groups: Lengths, device: torch.device) -> dict[str, Attend]:
         return ways
     for name, backend in BACKENDS.items():
         ways[name] = _per_group(groups, _on(getattr(SDPBackend, backend)))
-    return ways | {"fastdino, SDPA": _ours(groups, "sdpa"), "torch varlen": _varlen(groups, device)}
+    return ways | {name: _ours(groups, choice) for name, choice in CHOICES.items()}
 
 
 def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -147,20 +147,6 @@ def _on(backend: SDPBackend) -> Attend:
             return F.scaled_dot_product_attention(q, k, v)
 
     return dense
-
-
-def _varlen(groups: Lengths, device: torch.device) -> Attend:
-    """torch's attention over packed sequences of any length."""
-    ends = itertools.accumulate(tokens for n, tokens in groups for _ in range(n))
-    starts = torch.tensor([0, *ends], dtype=torch.int32, device=device)
-    longest = max(tokens for _, tokens in groups)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        return varlen_attn(q[0], k[0], v[0], starts, starts, longest, longest).unsqueeze(0)
-
-    return attend
 
 
 def _bind(attend: Attend) -> Callable[[Inputs], Bound]:

@@ -22,17 +22,20 @@ from fastdino.distributed import Ranks
 from fastdino.model import build_network
 from fastdino.training.trainer import Trainer
 
-ENGINES: dict[str, dict[str, Any]] = {  # settings of the engine
-    OURS: {"name": "deepspeed", "zero_stage": "auto"},
-    "fastdino, ZeRO 1": {"name": "deepspeed", "zero_stage": 1},
-    "fastdino, ZeRO 2": {"name": "deepspeed", "zero_stage": 2},
-    "fastdino, torch engine": {"name": "torch", "zero_stage": "auto"},
-    "fastdino, eager": {"name": "deepspeed", "zero_stage": "auto", "compile": "off"},
-    "fastdino, compiled": {"name": "deepspeed", "zero_stage": "auto", "compile": "on"},
+WAYS: dict[str, dict[str, dict[str, Any]]] = {  # settings of ours by group
+    OURS: {},
+    "fastdino, ZeRO 1": {"engine": {"zero_stage": 1}},
+    "fastdino, ZeRO 2": {"engine": {"zero_stage": 2}},
+    "fastdino, torch engine": {"engine": {"name": "torch"}},
+    "fastdino, eager": {"engine": {"compile": "off"}},
+    "fastdino, compiled": {"engine": {"compile": "on"}},
+    "fastdino, CUDA graphs": {"engine": {"zero_stage": 0, "cuda_graphs": True}},
+    "fastdino, a pass per size": {"model": {"packed": "off"}},
 }
-SAME_AS_OURS = {"cuda": "fastdino, compiled", "cpu": "fastdino, eager"}  # what engine.compile=auto comes to
+# What engine.compile=auto comes to, and what does not run.
+NOT_USUAL = {"cuda": {"fastdino, compiled"}, "cpu": {"fastdino, eager", "fastdino, CUDA graphs"}}
 PEERS = {"lightly + timm": False, "lightly + timm, torch.compile": True}  # compiled or not
-CONTENDERS = [*ENGINES, *PEERS][1:]
+CONTENDERS = [*WAYS, *PEERS][1:]
 CHECKED_STEPS = 3
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}  # of the loss, relative
 
@@ -55,8 +58,8 @@ class Contender:
 
 
 def usual(device: torch.device) -> list[str]:
-    """Those beside ours, without a second one of the same settings."""
-    return [name for name in CONTENDERS if name != SAME_AS_OURS[device.type]]
+    """Those beside ours that run on the device, without a second one of the same settings."""
+    return [name for name in CONTENDERS if name not in NOT_USUAL[device.type]]
 
 
 def build(config: Config, ranks: Ranks, folder: Path, names: Sequence[str]) -> dict[str, Contender]:
@@ -71,7 +74,8 @@ def _contender(name: str, config: Config, ranks: Ranks, folder: Path, weights: d
         with (kept := KeptBytes(ranks.device, watch=seen(name, ranks.device))):
             peer = Peer(config, weights, ranks.device, PEERS[name])
         return Contender(peer.train_step, [peer.student, peer.teacher], kept)
-    settings = replace(config, engine=replace(config.engine, **ENGINES[name]))
+    groups: dict[str, Any] = {group: replace(getattr(config, group), **of) for group, of in WAYS[name].items()}
+    settings = replace(config, **groups)
     with (kept := KeptBytes(ranks.device, watch=seen(name, ranks.device))):
         trainer = build_trainer(settings, ranks, folder)
         _load(trainer, weights)

@@ -213,6 +213,25 @@ def test_report_says_what_is_not_measured(tmp_path: Path) -> None:
     assert report.rewritten(full, tmp_path) == full, "writing twice changes nothing"
 
 
+def test_report_shows_what_a_gpu_takes_beside_what_was_fastest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert report.choices_table(tmp_path) == report.NOT_MEASURED
+    where = {"device": "NVIDIA H100 80GB HBM3"}
+
+    def times(**milliseconds: float) -> dict[str, Any]:
+        return {name.replace("_", ", "): {"milliseconds": x} for name, x in milliseconds.items()}
+
+    attention = times(fastdino=1.0, fastdino_varlen=1.0, fastdino_xformers=1.2, fastdino_sdpa=0.9, reference=0.1)
+    step = {"fastdino": {"milliseconds": 10.0}, "fastdino, a pass per size": {"milliseconds": 11.0}}
+    for name, found in (("attention", {"variants": attention}), ("step", {"contenders": step})):
+        record.write(tmp_path / f"{name}-h100.json", {"provenance": where, "cases": [found]})
+        record.write(tmp_path / f"{name}-cpu.json", {"provenance": {"device": "CPU"}, "cases": [found]})
+    line = "| NVIDIA H100 80GB HBM3 | sdpa | {} | packed | {} |"
+    assert report.choices_table(tmp_path).splitlines()[2:] == [line.format("varlen", "packed")]
+    monkeypatch.setattr(report, "FASTEST", {"H100": "sdpa"})
+    monkeypatch.setattr(report, "PACKED", {"H100": False})
+    assert report.choices_table(tmp_path).splitlines()[2:] == [line.format("sdpa", "a pass per size")]
+
+
 @pytest.mark.parametrize("text", ["<!-- bench:karnels -->\n<!-- /bench:karnels -->", "<!-- bench:step -->\n"])
 def test_report_refuses_a_marker_that_it_cannot_serve(text: str) -> None:
     with pytest.raises(ValueError, match="bench:"):
