@@ -120,6 +120,7 @@ class ViT(nn.Module):
 
     def regions(self) -> list[tuple[nn.Module, str]]:
         """The blocks, and what makes their input."""
+        assert self.implementation  # which is found by trying: now, rather than while a compiler traces
         start = [(self, "embed")] if self.pos_embed is not None else [(self, "embed"), (self, "turns")]
         return [*start, *((block, "forward") for block in self.blocks)]
 
