@@ -21,7 +21,8 @@ from bench.peers import dali
 from bench.peers import views as peers
 from bench.speed.turns import Seconds, Turns, label
 from bench.timing import Clock
-from fastdino.config import ViewsConfig
+from fastdino.config import ConfigError, ViewsConfig
+from fastdino.data.views import implementation
 
 SIZES = data.Sizes(images=8, per_round=4, batch=2)
 VIEWS = ViewsConfig()
@@ -47,6 +48,10 @@ class Files:
 
 @pytest.fixture(scope="module")
 def files() -> Iterator[Files]:
+    try:
+        implementation("fast")
+    except ConfigError as error:  # without a C compiler it is not built
+        pytest.skip(str(error))
     with tempfile.TemporaryDirectory() as folder:
         paths = data.make_files(Path(folder), SIZES)
         data.check(paths, VIEWS)
