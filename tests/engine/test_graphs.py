@@ -302,8 +302,22 @@ def test_a_step_can_be_captured(config: Config, engine: tuple[str, Any]) -> None
 
 
 @pytest.mark.parametrize("config", [V1, V2], ids=["v1", "v2"])
-def test_a_step_that_cannot_be_captured_is_taken_without(config: Config, caplog: pytest.LogCaptureFixture) -> None:
-    """A CPU captures nothing: two steps by the schedules' tensors, then those that warn and are as ever."""
+@pytest.mark.parametrize("halfway", [False, True])
+def test_a_step_that_cannot_be_captured_is_taken_without(
+    config: Config, halfway: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A CPU captures nothing: two steps by the schedules' tensors, then those that warn and are as ever.
+
+    Also when a capture has come halfway, and left a loss, gradients and a generator that has moved.
+    """
+
+    def capture(self: StepGraphs, now: Now, logs: bool) -> None:
+        loss, _ = trainer.method.loss(trainer._normalized(self._batches[0]), now)
+        trainer.engine.backward(loss)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    if halfway:
+        monkeypatch.setattr(StepGraphs, "_capture", capture)
     want, _, _ = trained(config, None, steps=5)
     with distributed.init("cpu") as ranks, caplog.at_level(logging.WARNING, "fastdino.engine"):
         trainer = Trainer(with_engine(config, compile="off"), ranks)
