@@ -41,7 +41,7 @@ def compiles(config: Config, device: torch.device) -> bool:
 def keep_compiled_in(folder: Path) -> None:
     """Makes Inductor and Triton keep what they compile in ``folder``, unless the environment names another.
 
-    Raises ConfigError when it cannot be made.
+    Where it cannot be made, a warning says so, and they keep it where they would: no run ends for it.
     """
     for variable, name in {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}.items():
         named = os.environ.get(variable, "")
@@ -50,9 +50,11 @@ def keep_compiled_in(folder: Path) -> None:
         try:
             (folder / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(
-                f"run.cache={folder} cannot be made ({error.strerror}): name a folder that can be written"
-            ) from error
+            log.warning(
+                "run.cache=%s cannot be made (%s), so the next run may have to compile again: name a folder that can "
+                "be written", folder, error.strerror,
+            )  # fmt: skip
+            return
         os.environ[variable] = str(folder / name)
 
 
