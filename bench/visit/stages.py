@@ -7,7 +7,7 @@ from dataclasses import dataclass
 PYTEST = "python -m pytest -q -p no:cacheprovider --timeout=180 --tb=short -rfE"
 TRAIN = (
     "python -m fastdino train vit_small_16 --run.dir {work}/run --data.root shapes --data.num-images 1024 "
-    "--data.num-workers 4 --run.local-batch 32 --run.epochs 1 --run.knn-every 1 --optim.warmup-epochs 0"
+    "--data.num-workers 4 --run.local-batch 64 --run.epochs 1 --run.knn-every 1 --optim.warmup-epochs 0"
 )
 ABLATION = (
     "python -m fastdino bench vit_small_16 --data.root shapes --data.num-images 4096 --ablate --seconds 2 "
@@ -54,9 +54,9 @@ STAGES = (
     Stage("tests-gpu", f"{PYTEST} -n 2 --dist loadfile -m 'gpu and not large' tests", 200, "gpu tests", TESTED),
     Stage("memcheck", SANITIZER.format(tool="memcheck"), 100, "sanitizers", "SUMMARY|Invalid|Error"),
     Stage("racecheck", SANITIZER.format(tool="racecheck"), 100, "sanitizers", "SUMMARY|hazard|Error"),
-    Stage("train", TRAIN, 90, "training", "ZeRO|took|loss|k-NN|done"),
+    Stage("train", TRAIN, 100, "training", "ZeRO|took|loss|k-NN|done"),
     # Fewest rounds, no file: they fill the compilers' caches while nothing can be timed.
-    Stage("warm-step", "python -m bench.step --arch vit_small --rounds 2", 110, "training"),
+    Stage("warm-step", "python -m bench.step --arch vit_small --rounds 2", 100, "training"),
     Stage("machine", "python -m torch.utils.collect_env", 40, "compilers", MACHINE),
     Stage("warm-kernels", "python -m bench.kernels --rounds 2 --seconds {seconds}", 160, "compilers", "no figure|left"),
     # Alone on the machine.
