@@ -15,7 +15,7 @@ from bench.compare import verdict
 from bench.counters import KeptBytes
 from bench.kernels.case import OURS
 from bench.peers import contenders
-from bench.peers.contenders import CHECKED_STEPS, CONTENDERS, Contender
+from bench.peers.contenders import CHECKED_STEPS, Contender, usual
 from bench.record import RESULTS
 from bench.step import NUM_BATCHES, Contest
 from bench.timing import Ratio
@@ -41,7 +41,7 @@ def test_peer_trains_like_ours_and_flops_are_counted(
     ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = step_config("vit_nano", CPU)
-    made = contenders.build(config, ranks, tmp_path, [OURS, *(name for name in CONTENDERS if "compile" not in name)])
+    made = contenders.build(config, ranks, tmp_path, [OURS, *(name for name in usual(CPU) if "compile" not in name)])
     batches = [random_batch(config, CPU, seed) for seed in range(NUM_BATCHES)]
     losses = contenders.check(made, batches, config.engine.precision)
     assert len(set(losses[OURS])) == CHECKED_STEPS, "the steps differ, so equal losses mean equal updates"
