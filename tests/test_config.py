@@ -112,6 +112,10 @@ def test_defaults_are_those_of_dino_v1(option):
         ),
         (lambda: EngineConfig(accumulate=0), "engine.accumulate=0"),
         (lambda: EngineConfig(fp8=True, precision="fp32"), "engine.precision='fp32' must be auto or bf16 with .*fp8"),
+        (
+            lambda: Config(model=ModelConfig(attention="varlen"), engine=EngineConfig(device="cpu")),
+            "model.attention='varlen' needs a GPU, and engine.device='cpu'",
+        ),
         (lambda: EngineConfig(fp8=True, device="cpu"), "engine.device='cpu' must be auto or cuda with engine.fp8=True"),
         (
             lambda: Config(model=ModelConfig(arch="timm:vit_large_patch16_224"), engine=EngineConfig(fp8=True)),

@@ -27,7 +27,7 @@ from fastdino.config import Config
 from fastdino.distributed import Ranks
 
 CPU = torch.device("cpu")
-WARMUP_STEPS = 2
+WARMUP_STEPS = 2  # the first one makes buffers and caches that later ones keep
 LAUNCH = re.compile(
     r"^ +(?:\w+ = )?(cpp_fused\w+?|extern_kernels\.\w+|torch\.ops\.(?!fastdino)[\w.]+?)(?:_\d+)?\(", re.M
 )

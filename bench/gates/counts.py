@@ -17,21 +17,18 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from bench.counters import HostReads, OpCounts, kernels_counted, saved_bytes
 from bench.gates.changes import as_markdown, in_lines
-from bench.gates.compiled import count_compiled
+from bench.gates.compiled import CPU, WARMUP_STEPS, count_compiled
 from bench.record import RESULTS, provenance, write
 from bench.workload import build_trainer, nano_config, nano_dinov2, random_batch
 from fastdino.config import Config
 from fastdino.distributed import Ranks
 
 COUNTS = RESULTS / "counts.json"
-CPU = torch.device("cpu")
-WARMUP_STEPS = 2  # the first one makes buffers and caches that later ones keep
 COMPILED = "gpu, DINOv2, compiled"  # counted otherwise: see bench.gates.compiled
 CASES = {
     "cpu, ZeRO 1": nano_config(),

@@ -47,14 +47,6 @@ class Config:
         self._check_engine()
         self._check_lengths()
         self._check_rates()
-        if self.engine.fp8:
-            reason = "only our ViTs have layers for it"
-            require(self.model.is_vit, "engine.fp8", True, f"False with model.arch={self.model.arch}", reason)
-        if self.model.attention == "xformers" and self.engine.device == "cpu":
-            raise ConfigError(
-                "model.attention='xformers' needs a GPU, and engine.device='cpu': xformers has no CPU path; "
-                "use model.attention=auto or sdpa"
-            )
 
     def _check_views(self) -> None:
         """Our own ViT takes sides of whole patches."""
@@ -106,6 +98,14 @@ class Config:
     def _check_engine(self) -> None:
         """What runs the step can run this network."""
         engine, model = self.engine, self.model
+        if engine.fp8:
+            reason = "only our ViTs have layers for it"
+            require(model.is_vit, "engine.fp8", True, f"False with model.arch={model.arch}", reason)
+        if model.attention in ("xformers", "varlen") and engine.device == "cpu":
+            raise ConfigError(
+                f"model.attention='{model.attention}' needs a GPU, and engine.device='cpu': {model.attention} has no "
+                "CPU path; use model.attention=auto or sdpa"
+            )
         if engine.compile == "on" and model.attention == "xformers":
             raise ConfigError(
                 "engine.compile=on: torch.compile cannot take model.attention=xformers in: use model.attention=auto"

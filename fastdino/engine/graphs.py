@@ -25,17 +25,10 @@ GRAPHS = 64  # of one region's code: every mixture of shapes, gradient and readi
 
 
 def compiles(config: Config, device: torch.device) -> bool:
-    """What ``engine.compile`` comes to on a device. What auto cannot compile is left alone; on is tried.
-
-    Where anything will be compiled, be it our own kernels, ``run.cache`` is made ready for it.
-    """
-    if device.type == "cuda" or config.engine.compile == "on":
-        keep_compiled_in(config.run.cache)
-    match config.engine.compile:
-        case "auto":
-            return device.type == "cuda" and config.model.attention != "xformers"
-        case choice:
-            return choice == "on"
+    """What ``engine.compile`` comes to on a device. What auto cannot compile is left alone; on is tried."""
+    if config.engine.compile == "auto":
+        return device.type == "cuda" and config.model.attention != "xformers"
+    return config.engine.compile == "on"
 
 
 def keep_compiled_in(folder: Path) -> None:
@@ -91,8 +84,7 @@ class _Compiler:
                 self.failed = True
                 log.warning(
                     "engine.compile: %s cannot be compiled, so every step runs eagerly: slower, and with more memory "
-                    "for activations. engine.compile=off says nothing. %s: %s",
-                    eager.__qualname__, type(error).__name__, str(error).strip().splitlines()[0],
+                    "for activations. engine.compile=off says nothing. %s", eager.__qualname__, _first_line(error),
                 )  # fmt: skip
                 return result
 
@@ -191,7 +183,7 @@ class StepGraphs:
                 self._abandon()
                 log.warning(
                     "engine.cuda_graphs: a step cannot be captured, so each is launched kernel by kernel, as without. "
-                    "%s: %s", type(error).__name__, str(error).strip().splitlines()[0],
+                    "%s", _first_line(error),
                 )  # fmt: skip
                 return self._step(batches, now, logs)
         graph, figures = self._graphs[kind]
@@ -215,3 +207,8 @@ class StepGraphs:
         # Workers' threads may call CUDA meanwhile: only this thread's calls count.
         with torch.cuda.graph(graph, pool=pool, stream=self._beside.stream, capture_error_mode="thread_local"):
             return graph, self._step(self._batches, now, logs)
+
+
+def _first_line(error: Exception) -> str:
+    """The error's type and what it says first, if anything."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]

@@ -30,8 +30,12 @@ class TorchEngine(Engine):
             point_into(flat, list(group.params.values()))
         self._micro_batch = 0
         self._grads = [torch.zeros_like(master) for master in masters]  # fp32 sums over micro batches
-        # Where it takes a conversion to add them, later micro batches are made flat first.
-        self._later = self._grads if self.dtype == torch.float32 else [torch.zeros_like(flat) for flat in weights]
+        params = [list(group.params.values()) for group in self.groups]
+        self._sums = [(of, grad, views_of(grad, of)) for of, grad in zip(params, self._grads, strict=True)]
+        self._later: list[tuple[Tensor, list[Tensor]]] = []  # in bf16, where later micro batches are made flat first
+        if self.dtype != torch.float32 and self.accumulate > 1:
+            flats = [torch.zeros_like(flat) for flat in weights]
+            self._later = [(flat, views_of(flat, of)) for flat, of in zip(flats, params, strict=True)]
         self._adopt(masters, [None if f is m else f for f, m in zip(weights, masters, strict=True)], parts=1, part=0)
         self.after_load()
 
@@ -52,8 +56,8 @@ class TorchEngine(Engine):
 
     def abandon(self) -> None:
         self._micro_batch = 0
-        for group in self.groups:
-            for param in group.params.values():
+        for params, *_ in self._sums:
+            for param in params:
                 param.grad = None
 
     def _wrap(self, config: Config, student: nn.Module) -> nn.Module:
@@ -75,18 +79,18 @@ class TorchEngine(Engine):
         A parameter begins each pass without a gradient: autograd then hands over a tensor of its own, where it would
         add to one that is there parameter by parameter.
         """
-        for group, total, later in zip(self.groups, self._grads, self._later, strict=True):
-            params = list(group.params.values())
+        for i, (params, total, views) in enumerate(self._sums):
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
             for param in params:
                 param.grad = None
             if self._micro_batch == 0:
-                torch._foreach_copy_(views_of(total, params), grads)
-            elif later is total:
-                torch._foreach_add_(views_of(total, params), grads)
+                torch._foreach_copy_(views, grads)
+            elif not self._later:
+                torch._foreach_add_(views, grads)
             else:
-                torch._foreach_copy_(views_of(later, params), grads)
-                total.add_(later)
+                flat, parts = self._later[i]
+                torch._foreach_copy_(parts, grads)
+                total.add_(flat)
         self._micro_batch += 1
 
     def _publish_student(self) -> None:

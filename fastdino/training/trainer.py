@@ -18,8 +18,7 @@ from fastdino import distributed
 from fastdino.config import Config, ConfigError, UserError
 from fastdino.data import Batch, normalize, open_source, train_batches
 from fastdino.distributed import Ranks
-from fastdino.engine import build_engine, zero_stage
-from fastdino.engine.graphs import SideStream, StepGraphs, check_cuda_graphs, compile_regions, compiles
+from fastdino.engine import build_engine, graphs, zero_stage
 from fastdino.engine.schedules import Now, Schedules
 from fastdino.eval import OnlineKnn
 from fastdino.method.dino import Dino
@@ -93,7 +92,7 @@ class Trainer:
 
     def __init__(self, config: Config, ranks: Ranks, folder: RunFolder | None = None) -> None:
         self.config, self.ranks, self.folder = config, ranks, folder
-        check_cuda_graphs(config, ranks)
+        graphs.check_cuda_graphs(config, ranks)
         self.source = open_source(config.data.root, config.data)
         self.online_knn: OnlineKnn | None = None  # on rank 0, where one was asked for
         if folder:
@@ -105,15 +104,18 @@ class Trainer:
         teacher = build_network(config, teacher=True, load=False)  # the engine gives it the student's values
         self.shapes = {name: list(p.shape) for name, p in student.named_parameters()}
         self.engine = build_engine(config, student, teacher, ranks)
-        self.compiled = compiles(config, ranks.device)
+        self.compiled = graphs.compiles(config, ranks.device)
+        self.waits_for_compilers = self.compiled or ranks.device.type == "cuda"  # our own kernels are compiled too
+        if self.waits_for_compilers:
+            graphs.keep_compiled_in(config.run.cache)
         if self.compiled:
-            compile_regions([*student.regions(), *teacher.regions()])
-        beside = SideStream(ranks.device) if config.engine.teacher_stream else None
+            graphs.compile_regions([*student.regions(), *teacher.regions()])
+        beside = graphs.SideStream(ranks.device) if config.engine.teacher_stream else None
         targets = build_targets(config, ranks)
         self.method = Dino(self.engine.student, self.engine.teacher, config.loss, *targets, beside)
         self._take: Callable[[list[Batch], Now, bool], dict[str, Tensor]] = self._update
         if config.engine.cuda_graphs:
-            self._take = StepGraphs(self._update, self._abandon, ranks.device)
+            self._take = graphs.StepGraphs(self._update, self._abandon, ranks.device)
         self.global_batch = config.run.local_batch * ranks.world_size * config.engine.accumulate
         self.step = self._restore(*newest) if newest else 0
         self.batches = train_batches(
@@ -188,9 +190,9 @@ class Trainer:
         metrics = None
         if self.ranks.is_main:
             self._introduce()
-            compiles = self.ranks.device.type == "cuda"
             place, meter = self.folder.path, Meter.of(self.config, self.ranks)
-            metrics = Metrics(place, self.step, self.total_steps, self.global_batch, compiles, meter)
+            steps = self.step, self.total_steps
+            metrics = Metrics(place, *steps, self.global_batch, self.waits_for_compilers, meter)
         head = self.config.head
         health = Health(head.num_prototypes, (self.config.patch_head or head).num_prototypes)
         loss, knn = self.ranks.gather(metrics and (metrics.last.get("loss", float("nan")), metrics.last.get("knn")))[0]

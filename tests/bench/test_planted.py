@@ -5,7 +5,7 @@ A plant changes what the product does, never what the gate sees; the gate that r
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -209,14 +209,6 @@ def test_the_counts_of_the_compiled_step_name(plant: str, words: list[str], pyth
         assert word in done.stdout
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def busy(_: object) -> None:
     until = time.process_time() + 0.1
     while time.process_time() < until:
@@ -228,9 +220,7 @@ def busy(_: object) -> None:
     [(lambda loss: time.sleep(0.001), "sleeps or waits"), (busy, "times the peer's processor time")],
     ids=["a sleep", "busy work"],
 )
-def test_the_ratio_names(
-    extra: Callable[[Any], Any], message: str, one_thread: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_ratio_names(extra: Callable[[Any], Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = json.loads(ratio.RATIO.read_text())["ratio"]
     monkeypatch.setattr(ratio, "ROUNDS", 5)
     monkeypatch.setattr(Trainer, "train_step", after(Trainer.train_step, extra))

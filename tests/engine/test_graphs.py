@@ -124,7 +124,7 @@ def test_equal_blocks_are_one_graph_and_no_step_compiles_again(config: Config, m
 
 def test_an_evaluation_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its images have shapes of their own, and the last of them another."""
-    monkeypatch.setattr("fastdino.training.trainer.compile_regions", lambda regions: compile_regions(regions, "eager"))
+    monkeypatch.setattr("fastdino.engine.graphs.compile_regions", lambda regions: compile_regions(regions, "eager"))
     for split, name in itertools.product(("train", "val"), ("cat", "dog")):
         images(tmp_path / "knn" / split / name, 5)
     run = RunConfig(
@@ -193,6 +193,19 @@ def test_an_error_of_the_network_is_no_failure_to_compile(caplog: pytest.LogCapt
     assert linear(torch.zeros(1, 3)).shape == (1, 2)
     assert not [record for record in caplog.records if record.name.startswith("fastdino")]
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_an_error_that_says_nothing_is_survived(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError
+
+    linear = torch.nn.Linear(3, 2)
+    monkeypatch.setattr(torch, "compile", lambda eager, **_: fails)
+    compile_regions([(linear, "forward")])
+    assert linear(torch.zeros(1, 3)).shape == (1, 2)
+    assert "engine.compile=off says nothing. AssertionError:" in caplog.text
 
 
 def test_memory_that_is_short_is_not_taken_for_a_failure_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,17 @@ Lengths = tuple[tuple[int, int], ...]
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
+def captured(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """A CUDA graph of :func:`run`, and the results that its replays write."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run(function, args)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        return graph, run(function, args)
+
+
 def run(function: Callable[..., Any], args: tuple[Any, ...]) -> list[Tensor]:
     """The results, and the gradients for the arguments that take one."""
     results = function(*args)

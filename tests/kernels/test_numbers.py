@@ -13,7 +13,7 @@ from fastdino_kernels import AdamWHyper, _backend, dino_loss, ibot_loss, linear_
 from fastdino_kernels._backend import LOG2_E
 from fastdino_kernels._numbers import log2_scale
 from fastdino_kernels.optim.adamw_ema import adamw_ema_, adamw_ema_reference_
-from tests.kernels.calls import DEVICE, ON_DEVICE, Number, make_calls, run
+from tests.kernels.calls import DEVICE, ON_DEVICE, Number, captured, make_calls, run
 
 CASES = [name.removesuffix(ON_DEVICE) for name in make_calls("cpu") if name.endswith(ON_DEVICE)]
 cases = pytest.mark.parametrize("case", CASES)
@@ -160,13 +160,7 @@ def test_a_replay_reads_the_new_value(case: str) -> None:
     if "segments" in case or "rates" in case:
         pytest.skip("copies a table to the device, which nothing can capture")
     call, args = make_calls()[case + ON_DEVICE]
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        run(call, args)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        got = run(call, args)
+    graph, got = captured(call, args)
     for x in filter(is_number, args):
         x.fill_(NEW)
     graph.replay()

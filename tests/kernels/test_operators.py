@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 
 from fastdino_kernels import _backend
 from tests.kernels import calls
-from tests.kernels.calls import make_calls, run
+from tests.kernels.calls import captured, make_calls, run
 
 NAMES = [*make_calls("cpu"), "dino_loss in fp64, in place"]
 cases = pytest.mark.parametrize("case", NAMES)
@@ -69,13 +69,7 @@ def test_compiles_whole(case: str, interpreted: bool, monkeypatch: pytest.Monkey
 def test_runs_in_a_cuda_graph(case: str) -> None:
     call, args = call_of(case)
     expected = run(call, args)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        run(call, args)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        got = run(call, args)
+    graph, got = captured(call, args)
     tree_map(lambda x: x.zero_(), got)
     graph.replay()
     torch.testing.assert_close(got, expected, rtol=0, atol=0)

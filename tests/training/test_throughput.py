@@ -7,23 +7,11 @@ figure changed and how to record a change that is meant. tests/bench/test_plante
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
-
-import pytest
-import torch
 
 from bench.gates import ratio
 from bench.record import ROOT
 from fastdino import distributed
 from tests.children import environment
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_counts_are_as_recorded() -> None:
@@ -35,7 +23,7 @@ def test_counts_are_as_recorded() -> None:
     assert done.returncode == 0, f"\n{done.stdout}\n{done.stderr[-2000:]}"
 
 
-def test_a_step_keeps_pace_with_the_peer(one_thread: None) -> None:
+def test_a_step_keeps_pace_with_the_peer() -> None:
     recorded = json.loads(ratio.RATIO.read_text())["ratio"]
     with distributed.init("cpu") as ranks:
         found, wrong = ratio.judge(ranks, recorded)
