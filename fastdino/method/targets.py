@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdino.config import Config, ConfigError, HeadConfig
+from fastdino.data.masks import num_hidden
 from fastdino.distributed import Ranks
 from fastdino_kernels import sinkhorn
 
@@ -132,15 +133,15 @@ def build_targets(config: Config, ranks: Ranks) -> tuple[Target, Target | None]:
     target = build("targets", config.head, num_views)
     if not loss.patch_weight:
         return target, None
-    num_patches = num_views * (views.global_size // config.model.patch_size) ** 2
-    num_hidden = round(num_patches * views.mask_share * sum(views.mask_ratio) / 2)
+    side = views.global_size // config.model.patch_size
+    num_patches = num_hidden(config.run.local_batch, views, (side, side)) * ranks.world_size
     setting = "patch_targets" if loss.patch_targets else "targets"
-    return target, build(setting, config.patch_head or config.head, num_hidden)
+    return target, build(setting, config.patch_head or config.head, num_patches)
 
 
 def _check_samples(setting: str, num_samples: int, ranks: Ranks) -> None:
     """A target is one sample's share of all prototypes' use, so among n samples it can tell at most ln n nats."""
-    said = f"loss.{setting}=sinkhorn balances about {num_samples} samples of a micro batch over all ranks"
+    said = f"loss.{setting}=sinkhorn balances {num_samples} samples of a micro batch over all ranks"
     remedy = f"raise run.local_batch or take more ranks, or use loss.{setting}=center"
     if num_samples < 8:
         raise ConfigError(f"{said}, too few to tell anything apart: {remedy}")
