@@ -18,10 +18,11 @@ from bench.workload import nano_config, random_batch
 from fastdino import distributed
 from fastdino.config import ConfigError
 from fastdino.data import Batch
+from fastdino.distributed import Ranks
 from fastdino.training.throughput import ablation
 from fastdino.training.throughput.bench import Bench
 from fastdino.training.throughput.parts import PARTS, TRACED_STEPS, breakdown, trace
-from fastdino.training.throughput.timing import step_seconds
+from fastdino.training.throughput.timing import step_seconds, warm_up
 from fastdino.training.trainer import Trainer
 from tests.children import environment
 
@@ -150,6 +151,7 @@ def test_two_ranks_by_every_engine(two_ranks: Path, engine: str) -> None:
         found["training"] / 2 * found["image_flops"] / found["matmul_flops"]
     ), "of one device's share"
     assert 0 <= found["data_wait"] < 1
+    assert found["first_step"] > 0
     assert found["config"]["engine"]["name"] in engine.replace("ZeRO", "deepspeed")
 
 
@@ -165,12 +167,19 @@ def test_a_table_tells_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     lines = found.table().splitlines()
     assert lines[0] == "vit_nano on 1 x CPU, float32, torch engine; 4 images a step"
     assert any(line.startswith("MFU: ") and "what matrix products reach here" in line for line in lines)
+    assert "first step                  61.3 s\n" in dataclasses.replace(found, first_step=61.3).table()
     assert "it needs --data.num-workers" in dataclasses.replace(found, pipeline=found.step / 3).table()
     assert "keeps up with" in dataclasses.replace(found, pipeline=found.step * 3).table()
     known = dataclasses.replace(found, published_flops=4 * found.matmul_flops)
     assert "the published peak" in known.table()
     assert "matrix products reach 25.0% of that peak here" in known.table()
     assert json.loads((tmp_path / "trace").read_text())["traceEvents"]
+
+
+def test_a_warm_up_tells_the_seconds_of_the_first_step() -> None:
+    seconds = iter([0.2, 0.0, 0.0, 0.0])
+    assert 0.2 <= warm_up(lambda: time.sleep(next(seconds)), Ranks(0, 1, 0, torch.device("cpu")), 60.0) < 0.4
+    assert not list(seconds), "the steps after it are taken too"
 
 
 @pytest.mark.parametrize("flag", ["json", "profile"])

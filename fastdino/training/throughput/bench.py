@@ -50,6 +50,8 @@ class Throughput:
     """Workers per rank that the pipeline had; 0 worked in the training process."""
     data_wait: float
     """Share of the training's time in which a step waited for images."""
+    first_step: float
+    """Seconds of the first step, in which the network is compiled unless ``run.cache`` holds it."""
     peak_memory: int
     """Bytes, of the rank that needs most: of tensors on a GPU, of the process on a CPU."""
     image_flops: float
@@ -82,6 +84,7 @@ class Throughput:
         lines += [
             f"{'pipeline alone':20}{self.pipeline:12.1f}{self.pipeline / self.world_size:12.1f}   {workers}",
             f"{'waiting for images':20}{self.data_wait:12.1%}   of training",
+            f"{'first step':20}{self.first_step:12.1f} s",
             f"{'peak memory':20}{self.peak_memory / 1e9:12.2f} GB per device",
             f"MFU: the share of {best / 1e12:,.3g} TFLOP/s, {what}; an image takes {self.image_flops / 1e9:,.3g} GFLOP",
         ]
@@ -156,7 +159,7 @@ class Bench:
             trainer.train_step(fetch())
 
         self._say("the first steps", ranks)
-        warm_up(step, ranks, self.seconds)
+        first = max(ranks.gather(warm_up(step, ranks, self.seconds)))
         self._say("training", ranks)
         waited, started = 0.0, time.perf_counter()
         training = step_seconds(step, ranks, self.seconds)
@@ -184,6 +187,7 @@ class Bench:
             pipeline=images / pipeline,
             num_workers=affordable(config.data.num_workers),
             data_wait=data_wait,
+            first_step=first,
             peak_memory=memory,
             image_flops=step_flops(config) / (images / ranks.world_size),
             published_flops=published_peak(config, device),

@@ -25,10 +25,14 @@ def wall_seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def warm_up(step: Callable[[], object], ranks: Ranks, seconds: float) -> None:
-    """Takes the steps that are not like those after them; after the first one no longer than so many seconds."""
-    step()
+def warm_up(step: Callable[[], object], ranks: Ranks, seconds: float) -> float:
+    """Takes the steps that are not like those after them; after the first one no longer than so many seconds.
+
+    Returns the seconds of the first one, in which the network is compiled.
+    """
+    first = wall_seconds(step, ranks.device)
     _repeat(step, ranks, seconds, WARM_UP - 1)
+    return first
 
 
 def step_seconds(step: Callable[[], object], ranks: Ranks, seconds: float) -> float:
