@@ -14,7 +14,7 @@ from bench.peers.contenders import CHECKED_STEPS, usual
 from tests.bench.conftest import run_python
 
 # Runs pytest once for each list of arguments that it is given, with small inputs of koleo_loss. With "slow" for the
-# first, ours does its work eight times.
+# first, ours does its work 40 times: far beyond what other work on the machine does to a median.
 SCRIPT = """
 import json, sys
 from dataclasses import replace
@@ -29,7 +29,7 @@ def ours(*inputs):
 
 measure.BENCHES["koleo_loss"] = replace(bench, ours=ours, shapes={"cpu": ["2,10,32"]})
 for first, *rest in json.loads(sys.argv[1]):
-    times = 8 if first == "slow" else 1
+    times = 40 if first == "slow" else 1
     seen.clear()
     code = int(pytest.main(["bench", "-p", "no:cacheprovider", *rest]))
     print("of 25 inputs", len(set(seen[-25:])), "differ")
@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(folder: Path) -> dict[str, Output]:
     """Runs of one process, one after another, by what each is for."""
     store = f"--benchmark-storage=file://{folder}/saved"
-    compare = [store, *KOLEO, "--benchmark-compare", "--benchmark-compare-fail=median:60%"]
+    compare = [store, *KOLEO, "--benchmark-compare", "--benchmark-compare-fail=median:300%"]
     few = "koleo_loss or vit_nano-fastdino] or for_the_device-fastdino]"
     arguments = {
         "list": ["", "--collect-only"],

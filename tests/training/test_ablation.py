@@ -1,9 +1,9 @@
 """What each switch gives: every variant is measured with exactly the switches that it names, and then freed."""
 
 import dataclasses
-import time
 import weakref
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from fastdino import distributed
 from fastdino.config import Config
 from fastdino.data import Batch
 from fastdino.distributed import Ranks
-from fastdino.training.throughput import ablation
+from fastdino.training.throughput import ablation, timing
 from fastdino.training.throughput.ablation import SWITCHES, Ablation, Cost, On, Switch, ablate
 from fastdino.training.trainer import Trainer
 
@@ -38,13 +38,16 @@ def ranks() -> Iterator[Ranks]:
 
 @pytest.fixture
 def paces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step of 10 ms, and 20 or 40 more for a switch that is off."""
+    """A step of 10 ms, and 20 or 40 more for a switch that is off, on a clock that nothing else moves."""
+    now = 0.0
 
     def train_step(trainer: Trainer, batches: list[Batch]) -> None:
         made.extend(map(weakref.ref, (trainer.engine.teacher, trainer.engine.student)))
+        nonlocal now
         run = trainer.config.run
-        time.sleep(0.01 + 0.02 * (run.log_every == 8) + 0.04 * (run.keep_every == 8))
+        now += 0.01 + 0.02 * (run.log_every == 8) + 0.04 * (run.keep_every == 8)
 
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now))
     monkeypatch.setattr(Trainer, "train_step", train_step)
     monkeypatch.setattr(ablation, "SWITCHES", STAND_INS)
 
@@ -64,7 +67,7 @@ def test_each_switch_alone_and_last(ranks: Ranks) -> None:
     for on, seconds in wanted.items():
         cost = found.costs[on]
         assert isinstance(cost, Cost)
-        assert seconds <= cost.seconds < seconds + 0.01
+        assert cost.seconds == pytest.approx(seconds)
     assert found.skipped.keys() == {"run.keep", "model.attention"}
     assert found.skipped["run.keep"] == "it changes nothing for this recipe on this device"
     assert "needs a GPU" in found.skipped["model.attention"], "a switch that is refused is no end"
