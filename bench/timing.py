@@ -101,6 +101,9 @@ class Clock:
         return Moment() - start
 
 
+WARM_UP = 3  # rounds before those that count
+
+
 @dataclass(frozen=True)
 class Work:
     """What one variant runs in round ``index``; ``after`` it, untimed, whatever makes its inputs fit for use again."""
@@ -113,7 +116,7 @@ def interleave(
     works: dict[str, Work],
     rounds: int,
     clock: Clock,
-    warmup: int = 3,
+    warmup: int = WARM_UP,
     hide_launches: bool = True,
     after_round: Callable[[dict[str, list[float]]], object] = lambda seconds: None,
 ) -> tuple[dict[str, list[float]], dict[str, float]]:

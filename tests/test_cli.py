@@ -62,7 +62,7 @@ def run(tmp_path_factory) -> Path:
         (["train", "vit_small_16", "--loss.patch-weight", 1, "--patch-head.num-layers", 0], "patch_head.num_layers=0"),
         (["train", "vit_small_16", "--loss.patch-weight", "1", "--model.arch", "timm:resnet18"], "=1 hides patches"),
         (["train", "vit_small_16", *TINY, "--loss.koleo-weight", "0.1", "--run.local-batch", 1], "use at least 2"),
-        (["train", "vit_small_16", *TINY, "--loss.targets", "sinkhorn", "--run.local-batch", 2], "about 4 samples"),
+        (["train", "vit_small_16", *TINY, "--loss.targets", "sinkhorn", "--run.local-batch", 2], "balances 4 samples"),
         (["train", "vit_small_16", "--views.num-local", "many"], "--views.num-local"),
         (["train", "small", "--views.global-size", "many"], "--views.global-size"),
         (["train", "small", "--views.global-size=63"], "views.global_size=63 must be a multiple of 4, at least 8"),
@@ -88,10 +88,26 @@ def run(tmp_path_factory) -> Path:
     ],
     ids=lambda value: " ".join(map(str, value[:4]))[-40:] if isinstance(value, list) else "",
 )  # fmt: skip
-def test_a_mistake_is_one_message_and_exit_code_2(arguments, says, tmp_path):
+def test_a_mistake_is_one_message_and_exit_code_2(arguments, says, tmp_path, monkeypatch, capfd):
+    """In this process, which has imported everything; how a process ends is the next test's."""
+    monkeypatch.setenv("COLUMNS", "80")
     extra = ["--run.dir", tmp_path / "run"] if arguments[0] == "train" and len(arguments) > 2 else []
-    assert says in fastdino(*arguments, *extra, code=2).stderr
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*map(str, [*arguments, *extra])])
+    assert ended.value.code == 2
+    assert says in capfd.readouterr().err
     assert not any(tmp_path.iterdir()), "a run folder with this config would refuse the corrected one"
+
+
+def test_a_process_ends_with_one_message(tmp_path):
+    """When what was asked for cannot be, while ranks and images stand ready."""
+    few = ("train", "vit_small_16", *TINY, "--run.local-batch", 64, "--run.dir", tmp_path / "run")
+    for command in (("bench", "demo", "--seconds", 0), ("eval", "knn", "/no/such/run"), few):
+        done = fastdino(*command, code=2)
+        assert done.stdout == ""
+        assert done.stderr.startswith("fastdino "), "no warning before it"
+        assert len(done.stderr.splitlines()) == 1
+    assert not any(tmp_path.iterdir())
 
 
 def test_every_rank_says_what_stopped_it(monkeypatch, capsys):

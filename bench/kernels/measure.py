@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.counters import launches, peak_bytes
 from bench.kernels.case import COMPILED, OURS, Bench, Bound, Case, Variant, check, without_failing
-from bench.timing import Clock, Work, interleave, paired_ratio
+from bench.timing import WARM_UP, Clock, Work, interleave, paired_ratio
 
 _FILES = (
     "dino_loss", "ibot_loss", "linear_ibot_loss", "sinkhorn", "koleo_loss", "adamw_ema", "ema_update",
@@ -71,7 +71,8 @@ def _measure(case: Case, device: torch.device, rounds: int) -> Measured:
     for name, why in left_out.items():
         print(f"{case.name}: {name} is left out: {why}")
     errors = check(case)
-    inputs = [case.make(1 + i) for i in range(num_inputs(case, device))]
+    calls = (WARM_UP + rounds) * len(case.variants)
+    inputs = [case.make(1 + i) for i in range(min(calls, num_inputs(case, device)))]
     order = itertools.count()
     works = {name: make_work(variant, inputs, order) for name, variant in case.variants.items()}
     works[COPY] = copy_work(device)

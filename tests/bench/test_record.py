@@ -142,30 +142,31 @@ def test_sources_are_those_that_are_there(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 PARTS = """
-import sys
+import json, sys
 from pathlib import Path
 from typing import Any
 from bench.kernels import __main__ as kernels
 from bench.kernels.measure import BENCHES, ROUNDS
 for name, shape in (("koleo_loss", "2,10,32"), ("segment_squares", "5,400")):
     BENCHES[name].shapes["cpu"] = [shape]
-path, ROUNDS["cpu"] = Path(sys.argv.pop()), int(sys.argv.pop())
+path = Path(sys.argv[1])
 kernels.result_path = lambda bench, device: path
-sys.exit(kernels.main())
+for ROUNDS["cpu"], arguments in json.loads(sys.argv[2]):
+    sys.argv[1:] = ["--device", "cpu", "--only", *arguments]
+    assert kernels.main() == 0
 """
 
 
 def test_kernels_in_parts(tmp_path: Path, python: Python) -> None:
     path = tmp_path / "kernels-cpu.json"
-    for name, rounds, options in (
-        ("koleo_loss", 3, []),
-        ("segment_squares", 3, []),
-        ("koleo_loss", 4, []),
-        ("segment_squares", 3, ["--rounds", "5"]),  # not the usual rounds: measured, and not added
-    ):
-        arguments = ["--only", name, "--device", "cpu", *options, str(rounds), str(path)]
-        done = python("-c", PARTS, *arguments, TORCHDYNAMO_DISABLE="1")  # compiling is slow
-        assert done.returncode == 0, done.stdout + done.stderr
+    runs = [
+        (3, ["koleo_loss"]),
+        (3, ["segment_squares"]),
+        (4, ["koleo_loss"]),
+        (3, ["segment_squares", "--rounds", "5"]),  # not the usual rounds: measured, and not added
+    ]
+    done = python("-c", PARTS, str(path), json.dumps(runs), TORCHDYNAMO_DISABLE="1")  # compiling is slow
+    assert done.returncode == 0, done.stdout + done.stderr
     rounds = {case["operation"]: case["rounds"] for case in json.loads(path.read_text())["cases"]}
     assert rounds == {"segment_squares": 3, "koleo_loss": 4}
     assert [file.name for file in tmp_path.iterdir()] == ["kernels-cpu.json"]
