@@ -1,7 +1,8 @@
 """Writes the tables of README.md and docs/ from the result files, between <!-- bench:NAME --> and <!-- /bench:NAME -->.
 
-``python -m bench.report`` writes them; ``--check`` writes nothing and exits with 1 when a table differs. ``--html``
-and ``--png`` draw the same files instead: one page that needs no network, and a picture for each of its charts.
+``python -m bench.report`` writes them, and draws anew the charts that stand in docs/ as NAME.png; ``--check`` writes
+nothing and exits with 1 when one differs. ``--html`` and ``--png`` draw the same files instead: one page that needs no
+network, and a picture for each of its charts.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from typing import Any
 
 from bench.kernels.attention import CHOICES
 from bench.kernels.case import OURS
-from bench.pictures.page import write_page, write_pngs
+from bench.pictures.page import renew_pngs, write_page, write_pngs
 from bench.record import H200, RESULTS, ROOT
 from fastdino.config import ConfigError
 from fastdino.model.attention import FASTEST
@@ -34,7 +35,7 @@ NOT_MEASURED = "On a GPU: not measured yet.\n"
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when a table differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when one differs")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write one page of charts, with their history")
     parser.add_argument("--png", type=Path, metavar="FOLDER", help="write every chart as NAME.png")
     options = parser.parse_args()
@@ -47,14 +48,15 @@ def main() -> int:
     check = options.check
     texts = {path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]}
     changed = {path: new for path, text in texts.items() if (new := rewritten(text, RESULTS)) != text}
-    for path, new in changed.items():
+    for path, new in changed.items() if not check else ():
+        path.write_text(new)
+    stale = [*changed, *renew_pngs(RESULTS, ROOT / "docs", check)]
+    for path in stale:
         print(path.relative_to(ROOT), "differs from bench/results: run python -m bench.report" if check else "written")
-        if not check:
-            path.write_text(new)
     for name in TABLES:
         if not any(f"<!-- bench:{name} -->" in text for text in texts.values()):
             print(f"no file has a place for the table: <!-- bench:{name} --> and <!-- /bench:{name} -->")
-    return int(check and bool(changed))
+    return int(check and bool(stale))
 
 
 def _draw(html: Path | None, png: Path | None) -> None:

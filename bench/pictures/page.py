@@ -1,10 +1,13 @@
 """The charts as PNG files, and as one HTML page that needs nothing else: pictures are inside, no script, no address."""
 
+import hashlib
 import html
 import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
+
+from PIL import Image
 
 from bench.pictures.charts import Lines
 from bench.pictures.history import what_is_missing
@@ -19,6 +22,7 @@ table { border-collapse: collapse; font-size: 13px; margin: .5rem 0; }
 td, th { padding: .1rem .6rem; text-align: right; }
 td:first-child, th:first-child { text-align: left; } tr:nth-child(even) { background: #f4f6f8; }
 """
+DRAWN = "Drawn from"  # where a PNG keeps the digest of its figures
 NOTHING = "There are no result files yet: `make bench` writes them."
 
 
@@ -29,14 +33,27 @@ def write_page(results: Path, out: Path) -> None:
 
 def write_pngs(results: Path, folder: Path) -> list[Path]:
     """Writes NAME.png for every chart of the files in ``results``; raises ConfigError where that is impossible."""
-    written = []
-    for chart in charts(results):
-        data, figure = io.BytesIO(), chart.figure()
-        figure.suptitle(chart.title, fontsize=11)
-        figure.savefig(data, format="png", dpi=110)
-        _write(folder / f"{chart.name}.png", data.getvalue())
-        written.append(folder / f"{chart.name}.png")
-    return written
+    return [_write_png(chart, folder / f"{chart.name}.png") for chart in charts(results)]
+
+
+def renew_pngs(results: Path, folder: Path, check: bool) -> list[Path]:
+    """The pictures of charts in ``folder`` that show other figures than ``results``; drawn anew unless ``check``."""
+    found = [(chart, path) for chart in charts(results) if (path := folder / f"{chart.name}.png").exists()]
+    stale = [(chart, path) for chart, path in found if Image.open(path).info.get(DRAWN) != _digest(chart)]
+    return [path if check else _write_png(chart, path) for chart, path in stale]
+
+
+def _write_png(chart: Chart, path: Path) -> Path:
+    data, figure = io.BytesIO(), chart.figure()
+    figure.suptitle(chart.title, fontsize=11)
+    figure.savefig(data, format="png", dpi=110, metadata={DRAWN: _digest(chart)})
+    _write(path, data.getvalue())
+    return path
+
+
+def _digest(chart: Chart) -> str:
+    """Of the figures; the pixels depend on the version of what draws them."""
+    return hashlib.sha256(repr((chart.title, chart.table())).encode()).hexdigest()
 
 
 def page(found: Sequence[Chart], note: str) -> str:

@@ -131,6 +131,28 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {path.stem: path for path in page.write_pngs(RESULTS, tmp_path_factory.mktemp("pictures") / "new")}
 
 
+def test_a_picture_of_other_figures_is_drawn_anew(tmp_path: Path) -> None:
+    """Of those that stand in the folder; what is no chart's stays."""
+    docs, results = tmp_path / "docs", tmp_path / "results"
+    results.mkdir()
+    gpu_results(results)
+    for path in page.write_pngs(results, docs):
+        if path.stem != "step-cpu":
+            path.unlink()
+    other = docs / "attention.png"
+    other.write_bytes(b"somebody's own")
+    assert page.renew_pngs(results, docs, check=True) == []
+    file = results / "step-cpu.json"
+    file.write_text(file.read_text().replace("1234.5", "4321.5"))
+    before = (docs / "step-cpu.png").read_bytes()
+    assert page.renew_pngs(results, docs, check=True) == [docs / "step-cpu.png"]
+    assert (docs / "step-cpu.png").read_bytes() == before
+    assert page.renew_pngs(results, docs, check=False) == [docs / "step-cpu.png"]
+    assert page.renew_pngs(results, docs, check=True) == []
+    assert other.read_bytes() == b"somebody's own"
+    assert len(list(docs.iterdir())) == 2
+
+
 def test_no_results_is_a_page_that_says_so(tmp_path: Path) -> None:
     page.write_page(tmp_path / "none", tmp_path / "page.html")
     assert page.NOTHING in (tmp_path / "page.html").read_text()
