@@ -7,7 +7,8 @@ one call at a time: A B A B. First the base runs against itself: when that is no
   SLOWER         the whole interval is above 1.05, in two runs
   AMBIGUOUS      the median is above 1.05, and not all of that: take more --rounds, or a quieter machine
   UNFIT          the base against itself is off by more than 5 % on a CPU, 2 % on a GPU
-  WRONG          a result is not what float64 or the public peer says, or a side died: no time was taken
+  WRONG          no time was taken: a result is not what float64 or the public peer says, the base does not have what
+                 the case times, or a side died
 
 Exit code 0: SAME, FASTER or AMBIGUOUS. 1: SLOWER. 2: UNFIT, WRONG, or no such base.
 
@@ -34,13 +35,8 @@ import torch
 import fastdino_kernels
 from bench.kernels.case import OURS, PLAIN, check
 from bench.kernels.measure import BENCHES, make_work, num_inputs
-from bench.peers.contenders import build
-from bench.peers.contenders import check as check_step
-from bench.record import ROOT, python_path
-from bench.step import NUM_BATCHES
+from bench.record import ROOT, device_here, positive, python_path
 from bench.timing import Clock, Ratio, Work, paired_ratio
-from bench.workload import random_batch, step_config
-from fastdino import distributed
 
 SLOWER = 1.05  # the interval's lower end above it is a regression, if a second run agrees
 UNFIT = {"cuda": 0.02, "cpu": 0.05}  # half-width of the base against itself
@@ -118,7 +114,7 @@ def main() -> int:
     )
     parser.add_argument("--base", metavar="COMMIT", help="what to compare with: anything that git knows")
     parser.add_argument("--serve", action="store_true", help="be one side: time a call of --case for every line read")
-    parser.add_argument("--device", choices=list(ROUNDS), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device_here, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--case",
         nargs="+",
@@ -128,18 +124,18 @@ def main() -> int:
         help=f"of {', '.join(CASES)}, at its headline size; default: %(default)s",
     )
     parser.add_argument(
-        "--rounds", type=int, help=f"pairs of calls; default: {ROUNDS['cuda']} on a GPU, else {ROUNDS['cpu']}"
+        "--rounds", type=positive, help=f"pairs of calls; default: {ROUNDS['cuda']} on a GPU, else {ROUNDS['cpu']}"
     )
     options = parser.parse_args()
     if options.serve:
-        return serve(torch.device(options.device), options.case[0])
+        return serve(options.device, options.case[0])
     if not options.base:
         parser.error("--base COMMIT is missing")
-    rounds, worst = options.rounds or ROUNDS[options.device], 0
+    rounds, worst = options.rounds or ROUNDS[options.device.type], 0
     try:
         with worktree(options.base) as base:
             for case in options.case:
-                worst = max(worst, judge(base, options.device, case, rounds))
+                worst = max(worst, judge(base, options.device.type, case, rounds))
     except NoBase as error:
         parser.error(f"--base {options.base}: {error}")
     return worst
@@ -172,7 +168,7 @@ def worktree(revision: str) -> Iterator[Path]:
         tree = Path(folder) / "base"
         git: Any = {"cwd": ROOT, "check": True, "capture_output": True, "text": True}
         try:
-            subprocess.run(["git", "worktree", "add", "--detach", str(tree), revision], **git)
+            subprocess.run(["git", "worktree", "add", "--detach", "--", str(tree), revision], **git)
         except subprocess.CalledProcessError as error:
             raise NoBase(error.stderr.strip()) from None
         except OSError as error:
@@ -192,8 +188,9 @@ def serve(device: torch.device, name: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         try:
             work = _step(device, Path(folder)) if name == "step" else _kernel(name, device)
-        except AssertionError as error:
-            print(json.dumps({"wrong": str(error)}), flush=True)
+        except (AssertionError, ImportError) as error:
+            told = "it does not have what bench/ of this tree times: " if isinstance(error, ImportError) else ""
+            print(json.dumps({"wrong": f"{told}{error}"}), flush=True)
             return 1
         clock = Clock(device)  # calibrates its pause, which wants a device that is awake
         host = 0.0
@@ -226,6 +223,12 @@ def _kernel(name: str, device: torch.device) -> Work:
 
 def _step(device: torch.device, folder: Path) -> Work:
     """A training step, whose losses must be those of the public peer."""
+    from bench.peers.contenders import build  # here, because a base that lacks what a step needs may have a kernel
+    from bench.peers.contenders import check as check_step
+    from bench.step import NUM_BATCHES
+    from bench.workload import random_batch, step_config
+    from fastdino import distributed
+
     config = step_config("vit_small" if device.type == "cuda" else "vit_nano", device)
     ranks = distributed.init("cuda" if device.type == "cuda" else "cpu")
     batches = [random_batch(config, device, seed) for seed in range(NUM_BATCHES)]

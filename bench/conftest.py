@@ -1,5 +1,6 @@
 """``pytest bench``: what pytest-benchmark is told of this machine, and the fixture that times a case."""
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -12,6 +13,18 @@ SMOKE = (
     "bench: a smoke run. This is a CPU: small shapes, one thread, processor time, the kernels' references, and nothing "
     "compiled. The figures are not those of a GPU."
 )
+
+
+PEERS = ("lightly", "timm", "torchvision", "kornia")  # others are left out where they are missing
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.pluginmanager.hasplugin("benchmark"):
+        raise pytest.UsageError(
+            "bench: pytest-benchmark times it, and it is not here: make install, and no -p no:benchmark"
+        )
+    if missing := [name for name in PEERS if find_spec(name) is None]:
+        raise pytest.UsageError(f"bench: to measure beside us, {', '.join(missing)} must be installed: make install")
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from bench.peers import dali
 from bench.peers import views as peers
-from bench.record import provenance, result_path, write
+from bench.record import positive, provenance, result_path, write
 from bench.timing import Clock, Work, interleave, paired_ratio
 from fastdino.config import Config, DataConfig, RunConfig, ViewsConfig
 from fastdino.data import FolderSource, train_batches
@@ -59,8 +59,8 @@ class Sizes:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.data", description=__doc__)
-    parser.add_argument("--workers", type=int, nargs="+", help="default: 1, 2, 4, ... up to the cores")
-    parser.add_argument("--rounds", type=int, default=Sizes.rounds)
+    parser.add_argument("--workers", type=positive, nargs="+", help="default: 1, 2, 4, ... up to the cores")
+    parser.add_argument("--rounds", type=positive, default=Sizes.rounds)
     parser.add_argument("--out", type=Path, help="default: bench/results/data-cpu.json")
     options = parser.parse_args()
     torch.set_num_threads(1)

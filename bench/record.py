@@ -1,5 +1,6 @@
 """What a result file says of where its figures come from, and how it is written."""
 
+import argparse
 import functools
 import hashlib
 import importlib.metadata
@@ -63,6 +64,22 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     return f"{found[1] if found else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def device_here(text: str) -> torch.device:
+    """A parser's type of ``--device``."""
+    if text.split(":")[0] not in ("cuda", "cpu"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither cuda nor cpu")
+    if text.startswith("cuda") and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("torch sees no GPU here: check the driver, or use cpu")
+    return torch.device(text)
+
+
+def positive(text: str) -> int:
+    """A parser's type of a number of rounds, images, processes: of none of them there is no figure."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def result_path(bench: str, device: torch.device) -> Path:

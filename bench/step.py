@@ -21,11 +21,11 @@ import torch
 
 from bench.kernels.case import OURS, first_line
 from bench.peers.contenders import CONTENDERS, NOT_COUNTED, Contender, build, check, counted, usual
-from bench.record import add, may_add, provenance, result_path, write
+from bench.record import add, device_here, may_add, positive, provenance, result_path, write
 from bench.timing import Clock, Ratio, interleave, paired_ratio, unpaired_ratio
 from bench.workload import random_batch, step_config
 from fastdino import distributed
-from fastdino.config import Config
+from fastdino.config import Config, ConfigError
 from fastdino.distributed import Ranks
 from fastdino.training.flops import matmul_flops, step_flops
 
@@ -38,20 +38,22 @@ Figures = dict[str, Any]
 
 
 def main() -> int:
-    options = _options()
-    device = torch.device(options.device)
+    parser = _parser()
+    options = parser.parse_args()
+    device = options.device
     if device.type == "cpu":
         torch.set_num_threads(1)
     path, where = result_path("step", device), provenance(device, "bench.step")
     changed = options.rounds or options.contender is not None or options.batch or options.alone or options.out
     part = bool(options.arch) and not changed and may_add(path, where)
     others = usual(device) if options.contender is None else options.contender
+    try:
+        configs = [_config(text, device, options.batch) for text in options.arch or ARCHS[device.type]]
+    except (ConfigError, argparse.ArgumentTypeError) as error:
+        parser.error(f"--arch: {error}")
     with distributed.init("cuda" if device.type == "cuda" else "cpu") as ranks:
-        contests = []
-        for text in options.arch or ARCHS[device.type]:
-            arch, _, batch = text.partition(":")
-            config = step_config(arch, device, batch=int(batch) if batch else options.batch)
-            contests.append(Contest(config, ranks, others, options.rounds or ROUNDS[device.type]))
+        rounds = options.rounds or ROUNDS[device.type]
+        contests = [Contest(config, ranks, others, rounds) for config in configs]
         document = {"provenance": where, "cases": [contest.case for contest in contests]}
 
         def save() -> None:
@@ -66,9 +68,14 @@ def main() -> int:
     return 0
 
 
-def _options() -> argparse.Namespace:
+def _config(text: str, device: torch.device, batch: int | None) -> Config:
+    arch, colon, images = text.partition(":")
+    return step_config(arch, device, batch=positive(images) if colon else batch)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device_here, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--arch",
         nargs="+",
@@ -76,11 +83,11 @@ def _options() -> argparse.Namespace:
         help="such as vit_small vit_large:32; default: ViT-S and -B on a GPU; is added to a file of the same code",
     )
     parser.add_argument("--contender", nargs="+", choices=CONTENDERS, help="beside fastdino; default: those unlike it")
-    parser.add_argument("--batch", type=int, help="images of a step, of architectures that name none")
-    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--batch", type=positive, help="images of a step, of architectures that name none")
+    parser.add_argument("--rounds", type=positive)
     parser.add_argument("--alone", action="store_true", help="one after another, as where memory is short")
     parser.add_argument("--out", type=Path, help="default: bench/results/step-DEVICE.json, if nothing is changed")
-    return parser.parse_args()
+    return parser
 
 
 class Contest:

@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 
-from bench.record import ROOT, provenance, python_path, result_path, write
+from bench.record import ROOT, device_here, positive, provenance, python_path, result_path, write
 from bench.workload import build_trainer, random_batch, step_config
 from fastdino import distributed
 from fastdino.model.vit import SIZES
@@ -29,12 +29,12 @@ CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # would stand above th
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gates.first_step", description=__doc__)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device_here, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="default: bench/results/first_step-DEVICE.json")
-    parser.add_argument("--blocks", type=int, help="print the seconds of this case alone")
+    parser.add_argument("--blocks", type=positive, help="print the seconds of this case alone")
     parser.add_argument("--cache", type=Path, help="its run.cache")
     options = parser.parse_args()
-    device = torch.device(options.device)
+    device = options.device
     if device.type == "cpu":
         torch.set_num_threads(1)
     if options.blocks:

@@ -16,15 +16,22 @@ import torch
 
 from bench.kernels.case import OURS, Case, check, first_line
 from bench.kernels.measure import BENCHES, ROUNDS, NoRoom, make_cases, measure
-from bench.record import add, may_add, provenance, result_path
+from bench.record import add, device_here, may_add, positive, provenance, result_path
 
 
 def main() -> int:
-    options = _options()
-    device = torch.device(options.device)
+    parser = _parser()
+    options = parser.parse_args()
+    if options.shape and len(options.only or ()) != 1:
+        parser.error("--shape is of one operation, which --only names")
+    device = options.device
     if device.type == "cpu":
         torch.set_num_threads(1)
-    cases = list(make_cases(options.only or list(BENCHES), options.shape, device, not options.no_compile))
+    try:
+        cases = list(make_cases(options.only or list(BENCHES), options.shape, device, not options.no_compile))
+    except ValueError:
+        usual = " or ".join(BENCHES[options.only[0]].shapes[device.type])
+        parser.error(f"--shape {' '.join(options.shape)}: {options.only[0]} takes such as {usual}")
     if options.profile:
         for case in cases:
             profile(case, device)
@@ -43,13 +50,13 @@ def main() -> int:
     return int(failed)
 
 
-def _options() -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=BENCHES, help="operations; they are added to a file of this code")
     parser.add_argument("--shape", nargs="+", default=[], help="of one operation, such as 10,2,64,65536,bf16")
-    parser.add_argument("--rounds", type=int, help="pairs of measurements")
+    parser.add_argument("--rounds", type=positive, help="pairs of measurements")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after so many")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device_here, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument(
         "--profile",
@@ -57,10 +64,7 @@ def _options() -> argparse.Namespace:
         help="time nothing: one warm call of each case in the profiler's range, for ncu --profile-from-start off",
     )
     parser.add_argument("--out", type=Path, help="default: as above, if nothing is left out")
-    options = parser.parse_args()
-    if options.shape and len(options.only or ()) != 1:
-        parser.error("--shape is of one operation, which --only names")
-    return options
+    return parser
 
 
 def _file(options: argparse.Namespace, device: torch.device, here: dict[str, Any]) -> Path | None:

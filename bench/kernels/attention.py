@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.kernels.case import OURS, PLAIN, Bound, Case, Variant
 from bench.kernels.measure import ROUNDS, measure
-from bench.record import provenance, result_path, write
+from bench.record import device_here, positive, provenance, result_path, write
 from bench.timing import Clock
 from fastdino.model.attention import Lengths, attention
 from fastdino.training.flops import matmul_flops
@@ -42,16 +42,20 @@ class Inputs(NamedTuple):
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.kernels.attention", description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device_here, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", nargs="+", help="instead of the usual ones, such as 128x201+512x37")
-    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--rounds", type=positive)
     parser.add_argument("--out", type=Path, help="default: bench/results/attention-DEVICE.json, if no shape is given")
     options = parser.parse_args()
-    device = torch.device(options.device)
+    device = options.device
     if device.type == "cpu":
         torch.set_num_threads(1)
     rounds = options.rounds or ROUNDS[device.type]
-    found = [figures(make_case(device, shape), device, rounds) for shape in options.shape or SHAPES[device.type]]
+    try:
+        cases = [make_case(device, shape) for shape in options.shape or SHAPES[device.type]]
+    except ValueError:
+        parser.error(f"--shape {' '.join(options.shape)}: such as {SHAPES[device.type][0]}, sequences x tokens of each")
+    found = [figures(case, device, rounds) for case in cases]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     document = {
         "provenance": provenance(device, "bench.kernels.attention"),

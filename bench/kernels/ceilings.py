@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bench.record import provenance, result_path, write
+from bench.record import device_here, positive, provenance, result_path, write
 from bench.timing import Clock, Work, interleave, paired_ratio
 
 ROUNDS = {"cuda": 100, "cpu": 15}
@@ -65,11 +65,11 @@ def exp2_chain_(x: Tensor, chain: int) -> Tensor:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.kernels.ceilings", description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--device", type=device_here, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=positive)
     parser.add_argument("--out", type=Path, help="default: bench/results/ceilings-DEVICE.json")
     options = parser.parse_args()
-    device = torch.device(options.device)
+    device = options.device
     if device.type == "cpu":
         torch.set_num_threads(1)
     rates = measure(ceilings(device), device, options.rounds or ROUNDS[device.type])

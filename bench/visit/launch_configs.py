@@ -17,6 +17,7 @@ import torch
 import fastdino_kernels
 from bench.kernels.case import OURS, PLAIN, Bound, Case
 from bench.kernels.measure import BENCHES, measure
+from bench.record import positive
 
 # Those whose launcher asks for its configuration at every call.
 OPERATIONS = ("dino_loss", "ibot_loss", "sinkhorn", "prototype_weight")
@@ -28,7 +29,7 @@ Config = dict[str, Any]
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.visit.launch_configs", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=OPERATIONS, default=OPERATIONS)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--rounds", type=positive, default=ROUNDS)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(2, "python -m bench.visit.launch_configs: torch sees no GPU, and a CPU launches no kernel\n")

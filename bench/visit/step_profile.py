@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from bench.record import device_here
 from bench.timing import Clock
 from bench.workload import build_trainer, random_batch, step_config
 from fastdino import distributed
@@ -30,10 +31,10 @@ NUM_KERNELS = 25
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.visit.step_profile", description=__doc__)
     parser.add_argument("arch", nargs="+", metavar="ARCH[:BATCH]")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device_here, default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     failed = 0
-    with distributed.init(options.device) as ranks:
+    with distributed.init(options.device.type) as ranks:
         for text in options.arch:
             arch, _, batch = text.partition(":")
             try:

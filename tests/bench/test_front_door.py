@@ -14,13 +14,15 @@ from bench.peers.contenders import CHECKED_STEPS, usual
 from tests.bench.conftest import run_python
 
 # Runs pytest once for each list of arguments that it is given, with small inputs of koleo_loss. With "slow" for the
-# first, ours does its work 40 times: far beyond what other work on the machine does to a median.
+# first, ours does its work 40 times: far beyond what other work on the machine does to a median. With "bare", which
+# comes before any other, kornia is not to be found.
 SCRIPT = """
 import json, sys
 from dataclasses import replace
 import pytest
 from bench.kernels import measure
 
+sys.stderr = sys.stdout  # beside the run that it is of
 bench, times, seen = measure.BENCHES["koleo_loss"], 1, []
 
 def ours(*inputs):
@@ -30,10 +32,14 @@ def ours(*inputs):
 measure.BENCHES["koleo_loss"] = replace(bench, ours=ours, shapes={"cpu": ["2,10,32"]})
 for first, *rest in json.loads(sys.argv[1]):
     times = 40 if first == "slow" else 1
+    if first == "bare":
+        sys.modules["kornia"] = None
     seen.clear()
     code = int(pytest.main(["bench", "-p", "no:cacheprovider", *rest]))
     print("of 25 inputs", len(set(seen[-25:])), "differ")
     print("exit code", code, flush=True)
+    if first == "bare":
+        del sys.modules["kornia"]
 """
 KOLEO = ["-k", "koleo_loss", "--benchmark-max-time=0.3", "--benchmark-min-rounds=30"]
 Output = tuple[int, str]
@@ -52,6 +58,8 @@ def runs(folder: Path) -> dict[str, Output]:
     compare = [store, *KOLEO, "--benchmark-compare", "--benchmark-compare-fail=median:300%"]
     few = "koleo_loss or vit_nano-fastdino] or for_the_device-fastdino]"
     arguments = {
+        "bare": ["bare"],
+        "not plugged": ["", "-p", "no:benchmark"],
         "list": ["", "--collect-only"],
         "first": ["", "-k", few, *KOLEO[2:], store, "--benchmark-autosave", f"--benchmark-json={folder}/first.json"],
         "same": ["", *compare, f"--benchmark-histogram={folder}/drawn"],
@@ -91,6 +99,20 @@ def test_every_kernel_attention_the_step_and_data_are_there(runs: dict[str, Outp
     assert printed.count("test_step[vit_nano-fastdino") == 1 + sum(
         name.startswith("fastdino") and "compile" not in name for name in usual(torch.device("cpu"))
     )
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ("bare", "bench: to measure beside us, kornia must be installed"),
+        ("not plugged", "bench: pytest-benchmark times it"),
+    ],
+)
+def test_what_it_needs_is_one_message(runs: dict[str, Output], run: str, message: str) -> None:
+    code, printed = runs[run]
+    assert code == pytest.ExitCode.USAGE_ERROR
+    assert f"ERROR: {message}" in printed
+    assert "Traceback" not in printed
 
 
 def test_a_kernel_says_what_it_moves_and_beside_what(first: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Where figures come from, and that they are not lost where that cannot be told."""
 
+import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +56,38 @@ def test_compare_needs_git_and_says_so_at_once(
         compare.main()
     assert caught.value.code == 2, "1 would mean slower"
     assert "error: --base main: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("compare --base HEAD --rounds -3", "argument --rounds: '-3' is not a whole number above 0"),
+        ("step --rounds 0", "argument --rounds: '0' is not a whole number above 0"),
+        ("step --batch two", "argument --batch: 'two' is not a whole number above 0"),
+        ("step --device gpu", "argument --device: 'gpu' is neither cuda nor cpu"),
+        ("step --device cuda", "argument --device: torch sees no GPU here"),
+        ("step --device cpu --arch vit_nano:0", "--arch: '0' is not a whole number above 0"),
+        ("step --device cpu --arch vit_nanno", "--arch: model.arch='vit_nanno' must be one of vit_nano, "),
+        ("kernels.__main__ --only koleo_loss --shape 2,x", "--shape 2,x: koleo_loss takes such as 2,64,"),
+        ("kernels.attention --device cpu --shape 2y3", "--shape 2y3: such as 2x37+8x10"),
+        ("kernels.ceilings --device cuda:1", "argument --device: torch sees no GPU here"),
+        ("data --workers 0", "argument --workers: '0' is not a whole number above 0"),
+        ("gates.first_step --blocks -1", "argument --blocks: '-1' is not a whole number above 0"),
+        ("visit.step_profile vit_nano --device x", "argument --device: 'x' is neither cuda nor cpu"),
+        ("visit.launch_configs --rounds 0", "argument --rounds: '0' is not a whole number above 0"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_message(
+    arguments: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, *words = arguments.split()
+    monkeypatch.setattr("sys.argv", [module, *words])
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as caught:
+        importlib.import_module(f"bench.{module}").main()
+    assert caught.value.code == 2
+    assert f"error: {message}" in capsys.readouterr().err
 
 
 def test_the_driver_may_be_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import fastdino_kernels
 from bench import compare
 from bench.counters import LiveBytes, OpCounts, kernels_counted, launches, peak_bytes, saved_bytes
+from bench.kernels.measure import BENCHES, Benches
 from bench.timing import Clock, Work, interleave, paired_ratio, unpaired_ratio
 from fastdino_kernels import prototype_weight
 
@@ -155,3 +157,16 @@ def test_a_side_of_compare_is_idle_when_it_tells_its_seconds(monkeypatch: pytest
     work = Work(lambda index: seen.append("run"), lambda index: seen.append("refill"))
     assert compare._alone(work, clock, 0.0) >= 0
     assert seen == ["run", "refill", "wait"]
+
+
+def test_what_the_base_lacks_costs_no_other_case(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    benches = Benches(dict.fromkeys(BENCHES))
+    monkeypatch.setattr(compare, "BENCHES", benches)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    monkeypatch.delitem(sys.modules, "bench.kernels.fp8_linear", raising=False)
+    monkeypatch.delattr(fastdino_kernels, "fp8_linear")  # as in a commit from before it
+    assert compare.serve(CPU, "fp8_linear") == 1
+    assert "it does not have what bench/ of this tree times: cannot import name 'fp8_linear'" in capsys.readouterr().out
+    assert benches["koleo_loss"].name == "koleo_loss"
