@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 GRAPHS = 64  # of one region's code: every mixture of shapes, gradient and reading is one, and a process may train again
 
+Backend = str | Callable[..., Any]  # what torch.compile takes
+
 
 def compiles(config: Config, device: torch.device) -> bool:
     """What ``engine.compile`` comes to on a device. What auto cannot compile is left alone; on is tried."""
@@ -51,13 +53,14 @@ def keep_compiled_in(folder: Path) -> None:
         os.environ[variable] = str(folder / name)
 
 
-def compile_regions(regions: Iterable[tuple[nn.Module, str]], backend: str = "inductor") -> None:
-    """Has torch compile methods of modules at their first calls, each shape of their input on its own.
+def compile_regions(regions: Iterable[tuple[nn.Module, str]], backend: Backend = "inductor") -> None:
+    """Has torch compile methods of modules at their first calls, backward too, each shape of their input on its own.
 
     Regions of equal code and shapes share one graph, so that a ViT costs one block's time. When one cannot be compiled
     they all run eagerly from there on, and one warning says why.
     """
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+    torch._functorch.config.force_non_lazy_backward_lowering = True  # else it would fail where nothing can stand in
     compiler = _Compiler(backend)
     for module, method in regions:
         setattr(module, method, compiler.region(getattr(module, method)))
@@ -66,7 +69,7 @@ def compile_regions(regions: Iterable[tuple[nn.Module, str]], backend: str = "in
 class _Compiler:
     """Regions that are compiled together or not at all."""
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: Backend) -> None:
         self.backend, self.failed = backend, False
 
     def region(self, eager: Callable[..., Any]) -> Callable[..., Any]:
@@ -210,5 +213,6 @@ class StepGraphs:
 
 
 def _first_line(error: Exception) -> str:
-    """The error's type and what it says first, if anything."""
+    """The error's type and what it says first, if anything; of one that dynamo passes on, the error within."""
+    error = getattr(error, "inner_exception", error)
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]

@@ -13,7 +13,9 @@ import pytest
 import torch
 import torch._dynamo
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -183,6 +185,23 @@ def test_what_cannot_be_compiled_runs_eagerly_with_one_warning(
     assert losses == eager
     (record,) = caplog.records
     assert "engine.compile: Block.forward cannot be compiled, so every step runs eagerly" in record.getMessage()
+
+
+def test_a_backward_pass_that_cannot_be_compiled_is_told_in_the_forward_one(caplog: pytest.LogCaptureFixture) -> None:
+    """Where the eager region can still stand in for both."""
+
+    def fails(*args: Any) -> Any:
+        raise RuntimeError("no kernel for this gradient")
+
+    linear, x = torch.nn.Linear(3, 2), torch.ones(1, 3)
+    compile_regions(
+        [(linear, "forward")], aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph), bw_compiler=fails)
+    )
+    for _ in range(2):
+        linear(x).sum().backward()
+    assert torch.equal(linear.weight.grad, torch.full((2, 3), 2.0))
+    (record,) = [record for record in caplog.records if record.name.startswith("fastdino")]
+    assert "no kernel for this gradient" in record.getMessage()
 
 
 def test_an_error_of_the_network_is_no_failure_to_compile(caplog: pytest.LogCaptureFixture) -> None:
