@@ -40,7 +40,9 @@ def keep_compiled_in(folder: Path) -> None:
     """
     for variable, name in {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}.items():
         named = os.environ.get(variable, "")
-        if named and not named.startswith(default_cache_dir()):  # which torch writes into the environment itself
+        if named and not Path(named).is_relative_to(
+            default_cache_dir()
+        ):  # which torch writes into the environment itself
             continue
         try:
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -98,11 +100,12 @@ class SideStream:
     """A context whose work on a GPU goes on beside what follows it, until :meth:`join`. Elsewhere work is in turns.
 
     What it makes may be used after the join and dropped at any time: its memory is used again by this context alone,
-    which begins behind all that was asked of the device before.
+    which begins behind all that was asked of the device before. The first time nothing goes on beside it, because what
+    depends on shapes alone is made then, kept, and used by others before a join.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream, self._first = torch.cuda.Stream(device) if device.type == "cuda" else None, True
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -112,6 +115,9 @@ class SideStream:
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             yield
+        if self._first:
+            self._first = False
+            self.join()
 
     def join(self) -> None:
         """What follows comes after what the context has begun."""
