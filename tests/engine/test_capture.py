@@ -177,12 +177,13 @@ def test_a_step_that_cannot_be_captured_is_taken_without(
 ) -> None:
     """A CPU captures nothing: two steps by the schedules' tensors, then those that warn and are as ever.
 
-    Also when a capture has come halfway, and left a loss, gradients and a generator that has moved.
+    Also when a capture has come halfway, and left losses, gradients summed and not, and a generator that has moved.
     """
 
     def capture(self: StepGraphs, now: Now, logs: bool) -> None:
         loss, _ = trainer.method.loss(trainer._normalized(self._batches[0]), now)
         trainer.engine.backward(loss)
+        trainer.method.loss(trainer._normalized(self._batches[0]), now)[0].backward()
         raise RuntimeError("operation not permitted when stream is capturing")
 
     if halfway:
