@@ -18,7 +18,6 @@ from fastdino.model.attention import check_choice
 from fastdino.model.block import (
     NORM_EPS,
     ROPE_NORM_EPS,
-    Attention,
     Block,
     Linear,
     PatchEmbed,
@@ -111,7 +110,7 @@ class ViT(nn.Module):
     @property
     def implementation(self) -> str:
         """What runs attention, for a line of the log."""
-        return f"attention by {next(m.implementation() for m in self.modules() if isinstance(m, Attention))}"
+        return f"attention by {cast(Block, self.blocks[0]).attn.implementation()}"
 
     @property
     def published(self) -> nn.Module:
@@ -120,7 +119,8 @@ class ViT(nn.Module):
 
     def regions(self) -> list[tuple[nn.Module, str]]:
         """The blocks, and what makes their input."""
-        assert self.implementation  # which is found by trying: now, rather than while a compiler traces
+        first = cast(Block, self.blocks[0])
+        first.attn.implementation()  # is found by trying: now, rather than while a compiler traces
         start = [(self, "embed")] if self.pos_embed is not None else [(self, "embed"), (self, "turns")]
         return [*start, *((block, "forward") for block in self.blocks)]
 
