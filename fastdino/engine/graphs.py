@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-from torch.utils.checkpoint import _StopRecomputationError
 
 from fastdino.config import Config, ConfigError
 from fastdino.distributed import Ranks
@@ -82,7 +81,7 @@ class _Compiler:
                 return eager(*args)
             try:
                 return compiled(*args)
-            except (torch.OutOfMemoryError, _StopRecomputationError):  # the latter ends a checkpoint's second pass
+            except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # of dynamo, inductor, Triton, a C++ compiler: they have no type in common
                 result = eager(*args)  # raises once more what is not the compiler's fault

@@ -196,3 +196,17 @@ def test_a_step_that_cannot_be_captured_is_taken_without(
     assert losses == want
     (record,) = [record for record in caplog.records if record.name.startswith("fastdino.engine")]
     assert "engine.cuda_graphs: a step cannot be captured" in record.getMessage()
+
+
+def test_memory_that_is_short_is_not_taken_for_a_failure_to_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(StepGraphs, "_capture", short)
+    steps = StepGraphs(lambda *_: {}, lambda: None, CPU)
+    taken = ([random_batch(V1, CPU, 0)], Now(1e-3, 0.04, 0.996, 0.04, freeze_last_layer=False), False)
+    for _ in range(StepGraphs.EAGER):
+        assert steps(*taken) == {}
+    with pytest.raises(torch.OutOfMemoryError):
+        steps(*taken)
+    assert not steps.failed

@@ -30,6 +30,7 @@ from fastdino.engine.graphs import (
 )
 from fastdino.model import vit
 from fastdino.model.block import Mlp, Shape
+from fastdino.model.head import Head
 from fastdino.training.trainer import Trainer
 from tests.training.test_online_knn import images
 
@@ -202,6 +203,33 @@ def test_a_backward_pass_that_cannot_be_compiled_is_told_in_the_forward_one(capl
     assert torch.equal(linear.weight.grad, torch.full((2, 3), 2.0))
     (record,) = [record for record in caplog.records if record.name.startswith("fastdino")]
     assert "no kernel for this gradient" in record.getMessage()
+
+
+def test_a_head_that_cannot_be_compiled_leaves_checkpoints_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The student's blocks have run compiled by then: what a backward pass makes again of them has to be so too."""
+    monkeypatch.setitem(vit.SIZES, "nano", Shape(48, 2, 2, 96))
+    config, project = with_engine(V1, checkpointing="full"), Head.project
+    eager, want, _ = trained(config, None, steps=1)
+
+    def breaking(self: Head, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            torch._dynamo.graph_break()
+        return project(self, x)
+
+    monkeypatch.setattr(Head, "project", breaking)
+    losses, gradients, _ = trained(config, "aot_eager", steps=1)
+    assert losses == pytest.approx(eager, rel=1e-6)
+    assert all((a - b).norm() <= 1e-6 * b.norm() for a, b in zip(gradients, want, strict=True))
+
+
+def test_many_shapes_are_no_failure_to_compile(caplog: pytest.LogCaptureFixture) -> None:
+    """More than torch compiles of one function unless told."""
+    linear = torch.nn.Linear(3, 2)
+    compile_regions([(linear, "forward")], "eager")
+    for rows in range(1, 13):
+        linear(torch.zeros(rows, 3))
+    assert counters["stats"]["unique_graphs"] == 12
+    assert not [record for record in caplog.records if record.name.startswith("fastdino")]
 
 
 def test_an_error_of_the_network_is_no_failure_to_compile(caplog: pytest.LogCaptureFixture) -> None:

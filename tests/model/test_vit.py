@@ -127,6 +127,8 @@ def test_positions_are_resampled_by_their_familys_rule(old: tuple[int, int], new
     half = resample_positions(positions.bfloat16(), matrix)
     assert half.dtype == torch.bfloat16
     assert torch.equal(half, resample_positions(positions.bfloat16().float(), matrix).bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(resample_positions(positions, matrix), got)
 
 
 def test_own_grid_is_not_resampled(monkeypatch: pytest.MonkeyPatch) -> None:
