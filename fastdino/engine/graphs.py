@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-from torch.utils.checkpoint import _StopRecomputationError
 
 from fastdino.config import Config, ConfigError
 from fastdino.distributed import Ranks
@@ -22,6 +21,8 @@ from fastdino.engine.schedules import Now
 log = logging.getLogger(__name__)
 
 GRAPHS = 64  # of one region's code: every mixture of shapes, gradient and reading is one, and a process may train again
+
+Backend = str | Callable[..., Any]  # what torch.compile takes
 
 
 def compiles(config: Config, device: torch.device) -> bool:
@@ -38,7 +39,9 @@ def keep_compiled_in(folder: Path) -> None:
     """
     for variable, name in {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}.items():
         named = os.environ.get(variable, "")
-        if named and not named.startswith(default_cache_dir()):  # which torch writes into the environment itself
+        if named and not Path(named).is_relative_to(
+            default_cache_dir()
+        ):  # which torch writes into the environment itself
             continue
         try:
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -51,13 +54,14 @@ def keep_compiled_in(folder: Path) -> None:
         os.environ[variable] = str(folder / name)
 
 
-def compile_regions(regions: Iterable[tuple[nn.Module, str]], backend: str = "inductor") -> None:
-    """Has torch compile methods of modules at their first calls, each shape of their input on its own.
+def compile_regions(regions: Iterable[tuple[nn.Module, str]], backend: Backend = "inductor") -> None:
+    """Has torch compile methods of modules at their first calls, backward too, each shape of their input on its own.
 
     Regions of equal code and shapes share one graph, so that a ViT costs one block's time. When one cannot be compiled
     they all run eagerly from there on, and one warning says why.
     """
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+    torch._functorch.config.force_non_lazy_backward_lowering = True  # else it would fail where nothing can stand in
     compiler = _Compiler(backend)
     for module, method in regions:
         setattr(module, method, compiler.region(getattr(module, method)))
@@ -66,7 +70,7 @@ def compile_regions(regions: Iterable[tuple[nn.Module, str]], backend: str = "in
 class _Compiler:
     """Regions that are compiled together or not at all."""
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: Backend) -> None:
         self.backend, self.failed = backend, False
 
     def region(self, eager: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,7 +81,7 @@ class _Compiler:
                 return eager(*args)
             try:
                 return compiled(*args)
-            except (torch.OutOfMemoryError, _StopRecomputationError):  # the latter ends a checkpoint's second pass
+            except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # of dynamo, inductor, Triton, a C++ compiler: they have no type in common
                 result = eager(*args)  # raises once more what is not the compiler's fault
@@ -95,11 +99,12 @@ class SideStream:
     """A context whose work on a GPU goes on beside what follows it, until :meth:`join`. Elsewhere work is in turns.
 
     What it makes may be used after the join and dropped at any time: its memory is used again by this context alone,
-    which begins behind all that was asked of the device before.
+    which begins behind all that was asked of the device before. The first time nothing goes on beside it, because what
+    depends on shapes alone is made then, kept, and used by others before a join.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream, self._first = torch.cuda.Stream(device) if device.type == "cuda" else None, True
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -109,6 +114,9 @@ class SideStream:
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             yield
+        if self._first:
+            self._first = False
+            self.join()
 
     def join(self) -> None:
         """What follows comes after what the context has begun."""
@@ -210,5 +218,6 @@ class StepGraphs:
 
 
 def _first_line(error: Exception) -> str:
-    """The error's type and what it says first, if anything."""
+    """The error's type and what it says first, if anything; of one that dynamo passes on, the error within."""
+    error = getattr(error, "inner_exception", error)
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]

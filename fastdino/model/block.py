@@ -62,8 +62,9 @@ class Block(nn.Module):
     What is dropped is drawn outside, so that the same input gives the same output and all blocks are one to a compiler.
 
     Attributes:
-        selective: the norms and the MLP's hidden layer are computed again for the gradient. The products behind them
-            are not: recomputation ends with the last tensor that is missing.
+        checkpointing: what is computed again for the gradient. "selective": the norms and the MLP's hidden layer, not
+            the products behind them, for recomputation ends with the last tensor that is missing; "full": all of it.
+            In here, so that both passes of what is compiled, or is not, are of one kind.
 
     Args:
         shape: widths.
@@ -78,7 +79,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         eps = ROPE_NORM_EPS if rope else NORM_EPS
-        self.drop_path, self.selective = drop_path, False
+        self.drop_path, self.checkpointing = drop_path, "none"
         self.norm1 = Norm(shape.width, eps=eps)
         self.attn = Attention(shape, attention, rope)
         self.ls1 = LayerScale(shape.width, layer_scale)
@@ -98,10 +99,16 @@ class Block(nn.Module):
 
         ``drops`` are the branches'; a subset takes no reading.
         """
-        x = self._attend(x, packing, rotation, reading, drops[0])
-        drop = drops[1]
+
+        def whole(x: Tensor) -> Tensor:
+            return self._feed(self._attend(x, packing, rotation, reading, drops[0]), drops[1])
+
+        return self._remade("full", whole, x)
+
+    def _feed(self, x: Tensor, drop: Drop) -> Tensor:
+        """x + MLP(norm(x))."""
         kept = drop if isinstance(drop, Subset) else None
-        branch = self._remade(lambda x: self.mlp(self.norm2(x, kept)), x)
+        branch = self._remade("selective", lambda x: self.mlp(self.norm2(x, kept)), x)
         if isinstance(drop, Subset):
             return self.ls2(branch, x, drop)
         return _add(x, self.ls2(branch), drop)
@@ -112,18 +119,18 @@ class Block(nn.Module):
         """x + attention(norm(x)), of what is read."""
         if isinstance(drop, Subset):
             turns = None if rotation is None else rotation.take(drop.tokens())
-            qkv = self._remade(lambda x: self.attn.qkv(self.norm1(x, drop)), x)
+            qkv = self._remade("selective", lambda x: self.attn.qkv(self.norm1(x, drop)), x)
             return self.ls1(self.attn(qkv, drop.packing, turns), x, drop)
         asking = None if reading is None else reading.asking
-        qkv = self._remade(lambda x: self.attn.qkv(self.norm1(x), asking), x)
+        qkv = self._remade("selective", lambda x: self.attn.qkv(self.norm1(x), asking), x)
         branch = self.attn(qkv, packing, rotation, reading)
         if reading is not None:
             x = x.index_select(1, reading.rows)
         return _add(x, self.ls1(branch), drop)
 
-    def _remade(self, work: Callable[[Tensor], Any], x: Tensor) -> Any:
-        """What ``work`` makes of x, its inside made again in the backward pass if that is asked for."""
-        if self.selective and torch.is_grad_enabled():
+    def _remade(self, how: str, work: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """What ``work`` makes of x, its inside made again in the backward pass if that is ``how`` it is asked for."""
+        if self.checkpointing == how and torch.is_grad_enabled():
             return checkpoint(work, x, use_reentrant=False, preserve_rng_state=False)
         return work(x)
 

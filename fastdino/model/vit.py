@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fastdino.config import ConfigError, ModelConfig
 from fastdino.data.batch import Masks
@@ -18,7 +17,6 @@ from fastdino.model.attention import check_choice
 from fastdino.model.block import (
     NORM_EPS,
     ROPE_NORM_EPS,
-    Attention,
     Block,
     Linear,
     PatchEmbed,
@@ -99,7 +97,7 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(
             Block(shape, rate, model.attention, layer_scale=model.layer_scale, rope=rope) for rate in rates
         )
-        self.checkpointing, self.packed = "none", model.packed
+        self.packed = model.packed
         self.norm = nn.LayerNorm(width, eps=ROPE_NORM_EPS if rope else NORM_EPS)
         for token in (self.cls_token, self.pos_embed, self.register_tokens):
             if token is not None:
@@ -111,7 +109,7 @@ class ViT(nn.Module):
     @property
     def implementation(self) -> str:
         """What runs attention, for a line of the log."""
-        return f"attention by {next(m.implementation() for m in self.modules() if isinstance(m, Attention))}"
+        return f"attention by {cast(Block, self.blocks[0]).attn.implementation()}"
 
     @property
     def published(self) -> nn.Module:
@@ -120,15 +118,15 @@ class ViT(nn.Module):
 
     def regions(self) -> list[tuple[nn.Module, str]]:
         """The blocks, and what makes their input."""
-        assert self.implementation  # which is found by trying: now, rather than while a compiler traces
+        first = cast(Block, self.blocks[0])
+        first.attn.implementation()  # is found by trying: now, rather than while a compiler traces
         start = [(self, "embed")] if self.pos_embed is not None else [(self, "embed"), (self, "turns")]
         return [*start, *((block, "forward") for block in self.blocks)]
 
     def set_checkpointing(self, how: str) -> None:
         """What blocks compute again in the backward pass, see :class:`fastdino.config.EngineConfig`."""
-        self.checkpointing = how
         for block in self.blocks:
-            cast(Block, block).selective = how == "selective"
+            cast(Block, block).checkpointing = how
 
     def use_fp8(self) -> None:
         """The blocks' linear layers compute in fp8. Raises ConfigError for a network that is too narrow for it."""
@@ -174,7 +172,7 @@ class ViT(nn.Module):
         the rest for such rows.
         """
         tokens, last = self._all_but_last_block(groups, masks)
-        tokens = self.norm(self._run(self.blocks[-1], tokens, *last)).squeeze(0)
+        tokens = self.norm(self.blocks[-1](tokens, *last)).squeeze(0)
         cls, patches = tokens, tokens[:0]
         if masks is not None:
             cls, patches = tokens.split([last[0].num_sequences, len(masks.rows)])
@@ -206,13 +204,8 @@ class ViT(nn.Module):
         reading = None if whole else packing.reading(None if masks is None else masks.rows, self.num_prefix)
         *drops, last = self._draw(packing, reading, tokens.dtype)
         for block, dropped in zip(self.blocks[:-1], drops, strict=True):
-            tokens = self._run(block, tokens, packing, turns, None, dropped)
+            tokens = block(tokens, packing, turns, None, dropped)
         return tokens, (packing, turns, reading, last)
-
-    def _run(self, block: nn.Module, tokens: Tensor, *args: Any) -> Tensor:
-        if self.checkpointing == "full" and torch.is_grad_enabled():
-            return checkpoint(block, tokens, *args, use_reentrant=False, preserve_rng_state=False)
-        return block(tokens, *args)
 
     def _start(self, groups: list[Tensor], hidden: Tensor | None) -> tuple[Tensor, Packing, Rotation | None]:
         """What the first block is given."""

@@ -127,6 +127,8 @@ def test_positions_are_resampled_by_their_familys_rule(old: tuple[int, int], new
     half = resample_positions(positions.bfloat16(), matrix)
     assert half.dtype == torch.bfloat16
     assert torch.equal(half, resample_positions(positions.bfloat16().float(), matrix).bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(resample_positions(positions, matrix), got)
 
 
 def test_own_grid_is_not_resampled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,8 +186,12 @@ def test_one_pass_per_size_gives_the_same(pos_embed: str) -> None:
     whole, apart = nano(packed="on", **options).eval(), nano(packed="off", **options).eval()
     passes: list[int] = []
     apart.norm.register_forward_pre_hook(lambda _, args: passes.append(args[0].shape[1]))
-    for got, want in zip(apart(groups, masks), whole(groups, masks), strict=True):
+    made = [vit(groups, masks) for vit in (apart, whole)]
+    for got, want in zip(*made, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+        (got[..., 0].sum() + want[..., 0].sum()).backward(retain_graph=True)
+    for ours, theirs in zip(apart.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-10)
     assert passes == [4 + len(masks.rows), 6]
     assert torch.equal(apart(groups["0"][0]), whole(groups["0"][0]))
 

@@ -62,7 +62,7 @@ def run(config: Config, stop_at: int | None = None) -> Losses:
         may_wait = captured or len(losses) < WARM_UP or step % LOG_EVERY == 0 or step == NUM_STEPS
         with nullcontext() if may_wait else no_waits(trainer.ranks.device):
             figures = original(trainer, batches)
-        losses[step] = figures["loss"]
+        losses[step] = figures["loss"].clone()  # the next captured step overwrites it
         if step == stop_at:
             signal.raise_signal(signal.SIGTERM)
         return figures
