@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastdino.config import ConfigError, ModelConfig
 from fastdino.data.batch import Masks
@@ -50,6 +51,11 @@ class TimmBackbone(nn.Module):
         """See :meth:`fastdino.model.ViT.set_checkpointing`; "full" or "none"."""
         if how == "none":
             return
+        if any(isinstance(m, _BatchNorm) for m in self.modules()):
+            raise ConfigError(
+                f"engine.checkpointing={how} would move the running averages of batch normalisation twice a step in "
+                f"model.arch='{self.arch}': use none"
+            )
         try:
             self.model.set_grad_checkpointing()  # type: ignore[operator]
         except (AttributeError, AssertionError) as error:

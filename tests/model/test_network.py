@@ -185,6 +185,29 @@ def test_without_local_views_their_size_does_not_matter() -> None:
     assert network.backbone.num_features == 512
 
 
+def test_timm_backbones_are_checkpointed() -> None:
+    model, gradients = ModelConfig(arch="timm:convnext_atto", drop_path=0.1), []
+    for how in ("none", "full"):
+        torch.manual_seed(0)
+        backbone = build_backbone(model, 64, {"global": (64, 4)})
+        backbone.set_checkpointing(how)
+        torch.manual_seed(1)
+        backbone({"global": views()["global"]})[0].square().sum().backward()
+        gradients.append([p.grad for p in backbone.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arch", "says"),
+    [("resnet18", "running averages of batch normalisation twice a step"), ("crossvit_tiny_240", "no checkpointing")],
+)
+def test_what_cannot_be_checkpointed_is_refused(arch: str, says: str) -> None:
+    backbone = build_backbone(ModelConfig(arch=f"timm:{arch}", drop_path=0.0), 240, {"global": (240, 4)})
+    backbone.set_checkpointing("none")
+    with pytest.raises(ConfigError, match=f"engine.checkpointing=full.* {says}.* model.arch='timm:{arch}'.*: use none"):
+        backbone.set_checkpointing("full")
+
+
 def test_bf16_timm_backbone_takes_fp32_views() -> None:
     network = build_network(config(ModelConfig(arch="timm:resnet18", drop_path=0.0))).eval().bfloat16()
     assert network(views()).cls_points.dtype == torch.bfloat16
