@@ -7,9 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
+from mmap import mmap
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastdino import cli
 from fastdino.config import Config, HeadConfig, LossConfig, PatchHeadConfig
@@ -259,6 +261,7 @@ def test_help_teaches():
 
 
 def test_bench_prints_a_table_and_what_it_does(tmp_path):
+    big = torch.frombuffer(mmap(-1, 10**9), dtype=torch.uint8).fill_(1)  # memory of the process that starts it
     figures = tmp_path / "figures.json"
     done = fastdino("bench", "vit_small_16", *TINY, "--seconds", 0.1, "--json", figures, "--loss.patch-weight", 1)
     assert done.stdout.startswith("vit_nano on 1 x CPU, float32, deepspeed ZeRO 0; 8 images a step\n")
@@ -266,6 +269,7 @@ def test_bench_prints_a_table_and_what_it_does(tmp_path):
     assert "measuring training\n" in done.stderr
     found = json.loads(figures.read_text())
     assert found["training"] > 0
+    assert found["peak_memory"] < big.numel(), "its own"
     assert found["config"]["loss"]["patch_weight"] == 1
     assert found["config"]["run"]["log_every"] == 1, "the settings that were given"
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ def compiles(config: Config, device: torch.device) -> bool:
 def keep_compiled_in(folder: Path) -> None:
     """Makes Inductor and Triton keep what they compile in ``folder``, unless the environment names another.
 
-    Where it cannot be made, a warning says so, and they keep it where they would: no run ends for it.
+    Where it cannot be written, a warning says so, and they keep it where they would: no run ends for it.
     """
     for variable, name in {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}.items():
         named = os.environ.get(variable, "")
@@ -45,10 +46,12 @@ def keep_compiled_in(folder: Path) -> None:
             continue
         try:
             (folder / name).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder / name) as file:
+                file.write(b"room?")
         except OSError as error:
             log.warning(
-                "run.cache=%s cannot be made (%s), so the next run may have to compile again: name a folder that can "
-                "be written", folder, error.strerror,
+                "run.cache=%s cannot be written (%s), so the next run may have to compile again: name a folder that "
+                "can be", folder, error.strerror,
             )  # fmt: skip
             return
         os.environ[variable] = str(folder / name)

@@ -1,6 +1,7 @@
 """How well a step uses its device: its FLOPs by definition, the device's rate, and the share of the two, MFU."""
 
 import itertools
+import re
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -126,7 +127,9 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes of tensors on a GPU so far; without one, most memory that the process has had."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if high := re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text()):
+        return int(high[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # where Linux did not, it counts the parent's too
 
 
 def reset_peak_memory(device: torch.device) -> None:

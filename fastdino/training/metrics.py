@@ -56,12 +56,16 @@ class Metrics:
         self._spoke = time.monotonic()
 
     def restart_clock(self, step: int) -> None:
-        """Leaves what happened since the last report out of the pace: an evaluation, a checkpoint."""
+        """Leaves what happened since the last report out of the pace: an evaluation, a checkpoint, a compiler."""
         self._clock = _Clock(step, self._clock.total_steps, self._clock.global_batch)
 
     def times(self, step: int) -> bool:
         """Whether the time of ``step`` tells how long the run takes, so that it is worth waiting for the device."""
         return step <= self._outlook.start_step + 2
+
+    def compiled(self, step: int) -> bool:
+        """Whether kernels were compiled in ``step``, so that its time says nothing about those after it."""
+        return self._outlook.compiles and step == self._outlook.start_step + 1
 
     def advance(self, step: int, seconds: float, waited: float) -> None:
         """One step is done: number ``step``, in so many seconds, of which it waited some for views."""

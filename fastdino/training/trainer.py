@@ -258,7 +258,7 @@ class Trainer:
             self._save(last)
         if rest == 0 and run.knn_every and (last or epoch % run.knn_every == 0):
             knn = self._knn(metrics, epoch, knn, notice)
-        if metrics and (rest == 0 or by_step):
+        if metrics and (rest == 0 or by_step or metrics.compiled(self.step)):
             metrics.restart_clock(self.step)
         return knn
 

@@ -279,16 +279,20 @@ def test_when_it_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
         dataclasses.replace(with_engine(anywhere, compile="on"), model=xformers)
 
 
-def test_caches_that_cannot_be_made_cost_a_warning(
+def test_caches_that_cannot_be_written_cost_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A home that may not be written is no reason not to train. What the user names goes first."""
     for name in CACHES:
         monkeypatch.setenv(name, default_cache_dir())  # torch's doing, nobody's wish
     (tmp_path / "file").touch()
+    for name in ("inductor", "triton"):
+        (tmp_path / name).symlink_to("/proc/self")  # a folder that takes no file, from root either
     keep_compiled_in(tmp_path / "file" / "x")
-    (record,) = caplog.records
-    assert re.search(r"run.cache=.*file/x cannot be made \(Not a directory\)", record.getMessage())
+    keep_compiled_in(tmp_path)
+    no_folder, no_file = (record.getMessage() for record in caplog.records)
+    assert re.search(r"run.cache=.*file/x cannot be written \(Not a directory\)", no_folder)
+    assert f"run.cache={tmp_path} cannot be written" in no_file
     assert os.environ["TRITON_CACHE_DIR"] == default_cache_dir()
     keep_compiled_in(tmp_path / "made")
     assert [os.environ[name] for name in CACHES] == [f"{tmp_path}/made/inductor", f"{tmp_path}/made/triton"]

@@ -69,7 +69,7 @@ def test_each_switch_alone_and_last(ranks: Ranks) -> None:
         assert isinstance(cost, Cost)
         assert cost.seconds == pytest.approx(seconds)
     assert found.skipped.keys() == {"run.keep", "model.attention"}
-    assert found.skipped["run.keep"] == "it changes nothing for this recipe on this device"
+    assert found.skipped["run.keep"] == "3 runs what 8 runs, for this recipe on this device"
     assert "needs a GPU" in found.skipped["model.attention"], "a switch that is refused is no end"
 
 

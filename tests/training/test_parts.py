@@ -181,7 +181,9 @@ def test_a_table_tells_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert any(line.startswith("MFU: ") and "what matrix products reach here" in line for line in lines)
     assert "first step                  61.3 s\n" in dataclasses.replace(found, first_step=61.3).table()
     assert "it needs --data.num-workers" in dataclasses.replace(found, pipeline=found.step / 3).table()
-    assert "keeps up with" in dataclasses.replace(found, pipeline=found.step * 3).table()
+    fast = dataclasses.replace(found, pipeline=found.step * 3, num_workers=1)
+    assert "keeps up with" in fast.table()
+    assert "takes turns with the step: with --data.num-workers 1" in dataclasses.replace(fast, num_workers=0).table()
     known = dataclasses.replace(found, published_flops=4 * found.matmul_flops)
     assert "the published peak" in known.table()
     assert "matrix products reach 25.0% of that peak here" in known.table()
@@ -213,6 +215,15 @@ def test_a_file_that_can_be_written_is_not_made_before(tmp_path: Path) -> None:
     Bench(json=tmp_path / "new", profile=old)._check_files()
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
     assert old.read_text() == "figures"
+
+
+def test_files_are_where_the_user_means(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A shell expands no tilde behind a = sign. Of two files by one name, one would be lost."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    bench = Bench(json=Path("~/figures"), profile=Path("~/trace"))
+    assert (bench.json, bench.profile) == (tmp_path / "figures", tmp_path / "trace")
+    with pytest.raises(ConfigError, match=r"--json=.*figures' must be another file than --profile"):
+        Bench(json=Path("~/figures"), profile=tmp_path / "figures")
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])

@@ -22,6 +22,7 @@ from fastdino.distributed import Ranks
 from fastdino.training import checkpoint
 from fastdino.training.checkpoint import CheckpointError
 from fastdino.training.run_folder import Lock, RunFolder
+from fastdino.training.throughput.ablation import SWITCHES
 from tests.children import environment
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
@@ -203,6 +204,20 @@ def test_a_step_is_saved_once(tmp_path, monkeypatch):
         save(run, 1)
         save(run, 1, last=True)
     assert disk.written == [1]
+
+
+def test_a_run_goes_on_with_steps_that_are_computed_another_way(tmp_path):
+    """A compiler that fails, a GPU with less memory, another user's home are no other run."""
+    config = Config(run=RunConfig(dir=tmp_path / "run"))
+    with RunFolder(config, ALONE) as run:
+        run.write_config()
+    changed = dataclasses.replace(config, run=dataclasses.replace(config.run, cache=tmp_path / "cache"))
+    for switch in SWITCHES:
+        if switch.setting != "engine.fp8":  # as engine.precision
+            changed = switch.set(changed, on=switch.value(changed) == switch.off)
+            assert switch.value(changed) != switch.value(config)
+    with RunFolder(changed, ALONE) as run:
+        assert run.config_before == config
 
 
 def test_a_run_in_use_by_another_process(tmp_path):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,8 +31,9 @@ from fastdino.config import (
     ViewsConfig,
 )
 from fastdino.data import Batch
+from fastdino.engine import graphs
 from fastdino.method.dino import Dino
-from fastdino.training import checkpoint
+from fastdino.training import checkpoint, metrics
 from fastdino.training.run_folder import read_config
 from fastdino.training.trainer import Trainer, TrainingDiverged
 from tests.children import environment
@@ -293,3 +295,21 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     again = fastdino.train(tiny(tmp_path / "run"))
     assert again.steps == 10
     assert all(torch.equal(before[name], tensor) for name, tensor in state(first.dir, 10).items())
+
+
+def test_the_pace_is_that_of_steps_that_compile_nothing(tmp_path, monkeypatch):
+    """A minute of compiling in the first step is no part of what the first report says of a step."""
+    now, original = 0.0, Trainer.train_step
+
+    def train_step(trainer: Trainer, batches: list[Batch]) -> dict[str, torch.Tensor]:
+        nonlocal now
+        now += 0.5 if trainer.step else 60.0
+        return original(trainer, batches)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    monkeypatch.setattr(graphs, "compile_regions", lambda regions: None)
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: now, monotonic=lambda: now))
+    fastdino.train(tiny(tmp_path, engine__compile="on", run__epochs=1, run__log_every=4, run__cache=tmp_path / "cache"))
+    first, last = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert (first["step"], first["step_seconds"], first["images_per_second"]) == (4, 0.5, 16.0)
+    assert (last["step"], last["step_seconds"]) == (5, 0.5)

@@ -37,13 +37,17 @@ class Switch:
     runs: Callable[[Trainer], object]
     """What runs, of a trainer: it is the same on and off where the switch has no effect."""
 
+    def value(self, config: Config) -> Any:
+        """What the config says of it."""
+        group, name = self.setting.split(".")
+        return getattr(getattr(config, group), name)
+
     def set(self, config: Config, on: bool) -> Config:
         """The config with it on, which is the recipe's own value unless that is off, or with it off."""
         group, name = self.setting.split(".")
-        settings = getattr(config, group)
-        given = getattr(settings, name)
+        given = self.value(config)
         value = (self.on if given == self.off else given) if on else self.off
-        return dataclasses.replace(config, **{group: dataclasses.replace(settings, **{name: value})})
+        return dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **{name: value})})
 
 
 def _attention(trainer: Trainer) -> str:
@@ -165,7 +169,8 @@ def _sorted_out(config: Config, ranks: Ranks) -> tuple[list[str], dict[str, str]
             skipped[name] = str(error)
             continue
         if running[name] == before[name]:
-            skipped[name] = "it changes nothing for this recipe on this device"
+            value = switch.value(_with(config, on | {name}))
+            skipped[name] = f"{value} runs what {switch.off} runs, for this recipe on this device"
         else:
             on, before = on | {name}, running
     return [switch.setting for switch in SWITCHES if switch.setting in on], skipped
@@ -174,18 +179,27 @@ def _sorted_out(config: Config, ranks: Ranks) -> tuple[list[str], dict[str, str]
 def _running(config: Config, on: On, ranks: Ranks) -> dict[str, object]:
     """What runs, by switch."""
     try:
-        trainer = Trainer(_with(config, on), ranks)
-        trainer.batches.close()
+        trainer = _trainer(config, on, ranks)
         return {switch.setting: switch.runs(trainer) for switch in SWITCHES}
     finally:
         _free(ranks)
 
 
+def _trainer(config: Config, on: On, ranks: Ranks) -> Trainer:
+    """A variant's, that reads no images and says only what is wrong: the rest is what the others say."""
+    logging.disable(logging.INFO)
+    try:
+        trainer = Trainer(_with(config, on), ranks)
+    finally:
+        logging.disable(logging.NOTSET)
+    trainer.batches.close()
+    return trainer
+
+
 def _measure(config: Config, on: On, ranks: Ranks, views: list[Batch], seconds: float) -> tuple[float, int] | str:
     """Seconds of a step, and bytes; or why there are none."""
     try:
-        trainer = Trainer(_with(config, on), ranks)
-        trainer.batches.close()
+        trainer = _trainer(config, on, ranks)
 
         def step() -> None:
             trainer.train_step(views)

@@ -94,6 +94,8 @@ class Throughput:
         if self.pipeline < self.step:
             needed = f"it needs --data.num-workers {self.workers_needed} and as many cores"
             lines.append(f"the pipeline holds the step back: {needed}")
+        elif not self.num_workers:
+            lines.append("the pipeline takes turns with the step: with --data.num-workers 1 it works beside it")
         else:
             lines.append("the pipeline keeps up with the step")
         return "\n".join([*lines, *self._breakdown(), *([self.ablation.table()] if self.ablation else [])])
@@ -125,6 +127,10 @@ class Bench:
 
     def __post_init__(self) -> None:
         require(0 < self.seconds < math.inf, "--seconds", self.seconds, "a positive number of seconds")
+        for name in ("profile", "json"):
+            if path := getattr(self, name):
+                object.__setattr__(self, name, path.expanduser())
+        require(not self.json or self.json != self.profile, "--json", str(self.json), "another file than --profile")
 
     def __call__(self, config: Config) -> Throughput:
         """Measures; every rank calls it, under any launcher.
