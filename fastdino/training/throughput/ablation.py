@@ -187,11 +187,12 @@ def _running(config: Config, on: On, ranks: Ranks) -> dict[str, object]:
 
 def _trainer(config: Config, on: On, ranks: Ranks) -> Trainer:
     """A variant's, that reads no images and says only what is wrong: the rest is what the others say."""
-    logging.disable(logging.INFO)
+    disabled = logging.root.manager.disable
+    logging.disable(max(disabled, logging.INFO))
     try:
         trainer = Trainer(_with(config, on), ranks)
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(disabled)
     trainer.batches.close()
     return trainer
 
