@@ -39,6 +39,26 @@ def fastdino(*arguments: object, code: int = 0, **variables: str) -> subprocess.
     return done
 
 
+@pytest.fixture
+def here(monkeypatch, capfd):
+    """The command in this process, which has imported everything; how a process ends is told by :func:`fastdino`."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def call(*arguments: object, code: int = 0) -> subprocess.CompletedProcess:
+        command = [*map(str, arguments)]
+        ended = 0
+        capfd.readouterr()
+        try:
+            cli.main(command)
+        except SystemExit as end:
+            ended = end.code
+        done = subprocess.CompletedProcess(command, ended, *capfd.readouterr())
+        assert done.returncode == code, done.stderr
+        return done
+
+    return call
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """A finished tiny run."""
@@ -90,14 +110,9 @@ def run(tmp_path_factory) -> Path:
     ],
     ids=lambda value: " ".join(map(str, value[:4]))[-40:] if isinstance(value, list) else "",
 )  # fmt: skip
-def test_a_mistake_is_one_message_and_exit_code_2(arguments, says, tmp_path, monkeypatch, capfd):
-    """In this process, which has imported everything; how a process ends is the next test's."""
-    monkeypatch.setenv("COLUMNS", "80")
+def test_a_mistake_is_one_message_and_exit_code_2(arguments, says, tmp_path, here):
     extra = ["--run.dir", tmp_path / "run"] if arguments[0] == "train" and len(arguments) > 2 else []
-    with pytest.raises(SystemExit) as ended:
-        cli.main([*map(str, [*arguments, *extra])])
-    assert ended.value.code == 2
-    assert says in capfd.readouterr().err
+    assert says in here(*arguments, *extra, code=2).stderr
     assert not any(tmp_path.iterdir()), "a run folder with this config would refuse the corrected one"
 
 
@@ -292,47 +307,47 @@ def test_eval_and_export(run, tmp_path):
     assert sheet.read_bytes()[:4] == b"\x89PNG"
 
 
-def test_eval_of_published_weights(run, tmp_path):
+def test_eval_of_published_weights(run, tmp_path, here):
     """A state dict that says nothing of itself: the arch is told by its shapes, or named."""
     import timm
     import torch
     from safetensors.torch import load_file
 
     weights, published = tmp_path / "teacher.safetensors", tmp_path / "pretrain.pth"
-    fastdino("export", run, "--out", weights)
+    here("export", run, "--out", weights)
     torch.save({"teacher": {"module.backbone." + k: v for k, v in load_file(weights).items()}}, published)
     flags = ("--num-workers", 0, "--neighbors", 20, "--data", images(tmp_path / "data"))
-    ours, theirs = (json.loads(fastdino("eval", "knn", path, *flags).stdout) for path in (weights, published))
+    ours, theirs = (json.loads(here("eval", "knn", path, *flags).stdout) for path in (weights, published))
     assert {**theirs, "path": ""} == {**ours, "path": ""}
     torch.save(timm.create_model("resnet18").state_dict(), published)
-    assert "--arch timm:" in fastdino("eval", "knn", published, *flags, code=2).stderr
-    found = json.loads(fastdino("eval", "knn", published, *flags, "--arch", "timm:resnet18", "--size", 64).stdout)
+    assert "--arch timm:" in here("eval", "knn", published, *flags, code=2).stderr
+    found = json.loads(here("eval", "knn", published, *flags, "--arch", "timm:resnet18", "--size", 64).stdout)
     assert found["size"] == 64
     assert 0 <= found["knn_20"] <= 100
     for kind in ("attention", "patches"):
-        refused = fastdino("eval", kind, published, "--arch", "timm:resnet18", "--out", tmp_path / "x.png", code=2)
+        refused = here("eval", kind, published, "--arch", "timm:resnet18", "--out", tmp_path / "x.png", code=2)
         assert "one of our ViTs (model.arch=vit_...), not timm:resnet18" in refused.stderr
         assert not (tmp_path / "x.png").exists()
 
 
-def test_weights_of_others(run, tmp_path):
+def test_weights_of_others(run, tmp_path, here):
     """A folder of Hugging Face is evaluated and trained from with no further flag; what does not fit is one message."""
     hf, data = tmp_path / "hf", images(tmp_path / "data")
     said = fastdino("export", run, "--format", "hf", "--out", hf)
     assert said.stdout == f"wrote {hf}\n"
     assert f"transformers.AutoModel.from_pretrained({str(hf)!r}) loads it" in said.stderr
     flags = ("--num-workers", 0, "--neighbors", 20, "--data", data)
-    ours, theirs = (json.loads(fastdino("eval", "knn", path, *flags).stdout) for path in (run, hf))
+    ours, theirs = (json.loads(here("eval", "knn", path, *flags).stdout) for path in (run, hf))
     assert {**theirs, "path": ""} == {**ours, "path": ""}
     begun = ("train", "vit_small_16", *TINY, "--run.epochs", 1, "--run.knn-every", 0, "--model.weights", hf)
     fastdino(*begun, "--run.dir", tmp_path / "run")
     assert '"layer_scale": 1e-05' in (tmp_path / "run/config.json").read_text()
-    refused = fastdino(*begun, "--run.dir", tmp_path / "other", "--model.arch", "vit_tiny", code=2).stderr
+    refused = here(*begun, "--run.dir", tmp_path / "other", "--model.arch", "vit_tiny", code=2).stderr
     assert "asks for arch vit_tiny: start it with --model.arch vit_nano" in refused
-    assert len(fastdino("export", run, "--format", "hf", "--out", data, code=2).stderr.splitlines()) == 1
+    assert len(here("export", run, "--format", "hf", "--out", data, code=2).stderr.splitlines()) == 1
     (hf / "config.json").unlink()
     for command in (("eval", "knn", hf, *flags), (*begun, "--run.dir", tmp_path / "other")):
-        assert "looked for config.json beside model.safetensors" in fastdino(*command, code=2).stderr
+        assert "looked for config.json beside model.safetensors" in here(*command, code=2).stderr
     assert not (tmp_path / "other").exists()
 
 
@@ -366,13 +381,21 @@ def test_exported_weights_load_in_timm(run, tmp_path):
     torch.testing.assert_close(model.eval()(x), backbone(x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory) -> Path:
+    """A run of another model."""
+    folder = tmp_path_factory.mktemp("cli") / "larger"
+    fastdino("train", "vit_small_16", "--run.dir", folder, *TINY, "--model.arch", "vit_tiny", "--run.epochs", 1)
+    return folder
+
+
 def snapshot(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("command", ["train", "export"])
 @pytest.mark.parametrize("case", ["truncated", "another model", "newer format"])
-def test_a_checkpoint_that_cannot_be_loaded(run, tmp_path, case, command):
+def test_a_checkpoint_that_cannot_be_loaded(run, larger, tmp_path, case, command):
     """One message, exit code 2, and no file of the run changes."""
     copy, newest = tmp_path / "run", "checkpoints/step-00000010"
     shutil.copytree(run, copy)
@@ -383,10 +406,8 @@ def test_a_checkpoint_that_cannot_be_loaded(run, tmp_path, case, command):
         victim.write_bytes(victim.read_bytes()[:-100])
         says = "damaged"
     elif case == "another model":
-        other = tmp_path / "other"
-        fastdino("train", "vit_small_16", "--run.dir", other, *TINY, "--model.arch", "vit_tiny", "--run.epochs", 1)
         shutil.rmtree(copy / newest)
-        found = next((other / "checkpoints").iterdir())
+        found = next((larger / "checkpoints").iterdir())
         shutil.copytree(found, copy / "checkpoints" / found.name)
         says = "another model"
     else:
