@@ -1,29 +1,28 @@
 """Writes the tables of README.md and docs/ from the result files, between <!-- bench:NAME --> and <!-- /bench:NAME -->.
 
-``python -m bench.report`` writes them, and draws anew the charts that stand in docs/ as NAME.png; ``--check`` writes
-nothing and exits with 1 when one differs. ``--html`` and ``--png`` draw the same files instead: one page that needs no
-network, and a picture for each of its charts.
+``python -m bench.report`` writes them and the tables in the code of what is fastest on a GPU, and draws anew the charts
+that stand in docs/ as NAME.png; ``--check`` writes nothing and exits with 1 when one differs. ``--html`` and ``--png``
+draw the same files instead: one page that needs no network, and a picture for each of its charts.
 """
 
 import argparse
 import json
 import re
 import sys
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.kernels.attention import CHOICES
 from bench.kernels.case import OURS
+from bench.peers.contenders import PACKED, PER_SIZE
 from bench.pictures.page import renew_pngs, write_page, write_pngs
 from bench.record import H200, RESULTS, ROOT
 from fastdino.config import ConfigError
-from fastdino.model.attention import FASTEST
-from fastdino.model.packing import PACKED
 
 MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- bench:(\w+) -->")
+MODEL = ROOT / "fastdino" / "model"
 Rows = list[list[str]]
 # Cases of the compile gate that bench.kernels times at the same sizes: operation, shape, variant.
 HEADLINES = {
@@ -31,6 +30,18 @@ HEADLINES = {
     "prototype_weight": ("prototype_weight", "65536,256,bf16", OURS),
 }
 NOT_MEASURED = "On a GPU: not measured yet.\n"
+
+
+class Choice(NamedTuple):
+    """What the product takes on a GPU by a table in its code, which is written from the figures of a bench."""
+
+    file: Path
+    table: str
+    bench: str
+    variants: str
+    """Their name in the bench's file."""
+    ways: Callable[[dict[str, Any]], dict[str, Any]]
+    """What the table says of each variant of a case."""
 
 
 def main() -> int:
@@ -48,6 +59,9 @@ def main() -> int:
     check = options.check
     texts = {path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]}
     changed = {path: new for path, text in texts.items() if (new := rewritten(text, RESULTS)) != text}
+    for choice in CHOSEN:
+        if (new := rewritten_code(text := choice.file.read_text(), choice, RESULTS)) != text:
+            changed[choice.file] = new
     for path, new in changed.items() if not check else ():
         path.write_text(new)
     stale = [*changed, *renew_pngs(RESULTS, ROOT / "docs", check)]
@@ -194,25 +208,42 @@ def attention_table(results: Path) -> str:
 
 
 def choices_table(results: Path) -> str:
-    """What the product takes on each GPU that was measured, beside what was fastest there."""
-    rows, whole = defaultdict[str, dict[str, str]](dict), "packed"
-    for name, ours in (("attention", CHOICES), ("step", {OURS: whole, "fastdino, a pass per size": "a pass per size"})):
-        for file in sorted(results.glob(f"{name}-*.json")):
-            document = json.loads(file.read_text())
-            variants = document["cases"][0]["variants" if name == "attention" else "contenders"]
-            times = {ours[way]: f["milliseconds"] for way, f in variants.items() if way in ours}
-            if len(times) > 1 and file.stem != f"{name}-cpu":
-                rows[document["provenance"]["device"]][name] = min(times, key=lambda way: times[way])
-    if not rows:
-        return NOT_MEASURED
-    header = ["GPU", "fastest attention", "auto", "fastest views", "auto"]
-    table = []
-    for gpu, fastest in rows.items():
-        attention = next((way for part, way in FASTEST.items() if part in gpu), "varlen")
-        packed = next((packed for part, packed in PACKED.items() if part in gpu), True)
-        found = [fastest.get(name, "not measured") for name in ("attention", "step")]
-        table.append([gpu, found[0], attention, found[1], whole if packed else "a pass per size"])
-    return _table(header, table)
+    """What the product takes on each GPU that was measured."""
+    attention, packed = (_fastest(results, choice) for choice in CHOSEN)
+    views = {gpu: "packed" if whole else "a pass per size" for gpu, whole in packed.items()}
+    gpus = sorted(attention.keys() | views.keys())
+    rows = [[gpu, *(found.get(gpu, "not measured") for found in (attention, views))] for gpu in gpus]
+    return _table(["GPU", "attention", "views"], rows) if rows else NOT_MEASURED
+
+
+def rewritten_code(text: str, choice: Choice, results: Path) -> str:
+    """``text`` with the table of ``choice`` as the files in ``results`` have it."""
+    fastest = _fastest(results, choice).items()
+    entries = "".join(f'    "{gpu}": {json.dumps(way) if isinstance(way, str) else way},\n' for gpu, way in fastest)
+    table = f"{{\n{entries}}}" if entries else "{}"
+    found = re.search(rf"^{re.escape(choice.table)} = (\{{.*?\}})$", text, re.DOTALL | re.MULTILINE)
+    assert found, f"there is no line {choice.table} = ..."
+    return text[: found.start(1)] + table + text[found.end(1) :]
+
+
+def _fastest(results: Path, choice: Choice) -> dict[str, Any]:
+    """The way that takes least time in the first case of each GPU's file, by the GPU's name."""
+    found = {}
+    for file in sorted({*results.glob(f"{choice.bench}-*.json")} - {results / f"{choice.bench}-cpu.json"}):
+        document = json.loads(file.read_text())
+        case = document["cases"][0]
+        ways = choice.ways(case)
+        times = {ways[name]: f["milliseconds"] for name, f in case[choice.variants].items() if name in ways}
+        if len(times) > 1:
+            found[document["provenance"]["device"]] = min(times, key=lambda way: times[way])
+    return found
+
+
+CHOSEN = (
+    Choice(MODEL / "attention.py", "FASTEST: dict[str, str]", "attention", "variants", lambda case: CHOICES),
+    Choice(MODEL / "packing.py", "PACKED: dict[str, bool]", "step", "contenders",
+           lambda case: {OURS: case["packed"], PACKED: True, PER_SIZE: False}),
+)  # fmt: skip
 
 
 def data_table(results: Path) -> str:

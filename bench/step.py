@@ -27,6 +27,7 @@ from bench.workload import random_batch, step_config
 from fastdino import distributed
 from fastdino.config import Config, ConfigError
 from fastdino.distributed import Ranks
+from fastdino.model.packing import is_packed
 from fastdino.training.flops import matmul_flops, step_flops
 
 ARCHS = {"cuda": ["vit_small", "vit_base"], "cpu": ["vit_tiny"]}
@@ -100,7 +101,8 @@ class Contest:
             "arch": config.model.arch, "views": f"2 x {views.global_size} + {views.num_local} x {views.local_size}",
             "batch": config.run.local_batch, "prototypes": config.head.num_prototypes,
             "precision": config.engine.precision, "rounds": rounds, "order": IN_TURNS, "partial": True,
-            "step_flops": step_flops(config), "losses": {}, "contenders": {}, "left_out": {},
+            "packed": is_packed(config.model.packed, ranks.device), "step_flops": step_flops(config),
+            "losses": {}, "contenders": {}, "left_out": {},
         }  # fmt: skip
 
     def measure(self, save: Callable[[], None], alone: bool) -> None:

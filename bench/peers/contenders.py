@@ -20,8 +20,10 @@ from fastdino.config import Config
 from fastdino.data import Batch
 from fastdino.distributed import Ranks
 from fastdino.model import build_network
+from fastdino.model.packing import is_packed
 from fastdino.training.trainer import Trainer
 
+PACKED, PER_SIZE = "fastdino, packed", "fastdino, a pass per size"
 WAYS: dict[str, dict[str, dict[str, Any]]] = {  # settings of ours by group
     OURS: {},
     "fastdino, ZeRO 1": {"engine": {"zero_stage": 1}},
@@ -30,7 +32,8 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {  # settings of ours by group
     "fastdino, eager": {"engine": {"compile": "off"}},
     "fastdino, compiled": {"engine": {"compile": "on"}},
     "fastdino, CUDA graphs": {"engine": {"zero_stage": 0, "cuda_graphs": True}},
-    "fastdino, a pass per size": {"model": {"packed": "off"}},
+    PACKED: {"model": {"packed": "on"}},
+    PER_SIZE: {"model": {"packed": "off"}},
 }
 # What engine.compile=auto comes to, and what does not run.
 NOT_USUAL = {"cuda": {"fastdino, compiled"}, "cpu": {"fastdino, eager", "fastdino, CUDA graphs"}}
@@ -59,7 +62,8 @@ class Contender:
 
 def usual(device: torch.device) -> list[str]:
     """Those beside ours that run on the device, without a second one of the same settings."""
-    return [name for name in CONTENDERS if name not in NOT_USUAL[device.type]]
+    without = NOT_USUAL[device.type] | {PACKED if is_packed("auto", device) else PER_SIZE}
+    return [name for name in CONTENDERS if name not in without]
 
 
 def build(config: Config, ranks: Ranks, folder: Path, names: Sequence[str]) -> dict[str, Contender]:
