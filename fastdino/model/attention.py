@@ -18,8 +18,8 @@ Lengths = tuple[tuple[int, int], ...]  # (sequences, tokens of each) per group; 
 
 
 FASTEST: dict[str, str] = {}
-"""What auto takes on a GPU, by a part of its name: the fastest in bench/results/attention-*.json. On a GPU that is not
-here, that is not measured, it takes what launches least."""
+"""What auto takes on a GPU, by a part of its name: the fastest in bench/results/attention-*.json, as bench.report
+writes it. On a GPU that is not here, that is not measured, it takes what launches least."""
 
 
 def attention(

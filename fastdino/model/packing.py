@@ -12,7 +12,7 @@ from fastdino.model.attention import Lengths, starts_of
 
 PACKED: dict[str, bool] = {}
 """Whether views of all sizes go through a network at once, by a part of a GPU's name: what is faster in
-bench/results/step-*.json. Elsewhere, not measured that is, they do: it launches less."""
+bench/results/step-*.json, as bench.report writes it. Elsewhere, not measured that is, they do: it launches less."""
 
 
 def is_packed(choice: str, device: torch.device) -> bool:
