@@ -185,6 +185,12 @@ def test_without_local_views_their_size_does_not_matter() -> None:
     assert network.backbone.num_features == 512
 
 
+def test_timm_backbones_are_compiled_whole_but_for_statistics_over_ranks() -> None:
+    backbone = build_backbone(ModelConfig(arch="timm:resnet18", drop_path=0.0), 64, {"global": (64, 4)})
+    assert backbone.regions() == [(backbone.published, "forward")]
+    assert torch.nn.SyncBatchNorm.convert_sync_batchnorm(backbone).regions() == []
+
+
 def test_timm_backbones_are_checkpointed() -> None:
     model, gradients = ModelConfig(arch="timm:convnext_atto", drop_path=0.1), []
     for how in ("none", "full"):
