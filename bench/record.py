@@ -72,6 +72,8 @@ def device_here(text: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"{text!r} is neither cuda nor cpu")
     if text.startswith("cuda") and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError("torch sees no GPU here: check the driver, or use cpu")
+    if ":" in text:  # clocks and peers are of the current device
+        raise argparse.ArgumentTypeError(f"{text!r} has a number: CUDA_VISIBLE_DEVICES chooses among GPUs")
     return torch.device(text)
 
 

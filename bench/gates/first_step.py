@@ -19,12 +19,12 @@ import torch
 from bench.record import ROOT, device_here, positive, provenance, python_path, result_path, write
 from bench.workload import build_trainer, random_batch, step_config
 from fastdino import distributed
+from fastdino.engine.graphs import CACHES
 from fastdino.model.vit import SIZES
 from fastdino.training.throughput.timing import wall_seconds
 
 BLOCKS = (6, 12, 24)
 MOST = 1.25
-CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # would stand above the case's own
 
 
 def main() -> int:
@@ -56,7 +56,7 @@ def main() -> int:
 
 
 def _alone(blocks: int, device: torch.device, cache: str) -> float:
-    environment = {name: value for name, value in os.environ.items() if name not in CACHES}
+    environment = {name: value for name, value in os.environ.items() if name not in CACHES}  # they go before --cache
     command = [sys.executable, "-m", "bench.gates.first_step", "--device", device.type, "--blocks", str(blocks)]
     child = subprocess.run(
         [*command, "--cache", cache], cwd=ROOT, env=environment | {"PYTHONPATH": python_path()}, text=True, check=True,

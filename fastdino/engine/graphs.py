@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 GRAPHS = 64  # of one region's code: every mixture of shapes, gradient and reading is one, and a process may train again
 
+CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}  # folders of run.cache by who reads them
 Backend = str | Callable[..., Any]  # what torch.compile takes
 
 
@@ -38,11 +39,10 @@ def keep_compiled_in(folder: Path) -> None:
 
     Where it cannot be written, a warning says so, and they keep it where they would: no run ends for it.
     """
-    for variable, name in {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}.items():
+    for variable, name in CACHES.items():
         named = os.environ.get(variable, "")
-        if named and not Path(named).is_relative_to(
-            default_cache_dir()
-        ):  # which torch writes into the environment itself
+        torchs_own = Path(named).is_relative_to(default_cache_dir())  # which it writes into the environment itself
+        if named and not torchs_own:
             continue
         try:
             (folder / name).mkdir(parents=True, exist_ok=True)

@@ -335,7 +335,7 @@ class Trainer:
             "Triton kernels" if self.ranks.device.type == "cuda" else "plain torch",
         )  # fmt: skip
         if self.compiled:
-            log.info("the first step compiles the network, which takes a minute or two unless run.cache holds it")
+            log.info("the first step compiles the network, unless run.cache holds what it needs")
         if self.step < self.total_steps:
             log.info("step %d waits for its images", self.step + 1)
         else:

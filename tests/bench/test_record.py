@@ -71,6 +71,7 @@ def test_compare_needs_git_and_says_so_at_once(
         ("kernels.__main__ --only koleo_loss --shape 2,x", "--shape 2,x: koleo_loss takes such as 2,64,"),
         ("kernels.attention --device cpu --shape 2y3", "--shape 2y3: such as 2x37+8x10"),
         ("kernels.ceilings --device cuda:1", "argument --device: torch sees no GPU here"),
+        ("compare --base HEAD --device cpu:0", "argument --device: 'cpu:0' has a number: CUDA_VISIBLE_DEVICES chooses"),
         ("data --workers 0", "argument --workers: '0' is not a whole number above 0"),
         ("gates.first_step --blocks -1", "argument --blocks: '-1' is not a whole number above 0"),
         ("visit.step_profile vit_nano --device x", "argument --device: 'x' is neither cuda nor cpu"),

@@ -23,11 +23,7 @@ from bench.counters import LiveBytes
 from bench.workload import nano_config, nano_dinov2, random_batch
 from fastdino import distributed
 from fastdino.config import Config, ConfigError, RunConfig
-from fastdino.engine.graphs import (
-    compile_regions,
-    compiles,
-    keep_compiled_in,
-)
+from fastdino.engine.graphs import CACHES, compile_regions, compiles, keep_compiled_in
 from fastdino.model import vit
 from fastdino.model.block import Mlp, Shape
 from fastdino.model.head import Head
@@ -36,7 +32,6 @@ from tests.training.test_online_knn import images
 
 CPU = torch.device("cpu")
 STEPS = 3
-CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 # Drop path of either kind, views of two sizes, masks, two heads.
 V1 = nano_config(engine="torch")
 V2 = nano_dinov2(nano_config(engine="torch", local_batch=8), sinkhorn=True)
@@ -297,8 +292,8 @@ def test_caches_that_cannot_be_written_cost_a_warning(
     keep_compiled_in(tmp_path / "made")
     assert [os.environ[name] for name in CACHES] == [f"{tmp_path}/made/inductor", f"{tmp_path}/made/triton"]
     keep_compiled_in(tmp_path / "another")
-    monkeypatch.setenv(CACHES[0], f"{default_cache_dir()}-of-mine")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{default_cache_dir()}-of-mine")
     keep_compiled_in(tmp_path / "another")
-    assert os.environ[CACHES[0]] == f"{default_cache_dir()}-of-mine"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == f"{default_cache_dir()}-of-mine"
     assert os.environ["TRITON_CACHE_DIR"] == f"{tmp_path}/made/triton"
     assert not (tmp_path / "another").exists()

@@ -308,6 +308,8 @@ def test_the_pace_is_that_of_steps_that_compile_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
     monkeypatch.setattr(graphs, "compile_regions", lambda regions: None)
+    for name in graphs.CACHES:
+        monkeypatch.setenv(name, "")  # so that it is as before after the test
     monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: now, monotonic=lambda: now))
     fastdino.train(tiny(tmp_path, engine__compile="on", run__epochs=1, run__log_every=4, run__cache=tmp_path / "cache"))
     first, last = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
