@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 from bench.record import RESULTS, ROOT, commit, python_path
@@ -54,7 +54,10 @@ class Visit:
         side_by_side = lanes(self.stages)
         with ThreadPoolExecutor(max_workers=max(1, len(side_by_side))) as pool:
             try:
-                for future in [pool.submit(self._one_by_one, lane) for lane in side_by_side]:
+                running = [pool.submit(self._one_by_one, lane) for lane in side_by_side]
+                while wait(running, timeout=0.5).not_done:
+                    pass  # a signal that comes as a wait begins is heard when it ends
+                for future in running:
                     future.result()
                 self._one_by_one([stage for stage in self.stages if not stage.lane])
             except BaseException:
