@@ -17,18 +17,20 @@ Exit code 0: SAME, FASTER or AMBIGUOUS. 1: SLOWER. 2: UNFIT, WRONG, or no such b
 """
 
 import argparse
+import io
 import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 
@@ -86,7 +88,7 @@ class Wrong(Exception):
 
 
 class NoBase(Exception):
-    """git cannot check the base out."""
+    """git does not give the files of the base."""
 
 
 def compare(first: Path, second: Path, device: str, case: str, rounds: int) -> Ratio:
@@ -131,9 +133,10 @@ def main() -> int:
         return serve(options.device, options.case[0])
     if not options.base:
         parser.error("--base COMMIT is missing")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the base's files and both sides go with it
     rounds, worst = options.rounds or ROUNDS[options.device.type], 0
     try:
-        with worktree(options.base) as base:
+        with checkout(options.base) as base:
             for case in options.case:
                 worst = max(worst, judge(base, options.device.type, case, rounds))
     except NoBase as error:
@@ -159,26 +162,24 @@ def judge(base: Path, device: str, case: str, rounds: int) -> int:
 
 
 @contextmanager
-def worktree(revision: str) -> Iterator[Path]:
-    """A checkout of ``revision`` with this tree's bench/, so that both sides are measured alike.
+def checkout(revision: str) -> Iterator[Path]:
+    """The files of ``revision`` with this tree's bench/, so that both sides are measured alike.
 
     Raises NoBase where there is no git, no repository or no such revision.
     """
+    command = ["git", "archive", "--", f"{revision}^{{commit}}"]
+    try:
+        archive = subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout
+    except subprocess.CalledProcessError as error:
+        raise NoBase(error.stderr.decode().strip()) from None
+    except OSError as error:
+        raise NoBase(str(error)) from None
     with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder) / "base"
-        git: Any = {"cwd": ROOT, "check": True, "capture_output": True, "text": True}
-        try:
-            subprocess.run(["git", "worktree", "add", "--detach", "--", str(tree), revision], **git)
-        except subprocess.CalledProcessError as error:
-            raise NoBase(error.stderr.strip()) from None
-        except OSError as error:
-            raise NoBase(str(error)) from None
-        try:
-            shutil.rmtree(tree / "bench", ignore_errors=True)
-            shutil.copytree(ROOT / "bench", tree / "bench", ignore=shutil.ignore_patterns("__pycache__"))
-            yield tree
-        finally:
-            subprocess.run(["git", "worktree", "remove", "--force", str(tree)], **git)
+        with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+            files.extractall(folder, filter="data")
+        shutil.rmtree(Path(folder, "bench"), ignore_errors=True)
+        shutil.copytree(ROOT / "bench", Path(folder, "bench"), ignore=shutil.ignore_patterns("__pycache__"))
+        yield Path(folder)
 
 
 def serve(device: torch.device, name: str) -> int:

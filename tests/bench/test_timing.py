@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +14,11 @@ import fastdino_kernels
 from bench import compare
 from bench.counters import LiveBytes, OpCounts, kernels_counted, launches, peak_bytes, saved_bytes
 from bench.kernels.measure import BENCHES, Benches
+from bench.record import ROOT
 from bench.timing import Clock, Work, interleave, paired_ratio, unpaired_ratio
 from fastdino_kernels import prototype_weight
+from tests.children import environment
+from tests.data.batches import wait_for
 
 CPU = torch.device("cpu")
 
@@ -148,6 +152,16 @@ def test_a_side_of_compare_that_dies_is_no_verdict(lives: bool) -> None:
             side.process.wait()
         with pytest.raises(compare.Wrong, match="the process died"):
             side.seconds()
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a copy without git has no base")
+def test_a_comparison_that_is_ended_leaves_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench.compare", "--base", "HEAD", "--case", "dino_loss"]
+    comparison = subprocess.Popen(command, cwd=ROOT, env=environment(TMPDIR=str(tmp_path)))
+    wait_for(lambda: any(tmp_path.glob("*/bench")))
+    comparison.terminate()
+    assert comparison.wait(60) == 143
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_side_of_compare_is_idle_when_it_tells_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,12 +237,12 @@ def test_lanes_run_side_by_side_and_before_what_is_timed(results: Path, tmp_path
     """Each of two lanes waits for the other's file; the stage alone sees both."""
     meet = "sh -c 'touch {{work}}/{0}; until test -e {{work}}/{1}; do sleep 0.05; done'"
     stages = [
-        Stage("alone", "sh -c 'test -e {work}/second'", 5),
-        Stage("a", meet.format("first", "second"), 5, "x"),
-        Stage("b", meet.format("second", "first"), 5, "y"),
-        Stage("c", "sh -c 'test -e {work}/first'", 5, "x"),
+        Stage("alone", "sh -c 'test -e {work}/second'", 60),
+        Stage("a", meet.format("first", "second"), 60, "x"),
+        Stage("b", meet.format("second", "first"), 60, "y"),
+        Stage("c", "sh -c 'test -e {work}/first'", 60, "x"),
     ]
-    done = Visit(stages, SPARE + 30, tmp_path / "out")
+    done = Visit(stages, SPARE + 300, tmp_path / "out")
     assert done.run(), done.states
     assert list(done.states)[-1] == "alone"
 
@@ -262,5 +262,5 @@ visit.Visit([*stages, Stage("b", "true", 1)], 700, Path({str(tmp_path / "out")!r
     while not child.exists():
         assert process.poll() is None
     process.terminate()
-    assert process.wait(30) == 143
+    assert process.wait(60) == 143
     assert gone(int(child.read_text()))

@@ -39,15 +39,15 @@ def test_work_is_interrupted_when_its_grace_is_over(given, grace):
         started = time.monotonic()
         with pytest.raises(Interrupted), notice.interruptible(grace):
             os.read(hang, 1)
-        assert grace - 0.1 < time.monotonic() - started < grace + 2
+        assert grace - 0.1 < time.monotonic() - started < grace + 30
 
 
 def test_work_that_ends_in_time_is_not_interrupted():
     with PreemptionNotice() as notice:
-        with notice.interruptible(grace=1.0):
+        with notice.interruptible(grace=2.0):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.2)
-        time.sleep(1.5)  # what follows, a save, may take as long as it needs
+        time.sleep(2.5)  # what follows, a save, may take as long as it needs
         assert notice.given
 
 
@@ -60,7 +60,7 @@ def deaf() -> subprocess.Popen[str]:
     program = """
 import ctypes
 from fastdino.training import preemption
-preemption.REPEAT = 0.5
+preemption.REPEAT = 2.0
 with preemption.PreemptionNotice():
     print("ready", flush=True)
     libc = ctypes.CDLL(None)
@@ -79,10 +79,10 @@ def test_a_second_sigterm_ends_a_process_that_hears_nothing():
     process.terminate()
     time.sleep(0.1)
     process.terminate()  # a launcher passes on what a scheduler sends to all: still the first
-    time.sleep(1.0)
+    time.sleep(3.0)
     assert process.poll() is None, "it may be saving"
     process.terminate()
-    assert process.wait(timeout=5) == 128 + signal.SIGTERM
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
 
 
 def test_a_thread_leaves_signals_to_the_program():

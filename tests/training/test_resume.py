@@ -234,7 +234,7 @@ def test_a_step_that_waits_for_images_is_given_up(tmp_path, monkeypatch):
     started = time.monotonic()
     with pytest.raises(Preempted, match="step 3"):
         fastdino.train(config(tmp_path))
-    assert time.monotonic() - started < preemption.GRACE + 10
+    assert time.monotonic() - started < preemption.GRACE + 60
     assert checkpoint.steps(tmp_path / "run/checkpoints") == [2, 3]
     monkeypatch.undo()
     assert fastdino.train(config(tmp_path)).steps == 4
@@ -247,14 +247,14 @@ def test_an_evaluation_is_given_up(tmp_path, monkeypatch, caplog):
     def forever(self: Any, backbone: Any) -> Any:
         calls.append(1)
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        time.sleep(60)
+        time.sleep(600)
 
     monkeypatch.setattr(trainer.OnlineKnn, "__call__", forever)
     started = time.monotonic()
     with pytest.raises(Preempted, match="stopped by a signal at step 3"):
         fastdino.train(config(tmp_path, run__knn_every=1, run__epochs=5))
     assert len(calls) == 1
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 300
     assert "a signal ended the k-NN" in caplog.text
     assert checkpoint.steps(tmp_path / "run/checkpoints") == [2, 3]
 
