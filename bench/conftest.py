@@ -13,8 +13,6 @@ SMOKE = (
     "bench: a smoke run. This is a CPU: small shapes, one thread, processor time, the kernels' references, and nothing "
     "compiled. The figures are not those of a GPU."
 )
-
-
 PEERS = ("lightly", "timm", "torchvision", "kornia")  # others are left out where they are missing
 
 

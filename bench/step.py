@@ -23,9 +23,9 @@ from bench.kernels.case import OURS, first_line
 from bench.peers.contenders import CONTENDERS, NOT_COUNTED, Contender, build, check, counted, usual
 from bench.record import add, device_here, may_add, positive, provenance, result_path, write
 from bench.timing import Clock, Ratio, interleave, paired_ratio, unpaired_ratio
-from bench.workload import random_batch, step_config
+from bench.workload import asked_config, random_batch
 from fastdino import distributed
-from fastdino.config import Config, ConfigError
+from fastdino.config import Config
 from fastdino.distributed import Ranks
 from fastdino.model.packing import is_packed
 from fastdino.training.flops import matmul_flops, step_flops
@@ -48,10 +48,8 @@ def main() -> int:
     changed = options.rounds or options.contender is not None or options.batch or options.alone or options.out
     part = bool(options.arch) and not changed and may_add(path, where)
     others = usual(device) if options.contender is None else options.contender
-    try:
-        configs = [_config(text, device, options.batch) for text in options.arch or ARCHS[device.type]]
-    except (ConfigError, argparse.ArgumentTypeError) as error:
-        parser.error(f"--arch: {error}")
+    archs = options.arch or ARCHS[device.type]
+    configs = [asked_config(parser, "--arch", text, device, options.batch) for text in archs]
     with distributed.init("cuda" if device.type == "cuda" else "cpu") as ranks:
         rounds = options.rounds or ROUNDS[device.type]
         contests = [Contest(config, ranks, others, rounds) for config in configs]
@@ -67,11 +65,6 @@ def main() -> int:
             contest.measure(save, options.alone)
             print(table(contest.case), flush=True)
     return 0
-
-
-def _config(text: str, device: torch.device, batch: int | None) -> Config:
-    arch, colon, images = text.partition(":")
-    return step_config(arch, device, batch=positive(images) if colon else batch)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,13 +1,16 @@
 """The training step as the benchmarks run it: settings and random views resident in memory."""
 
+import argparse
 import dataclasses
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from bench.record import positive
 from fastdino.config import (
     Config,
+    ConfigError,
     DataConfig,
     EngineConfig,
     HeadConfig,
@@ -54,6 +57,17 @@ def step_config(
         engine=EngineConfig(name=engine, precision=precision, zero_stage=zero_stage, device=device.type),  # type: ignore[arg-type]
         run=RunConfig(local_batch=batch),
     )
+
+
+def asked_config(
+    parser: argparse.ArgumentParser, flag: str, text: str, device: torch.device, batch: int | None = None
+) -> Config:
+    """The step of ARCH or ARCH:BATCH, which a command was given by ``flag``; without such a step the command ends."""
+    arch, colon, images = text.partition(":")
+    try:
+        return step_config(arch, device, batch=positive(images) if colon else batch)
+    except (ConfigError, argparse.ArgumentTypeError) as error:
+        parser.error(f"{flag}: {error}")
 
 
 def nano_config(

@@ -1,6 +1,8 @@
-"""The environment of a process that a test starts: that of a user who types the command."""
+"""Processes that a test starts: their environment, that of a user who types the command, and what is waited for."""
 
 import os
+import time
+from collections.abc import Callable
 
 from bench.record import python_path
 
@@ -28,3 +30,10 @@ def environment(**variables: str) -> dict[str, str]:
     """
     env = {name: value for name, value in os.environ.items() if not name.startswith(DROPPED)}
     return {**env, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), **variables}
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)

@@ -11,15 +11,15 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from bench.record import device_here
 from bench.timing import Clock
-from bench.workload import build_trainer, random_batch, step_config
+from bench.workload import asked_config, build_trainer, random_batch
 from fastdino import distributed
+from fastdino.config import Config
 from fastdino.distributed import Ranks
 from fastdino.training.flops import matmul_flops, step_flops
 
@@ -33,12 +33,12 @@ def main() -> int:
     parser.add_argument("arch", nargs="+", metavar="ARCH[:BATCH]")
     parser.add_argument("--device", type=device_here, default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
+    configs = [asked_config(parser, "ARCH", text, options.device) for text in options.arch]
     failed = 0
     with distributed.init(options.device.type) as ranks:
-        for text in options.arch:
-            arch, _, batch = text.partition(":")
+        for text, config in zip(options.arch, configs, strict=True):
             try:
-                print(f"{text}\n  " + "\n  ".join(profile(arch, int(batch or 0), ranks)), flush=True)
+                print(f"{text}\n  " + "\n  ".join(profile(config, ranks)), flush=True)
             except torch.OutOfMemoryError as error:
                 print(f"{text}: {str(error).splitlines()[0]}", flush=True)
                 failed += 1
@@ -47,11 +47,8 @@ def main() -> int:
     return int(bool(failed))
 
 
-def profile(arch: str, batch: int, ranks: Ranks) -> list[str]:
-    """Lines on the step of ``arch`` with ``batch`` images, 0 for those of bench.step."""
-    config = step_config(arch, ranks.device)
-    if batch:
-        config = replace(config, run=replace(config.run, local_batch=batch))
+def profile(config: Config, ranks: Ranks) -> list[str]:
+    """Lines on where the time of a step goes."""
     on_gpu = ranks.device.type == "cuda"
     wait: Callable[[], None] = torch.cuda.synchronize if on_gpu else lambda: None
     if on_gpu:

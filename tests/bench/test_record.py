@@ -75,6 +75,8 @@ def test_compare_needs_git_and_says_so_at_once(
         ("data --workers 0", "argument --workers: '0' is not a whole number above 0"),
         ("gates.first_step --blocks -1", "argument --blocks: '-1' is not a whole number above 0"),
         ("visit.step_profile vit_nano --device x", "argument --device: 'x' is neither cuda nor cpu"),
+        ("visit.step_profile vit_nano vit_nano:x --device cpu", "ARCH: 'x' is not a whole number above 0"),
+        ("visit.step_profile vit_nanno --device cpu", "ARCH: model.arch='vit_nanno' must be one of vit_nano, "),
         ("visit.launch_configs --rounds 0", "argument --rounds: '0' is not a whole number above 0"),
     ],
 )

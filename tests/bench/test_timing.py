@@ -17,8 +17,7 @@ from bench.kernels.measure import BENCHES, Benches
 from bench.record import ROOT
 from bench.timing import Clock, Work, interleave, paired_ratio, unpaired_ratio
 from fastdino_kernels import prototype_weight
-from tests.children import environment
-from tests.data.batches import wait_for
+from tests.children import environment, wait_for
 
 CPU = torch.device("cpu")
 

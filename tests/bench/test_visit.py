@@ -8,7 +8,6 @@ import shlex
 import subprocess
 import sys
 import tarfile
-import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,11 @@ from bench.visit import __main__ as command
 from bench.visit import launch_configs, step_profile, visit
 from bench.visit.stages import SECONDS, SPARE, STAGES, Stage, longest, stretch
 from bench.visit.visit import Visit
+from bench.workload import step_config
 from fastdino import cli, distributed
 from fastdino.training.throughput.bench import Bench
 from tests.bench.conftest import Python
+from tests.children import wait_for
 
 MARKERS = {
     text.split(":")[0]
@@ -144,7 +145,7 @@ def test_other_launch_configurations_reach_the_kernel_and_are_right(
 def test_a_profile_accounts_for_the_step() -> None:
     """On a CPU operators stand for kernels: on one thread they take no longer than the step."""
     with distributed.init("cpu") as ranks:
-        speed, total, *kernels = step_profile.profile("vit_nano", 2, ranks)
+        speed, total, *kernels = step_profile.profile(step_config("vit_nano", ranks.device, batch=2), ranks)
     assert "at batch 2, MFU" in speed
     launches, busy, wall = (float(number) for number in re.findall(r"[\d.]+", total))
     assert launches > 500
@@ -190,15 +191,11 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def gone(process: int) -> bool:
-    """Whether a process ends within some seconds; one that nobody has waited for counts as ended."""
-    for _ in range(100):
-        try:
-            if Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
-                return True
-        except FileNotFoundError:
-            return True
-        time.sleep(0.05)
-    return False
+    """Whether a process has ended; one that nobody has waited for counts as ended."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
 
 
 def test_a_visit_keeps_what_was_found(results: Path, tmp_path: Path) -> None:
@@ -221,7 +218,7 @@ def test_a_visit_keeps_what_was_found(results: Path, tmp_path: Path) -> None:
     assert [name for name, state in done.states.items() if state.startswith(visit.SKIPPED)] == [
         "absent", "absent too", "late",
     ]  # fmt: skip
-    assert gone(int(child.read_text())), "what a stage has started ends with it"
+    wait_for(lambda: gone(int(child.read_text())), 5)  # what a stage has started ends with it
     lines = (out / "summary.txt").read_text().splitlines()
     assert lines[1:3] == ["== right: ok, 0 s", "   a figure"]
     assert "   reason" in lines, "the end of a log that tells of a failure"
@@ -263,4 +260,4 @@ visit.Visit([*stages, Stage("b", "true", 1)], 700, Path({str(tmp_path / "out")!r
         assert process.poll() is None
     process.terminate()
     assert process.wait(60) == 143
-    assert gone(int(child.read_text()))
+    wait_for(lambda: gone(int(child.read_text())), 5)

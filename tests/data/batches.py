@@ -1,8 +1,6 @@
 """Small runs of batches, and the processes that make them."""
 
 import os
-import time
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -61,10 +59,3 @@ def children() -> set[int]:
     """Living processes that this one started."""
     found = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     return {int(pid) for pid in found if "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][:3]}
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.05)

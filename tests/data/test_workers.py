@@ -23,8 +23,8 @@ from torch import Tensor
 from fastdino.config import ConfigError
 from fastdino.data import ShapesSource, WorkerDied, workers
 from fastdino.data.workers import MadeAhead, affordable
-from tests.children import environment
-from tests.data.batches import children, make_config, start, wait_for
+from tests.children import environment, wait_for
+from tests.data.batches import children, make_config, start
 
 
 def test_a_killed_worker_is_told_by_the_next_batch_and_nowhere_else(shapes):

@@ -19,8 +19,8 @@ from fastdino.config import ConfigError
 from fastdino.data import FolderSource, open_source
 from fastdino.data.sources.packed import shard
 from fastdino.data.sources.packed.shard import JOURNAL, BadShards, Packing
-from tests.children import environment
-from tests.data.batches import assert_equal, make_config, take, wait_for
+from tests.children import environment, wait_for
+from tests.data.batches import assert_equal, make_config, take
 from tests.data.pictures import noise, photo, photos, write
 from tests.data.sources.tars import opened
 
