@@ -181,7 +181,7 @@ def launches(work: Callable[[], object], device: torch.device) -> int:
             work()
         return counts.calls.total()
     torch.cuda.synchronize()  # what is queued already, such as the making of inputs, is not work's
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         work()
         torch.cuda.synchronize()
     skip = ("Memcpy", "Memset")

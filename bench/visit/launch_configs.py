@@ -33,17 +33,22 @@ def main() -> int:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(2, "python -m bench.visit.launch_configs: torch sees no GPU, and a CPU launches no kernel\n")
-    device = torch.device("cuda")
+    device, wrong = torch.device("cuda"), 0
     for name in options.only:
         case = with_alternatives(BENCHES[name].case(BENCHES[name].shapes["cuda"][0], device, compiled=False))
-        found = measure(case, device, options.rounds).figures
         print(case.name)
+        try:
+            found = measure(case, device, options.rounds).figures
+        except AssertionError as error:
+            print(f"  no figure, because a result is wrong: {error}", flush=True)
+            wrong += 1
+            continue
         for variant in sorted(found.keys() - {PLAIN}, key=lambda x: found[x]["milliseconds"]):
             figures = found[variant]
             print(
                 f"  {variant:40} {figures['milliseconds']:9.4f} ms  {figures['times_ours']['median']:6.3f}x", flush=True
             )
-    return 0
+    return int(bool(wrong))
 
 
 def with_alternatives(case: Case) -> Case:

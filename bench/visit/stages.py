@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-PYTEST = "python -m pytest -q -p no:cacheprovider --timeout=180 --tb=short -rfE"
+PYTEST = "python -m pytest -q -p no:cacheprovider --timeout=180 --tb=short --show-capture=no -rfE"
 TRAIN = (
     "python -m fastdino train vit_small_16 --run.dir {work}/run --data.root shapes --data.num-images 1024 "
     "--data.num-workers 4 --run.local-batch 64 --run.epochs 1 --run.knn-every 1 --optim.warmup-epochs 0"
@@ -49,19 +49,19 @@ MACHINE = r"^(GPU|Nvidia|CUDA|OS|CPU\(s\)|Python v|\[pip3\] (torch|triton|numpy)
 TESTED = r"^(FAILED|ERROR)|\b(passed|failed|error)\b"
 
 STAGES = (
-    Stage("tests", f"{PYTEST} -n 8 --dist worksteal -m 'not gpu and not large and not offline' tests/kernels", 200,
+    Stage("tests", f"{PYTEST} -n 8 --dist worksteal -m 'not gpu and not large and not offline' tests/kernels", 150,
           "tests", TESTED),
-    Stage("tests-gpu", f"{PYTEST} -n 2 --dist loadfile -m 'gpu and not large' tests", 200, "gpu tests", TESTED),
-    Stage("memcheck", SANITIZER.format(tool="memcheck"), 100, "sanitizers", "SUMMARY|Invalid|Error"),
-    Stage("racecheck", SANITIZER.format(tool="racecheck"), 100, "sanitizers", "SUMMARY|hazard|Error"),
+    Stage("tests-gpu", f"{PYTEST} -n 6 --dist loadfile -m 'gpu and not large' tests", 150, "gpu tests", TESTED),
+    Stage("memcheck", SANITIZER.format(tool="memcheck"), 150, "memcheck", "SUMMARY|Invalid|Error"),
+    Stage("racecheck", SANITIZER.format(tool="racecheck"), 150, "racecheck", "SUMMARY|hazard|Error"),
     Stage("train", TRAIN, 100, "training", "ZeRO|took|loss|k-NN|done"),
     # Fewest rounds, no file: they fill the compilers' caches while nothing can be timed.
-    Stage("warm-step", "python -m bench.step --arch vit_small --rounds 2", 100, "training"),
+    Stage("warm-step", "python -m bench.step --arch vit_small --rounds 2", 150, "step"),
     Stage("machine", "python -m torch.utils.collect_env", 40, "compilers", MACHINE),
-    Stage("warm-kernels", "python -m bench.kernels --rounds 2 --seconds {seconds}", 160, "compilers", "no figure|left"),
+    Stage("warm-kernels", "python -m bench.kernels --rounds 2 --seconds {seconds}", 110, "compilers", "no figure|left"),
     # Alone on the machine.
     Stage("ceilings", "python -m bench.kernels.ceilings", 40),
-    Stage("step-vit_small", "python -m bench.step --arch vit_small", 110),
+    Stage("step-vit_small", "python -m bench.step --arch vit_small", 160),
     Stage("profile", "python -m bench.visit.step_profile vit_small", 40),
     Stage("kernels", "python -m bench.kernels --seconds {seconds}", 140),
     Stage("ablation", ABLATION, 110, shows=r"^ *(model|engine|all|alone|last|images/s|MFU)|images/s|skipped|%"),

@@ -75,7 +75,7 @@ def profile(config: Config, ranks: Ranks) -> list[str]:
         if on_gpu:
             lines.append(f"peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
         activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
-        with torch.profiler.profile(activities=[activity]) as profiler:
+        with torch.profiler.profile(activities=[activity], acc_events=True) as profiler:
             wall = steps(PROFILED)
         return lines + kernels(profiler, on_gpu, wall)
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -65,6 +66,7 @@ def compile_regions(regions: Iterable[tuple[nn.Module, str]], backend: Backend =
     """
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     torch._functorch.config.force_non_lazy_backward_lowering = True  # else it would fail where nothing can stand in
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)  # engine.precision=fp32 is exact
     compiler = _Compiler(backend)
     for module, method in regions:
         setattr(module, method, compiler.region(getattr(module, method)))
