@@ -33,14 +33,14 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {  # settings of ours by group
     "fastdino, torch engine": {"engine": {"name": "torch"}},
     "fastdino, eager": {"engine": {"compile": "off"}},
     "fastdino, compiled": {"engine": {"compile": "on"}},
-    "fastdino, CUDA graphs": {"engine": {"zero_stage": 0, "cuda_graphs": True}},
+    "fastdino, kernel by kernel": {"engine": {"cuda_graphs": "off"}},
     PACKED: {"model": {"packed": "on"}},
     PER_SIZE: {"model": {"packed": "off"}},
 }
 # What engine.compile=auto comes to; what does not run; what is for many GPUs, where each contender is compiled twice.
 NOT_USUAL = {
     "cuda": {"fastdino, compiled", "fastdino, ZeRO 1", "fastdino, ZeRO 2", "fastdino, torch engine"},
-    "cpu": {"fastdino, eager", "fastdino, CUDA graphs"},
+    "cpu": {"fastdino, eager", "fastdino, kernel by kernel"},
 }
 PEERS = {"lightly + timm": False, "lightly + timm, torch.compile": True}  # compiled or not
 CONTENDERS = [*WAYS, *PEERS][1:]
@@ -57,6 +57,8 @@ class Contender:
     kept: KeptBytes
     """What stays allocated between steps: weights, moments, buffers; it is active until :func:`check` has trained a
     few, since the peers' moments and some of our buffers are made in the first one."""
+    captured: bool = False
+    """Its steps are replayed, whose memory no allocator sees."""
     fallback: str = ""
     """Why it runs eagerly though it should be compiled, once :func:`check` has seen that."""
 
@@ -88,7 +90,8 @@ def _contender(name: str, config: Config, ranks: Ranks, folder: Path, weights: d
     with (kept := KeptBytes(ranks.device, watch=seen(name, ranks.device))):
         trainer = build_trainer(settings, ranks, folder)
         _load(trainer, weights)
-    return Contender(partial(_train_step, trainer), [trainer.engine.student, trainer.engine.teacher], kept)
+    networks = [trainer.engine.student, trainer.engine.teacher]
+    return Contender(partial(_train_step, trainer), networks, kept, trainer.captures)
 
 
 def seen(name: str, device: torch.device) -> bool:
@@ -184,6 +187,7 @@ def counted(contender: Contender, name: str, batch: Batch) -> dict[str, int | No
     with OpCounts() as counts:
         step()
     return {
-        "state_bytes": contender.kept.bytes, "peak_bytes": contender.kept.bytes + peak_bytes(step, device),
+        "state_bytes": contender.kept.bytes,
+        "peak_bytes": None if contender.captured else contender.kept.bytes + peak_bytes(step, device),
         "host_syncs": counts.syncs.total(), "launches": launches(step, device),
     }  # fmt: skip

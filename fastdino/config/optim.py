@@ -82,9 +82,10 @@ class EngineConfig(Group):
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of each block and of the heads: faster and smaller steps after a first one that takes a minute.
     auto: on a GPU. What cannot be compiled runs eagerly, with a warning."""
-    cuda_graphs: bool = False
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
     """Replays whole steps as one launch each, where kernels are launched more slowly than they run: small models on
-    fast GPUs. adamw, and ZeRO 0 or engine.name=torch; what cannot be captured is launched as ever, with a warning."""
+    fast GPUs. adamw, and ZeRO 0 or engine.name=torch; what cannot be captured is launched as ever, with a warning.
+    auto: where it can be, for a single process."""
     teacher_stream: bool = False
     """The teacher works beside the student on the GPU, where either alone leaves room; it takes more memory."""
     checkpointing: Literal["none", "selective", "full"] = "none"

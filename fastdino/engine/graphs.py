@@ -129,10 +129,10 @@ class SideStream:
             torch.cuda.current_stream().wait_stream(self.stream)
 
 
-def check_cuda_graphs(config: Config, ranks: Ranks) -> None:
-    """Raises ConfigError when ``engine.cuda_graphs`` is asked for where a step cannot be captured."""
-    if not config.engine.cuda_graphs:
-        return
+def captures(config: Config, ranks: Ranks) -> bool:
+    """What ``engine.cuda_graphs`` comes to; raises ConfigError when it is asked for where a step cannot be captured."""
+    if config.engine.cuda_graphs == "off":
+        return False
     stage = 0 if config.engine.name == "torch" else zero_stage(config, ranks)
     remedies = []
     if ranks.device.type != "cuda":
@@ -141,8 +141,11 @@ def check_cuda_graphs(config: Config, ranks: Ranks) -> None:
         remedies.append(f"optim.name={config.optim.name} takes its rates from the host, use adamw")
     if stage:
         remedies.append(f"ZeRO {stage} decides on the host within a step, use engine.zero_stage=0 or engine.name=torch")
+    if config.engine.cuda_graphs == "auto":
+        return ranks.world_size == 1 and not remedies
     if remedies:
-        raise ConfigError(f"engine.cuda_graphs=True: {'; '.join(remedies)}")
+        raise ConfigError(f"engine.cuda_graphs=on: {'; '.join(remedies)}")
+    return True
 
 
 class StepGraphs:
@@ -186,17 +189,18 @@ class StepGraphs:
             self._beside.join()
             return figures
         if kind not in self._graphs:
+            why = ""
             try:
                 self._graphs[kind] = self._capture(fixed, logs)
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:  # CUDA, NCCL and who else is called have their own
+                why = _first_line(error)
+            if why:  # here, because the error held a step's tensors, and memory may be what was short
                 self.failed = True
                 self._graphs.clear()
                 self._abandon()
                 log.warning(
-                    "engine.cuda_graphs: a step cannot be captured, so each is launched kernel by kernel, as without. "
-                    "%s", _first_line(error),
+                    "engine.cuda_graphs: a step cannot be captured, so each is launched kernel by kernel, as with off. "
+                    "%s", why,
                 )  # fmt: skip
                 return self._step(batches, now, logs)
         graph, figures = self._graphs[kind]

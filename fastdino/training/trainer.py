@@ -92,7 +92,7 @@ class Trainer:
 
     def __init__(self, config: Config, ranks: Ranks, folder: RunFolder | None = None) -> None:
         self.config, self.ranks, self.folder = config, ranks, folder
-        graphs.check_cuda_graphs(config, ranks)
+        self.captures = graphs.captures(config, ranks)
         self.source = open_source(config.data.root, config.data)
         self.online_knn: OnlineKnn | None = None  # on rank 0, where one was asked for
         if folder:
@@ -114,7 +114,7 @@ class Trainer:
         targets = build_targets(config, ranks)
         self.method = Dino(self.engine.student, self.engine.teacher, config.loss, *targets, beside)
         self._take: Callable[[list[Batch], Now, bool], dict[str, Tensor]] = self._update
-        if config.engine.cuda_graphs:
+        if self.captures:
             self._take = graphs.StepGraphs(self._update, self._abandon, ranks.device)
         self.global_batch = config.run.local_batch * ranks.world_size * config.engine.accumulate
         self.step = self._restore(*newest) if newest else 0
@@ -328,11 +328,12 @@ class Trainer:
         network = self.engine.student_network
         assert isinstance(network, Network)
         log.info(
-            "%s, %s on %s, %s, loss and averages by %s",
+            "%s, %s on %s, %s, loss and averages by %s%s",
             f"{engine} ZeRO {zero_stage(self.config, self.ranks)}" if engine == "deepspeed" else engine,
             str(self.engine.dtype).removeprefix("torch."), self.ranks.device,
             network.backbone.implementation,
             "Triton kernels" if self.ranks.device.type == "cuda" else "plain torch",
+            ", steps in CUDA graphs" * self.captures,
         )  # fmt: skip
         if self.compiled:
             log.info("the first step compiles the network, unless run.cache holds what it needs")

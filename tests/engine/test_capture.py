@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -17,7 +18,7 @@ from bench.workload import random_batch
 from fastdino import distributed
 from fastdino.config import Config, ConfigError, OptimConfig
 from fastdino.distributed import Ranks
-from fastdino.engine.graphs import SideStream, StepGraphs, check_cuda_graphs
+from fastdino.engine.graphs import SideStream, StepGraphs, captures
 from fastdino.engine.schedules import Now
 from fastdino.training.trainer import Trainer
 from fastdino_kernels import dino_loss
@@ -117,15 +118,18 @@ def test_replayed_steps_equal_steps_that_are_taken(monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_where_a_step_cannot_be_captured(config: Config, device: torch.device, reason: str) -> None:
-    with pytest.raises(ConfigError, match=f"engine.cuda_graphs=True: .*{reason}"):
-        check_cuda_graphs(with_engine(config, cuda_graphs=True), Ranks(0, 1, 0, device))
-    check_cuda_graphs(config, Ranks(0, 1, 0, device))
-    check_cuda_graphs(with_engine(V1, cuda_graphs=True), Ranks(0, 1, 0, torch.device("cuda")))
+    with pytest.raises(ConfigError, match=f"engine.cuda_graphs=on: .*{reason}"):
+        captures(with_engine(config, cuda_graphs="on"), Ranks(0, 1, 0, device))
+    assert not captures(config, Ranks(0, 1, 0, device))
+    gpu = torch.device("cuda")
+    assert captures(with_engine(V1, cuda_graphs="on"), Ranks(0, 2, 0, gpu))
+    assert [captures(V1, Ranks(0, world_size, 0, gpu)) for world_size in (1, 2)] == [True, False]
+    assert not captures(with_engine(V1, cuda_graphs="off"), Ranks(0, 1, 0, gpu))
     with (
-        pytest.raises(ConfigError, match=r"engine.cuda_graphs=True: they need a GPU"),
+        pytest.raises(ConfigError, match=r"engine.cuda_graphs=on: they need a GPU"),
         distributed.init("cpu") as ranks,
     ):
-        Trainer(with_engine(V1, cuda_graphs=True), ranks)
+        Trainer(with_engine(V1, cuda_graphs="on"), ranks)
 
 
 class Recorder(TorchDispatchMode):
@@ -198,15 +202,24 @@ def test_a_step_that_cannot_be_captured_is_taken_without(
     assert "engine.cuda_graphs: a step cannot be captured" in record.getMessage()
 
 
-def test_memory_that_is_short_is_not_taken_for_a_failure_to_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_is_short_for_a_graph_alone_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the capture had made is free before the step is taken without."""
+    kept: list[weakref.ref[Tensor]] = []
+
     def short(*args: Any) -> None:
+        activations = torch.ones(3)
+        kept.append(weakref.ref(activations))
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    def step(*args: Any) -> dict[str, Tensor]:
+        assert not [ref for ref in kept if ref() is not None]
+        return {}
+
     monkeypatch.setattr(StepGraphs, "_capture", short)
-    steps = StepGraphs(lambda *_: {}, lambda: None, CPU)
+    steps = StepGraphs(step, lambda: None, CPU)
     taken = ([random_batch(V1, CPU, 0)], Now(1e-3, 0.04, 0.996, 0.04, freeze_last_layer=False), False)
     for _ in range(StepGraphs.EAGER):
         assert steps(*taken) == {}
-    with pytest.raises(torch.OutOfMemoryError):
-        steps(*taken)
-    assert not steps.failed
+    assert steps(*taken) == {}
+    assert steps.failed
+    assert kept

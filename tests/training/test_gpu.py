@@ -46,7 +46,8 @@ def main(device: str, folder: Path) -> None:
     for name, (engine, stage) in (ENGINES | (CAPTURED if device == "cuda" else {})).items():
         settings = {"engine__name": engine, "engine__zero_stage": stage, "engine__precision": "bf16"}
         settings |= {"engine__device": device, "optim__lr": 0.002, "run__log_every": LOG_EVERY}
-        settings |= {"engine__cuda_graphs": name in CAPTURED, "engine__teacher_stream": name in CAPTURED}
+        captured = name in CAPTURED
+        settings |= {"engine__cuda_graphs": "on" if captured else "off", "engine__teacher_stream": captured}
         straight, stopped = (tiny(folder / f"{name} {kind}", **settings) for kind in ("straight", "stopped"))
         found[name] = {"straight": run(straight), "stopped": run(stopped, STOP_AT), "resumed": run(stopped)}
     (folder / "losses.json").write_text(json.dumps(found))
@@ -59,7 +60,7 @@ def run(config: Config, stop_at: int | None = None) -> Losses:
 
     def train_step(trainer: Trainer, batches: list[Batch]) -> dict[str, Tensor]:
         step = trainer.step + 1
-        captured = trainer.config.engine.cuda_graphs  # a capture waits, once
+        captured = trainer.captures  # a capture waits, once
         may_wait = captured or len(losses) < WARM_UP or step % LOG_EVERY == 0 or step == NUM_STEPS
         with nullcontext() if may_wait else no_waits(trainer.ranks.device):
             figures = original(trainer, batches)

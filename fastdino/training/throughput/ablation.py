@@ -63,7 +63,7 @@ SWITCHES = (  # one that another refuses comes after it
     Switch("model.packed", "auto", "off", lambda t: t.config.model.is_vit and t.config.views.num_local and _packed(t)),
     Switch("engine.compile", "auto", "off", lambda t: t.compiled),
     Switch("engine.zero_stage", "auto", 0, lambda t: t.engine.sharded and zero_stage(t.config, t.ranks)),
-    Switch("engine.cuda_graphs", True, False, lambda t: t.config.engine.cuda_graphs),
+    Switch("engine.cuda_graphs", "auto", "off", lambda t: t.captures),
     Switch("engine.teacher_stream", True, False, lambda t: t.method.beside.stream),
     Switch("engine.checkpointing", "selective", "none", lambda t: t.config.engine.checkpointing),
     Switch("engine.fp8", True, False, lambda t: t.config.engine.fp8),

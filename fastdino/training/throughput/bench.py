@@ -224,7 +224,7 @@ def _what_runs(trainer: Trainer) -> str:
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
     engine = f"deepspeed ZeRO {zero_stage(config, ranks)}" if config.engine.name == "deepspeed" else "torch engine"
     dtype = str(trainer.engine.dtype).removeprefix("torch.")
-    how = f"{dtype}, {engine}{', compiled' * trainer.compiled}"
+    how = f"{dtype}, {engine}{', compiled' * trainer.compiled}{', in CUDA graphs' * trainer.captures}"
     return f"{config.model.arch} on {ranks.world_size} x {device}, {how}; {trainer.global_batch} images a step"
 
 
