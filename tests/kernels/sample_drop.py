@@ -15,7 +15,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 Shape = tuple[tuple[tuple[int, int, int], ...], int]  # (sequences, kept, tokens of each) per group, and D
 # With small_tiles: several programs per sequence and tiles per program, ragged in tokens and D, then a group that is
 # kept whole in another order; one of many, more kept than are searched together, single tokens; one group, whole tiles;
-# one token of one feature.
+# one token of one feature, of which LayerNorm has a test of its own.
 SHAPES: list[Shape] = [
     (((4, 2, 19), (3, 3, 5)), 48),
     (((9, 1, 8), (11, 7, 3), (3, 2, 1)), 33),

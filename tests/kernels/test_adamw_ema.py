@@ -186,8 +186,10 @@ def test_against_torch(update: Any) -> None:
         update(**tensors, step=scalar(float(i)), hyper=HYPER)
     torch.testing.assert_close(tensors["param"], param.detach(), rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(tensors["ema"], ema, rtol=2e-6, atol=2e-6)
-    for name in ("exp_avg", "exp_avg_sq"):
-        torch.testing.assert_close(tensors[name], optimizer.state[param][name], rtol=2e-6, atol=1e-7)
+    # torch's fused AdamW, which is the reference, takes 1 - beta2 in fp32 on a GPU: 0.001 is then off by 1.3e-5 of it.
+    loose = 1.5e-5 if update is adamw_ema_reference_ and DEVICE == "cuda" else 2e-6
+    for name, rtol in {"exp_avg": 2e-6, "exp_avg_sq": loose}.items():
+        torch.testing.assert_close(tensors[name], optimizer.state[param][name], rtol=rtol, atol=1e-7)
 
 
 @pytest.mark.parametrize("segmented", [False, True])

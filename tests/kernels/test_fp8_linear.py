@@ -199,5 +199,11 @@ def test_scaled_products(shape: tuple[tuple[int, ...], int, int], compiled: bool
     """At real sizes, eager and with the rounding fused."""
     given = inputs(shape, torch.bfloat16, 0.5)
     linear = torch.compile(fp8_linear, fullgraph=True, dynamic=False) if compiled else fp8_linear
-    for got, want in zip(results(linear, given), written_out(given), strict=True):
+    (y, *grads), (true, *true_grads) = results(linear, given), written_out(given)
+    for got, want in zip(grads, true_grads, strict=True):
         assert_no_worse(got, want.bfloat16(), want)
+    # y's sums are the tensor cores' own: with every 32 products they cut all terms off 13 bits below the largest. Of
+    # 100,000 sums, simulated, none was off by more than 2^-10.9 of its terms' magnitudes. And bf16 rounds by 2^-8.
+    x, weight, bias, _ = given
+    magnitude = rounded(x).abs() @ rounded(weight).abs().T + bias.double().abs()
+    assert ((y.double() - true).abs() <= 2.0**-8 * true.abs() + 2.0**-10 * magnitude).all()

@@ -39,19 +39,26 @@ def random_inputs(shape: tuple[int, int], dtype: torch.dtype = torch.float32, sc
     return [student.to(dtype), teacher.to(dtype), center, weight]
 
 
-def loss_and_grad(implementation: Callable[..., Tensor], student: Tensor, *args: Tensor, **kwargs: Any) -> list[Tensor]:
+def loss_and_grad(
+    implementation: Callable[..., Tensor], student: Tensor, *args: Tensor, upstream: float = UPSTREAM, **kwargs: Any
+) -> list[Tensor]:
     leaf = student.detach().requires_grad_()
     value = implementation(leaf * 1, *args, **TEMPS, **kwargs)
-    (value * UPSTREAM).backward()
+    (value * upstream).backward()
     assert leaf.grad is not None
     return [value.detach(), leaf.grad]
 
 
-def check(inputs: list[Tensor], **kwargs: Any) -> None:
-    """Judges loss and gradient of the kernel."""
+def check(inputs: list[Tensor], inplace_grad: bool = False) -> None:
+    """Judges loss and gradient of the kernel. In place, plain torch too rounds the gradient, scales it and rounds."""
     exact = loss_and_grad(ibot_loss_reference, *(x.double() for x in inputs))
-    plain = loss_and_grad(ibot_loss_reference, *inputs)
-    for got, ref, want in zip(loss_and_grad(ibot_loss, *inputs, **kwargs), plain, exact, strict=True):
+    if inplace_grad:
+        loss, grad = loss_and_grad(ibot_loss_reference, *inputs, upstream=1)
+        plain = [loss, grad * UPSTREAM]
+    else:
+        plain = loss_and_grad(ibot_loss_reference, *inputs)
+    fused = loss_and_grad(ibot_loss, *inputs, inplace_grad=inplace_grad)
+    for got, ref, want in zip(fused, plain, exact, strict=True):
         assert got.dtype == ref.dtype
         assert_no_worse(got, ref, want)
 

@@ -30,11 +30,14 @@ BOTH = pytest.mark.parametrize("implementation", [koleo_loss, reference], ids=["
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of several tiles in both directions, searched in several blocks."""
+    """Rows of several tiles in both directions, searched in several blocks; with the options of a real launch."""
+    launch_config = module.launch_config
 
-    def config(num_rows: int, width: int) -> dict[str, dict[str, int]]:
-        row = {"BLOCK_D": max(32, 1 << (width - 1).bit_length()), "num_warps": 2}
-        return {"product": {"BLOCK": 16, "BLOCK_D": 16, "num_warps": 4}, "row": row, "search": {"BLOCK_B": 8}}
+    def config(num_rows: int, width: int) -> dict[str, dict[str, int | bool]]:
+        small: dict[str, dict[str, int]] = {
+            "product": {"BLOCK": 16, "BLOCK_D": 16, "num_warps": 4}, "row": {"num_warps": 2}, "search": {"BLOCK_B": 8}
+        }  # fmt: skip
+        return {name: {**own, **small[name]} for name, own in launch_config(num_rows, width).items()}
 
     monkeypatch.setattr(module, "launch_config", config)
 

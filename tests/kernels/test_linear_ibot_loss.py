@@ -41,16 +41,17 @@ def random_inputs(shape: tuple[int, int, int], dtype: torch.dtype = torch.float3
     return [*vectors, made[4] * 0.3, weight]
 
 
-def loss_and_grads(implementation: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+def loss_and_grads(implementation: Callable[..., Tensor], *inputs: Tensor, upstream: float = UPSTREAM) -> list[Tensor]:
     leaves = [x.detach().requires_grad_() for x in inputs[:2]]
     value = implementation(*leaves, *inputs[2:], **TEMPS)
-    return [value.detach(), *torch.autograd.grad(value * UPSTREAM, leaves)]
+    return [value.detach(), *torch.autograd.grad(value * upstream, leaves)]
 
 
 def check(inputs: list[Tensor]) -> None:
-    """Judges the loss and both gradients."""
+    """Judges the loss and both gradients, which plain torch too makes before it scales them."""
     exact = loss_and_grads(linear_ibot_loss_reference, *(x.double() for x in inputs))
-    plain = loss_and_grads(linear_ibot_loss_reference, *inputs)
+    loss, *grads = loss_and_grads(linear_ibot_loss_reference, *inputs, upstream=1)
+    plain = [loss, *(grad * UPSTREAM for grad in grads)]
     for got, ref, want in zip(loss_and_grads(linear_ibot_loss, *inputs), plain, exact, strict=True):
         assert got.dtype == ref.dtype
         if want.numel():

@@ -41,8 +41,10 @@ def prototype_weight(v: Tensor, g: Tensor, dtype: torch.dtype | None = None) -> 
 
 def prototype_weight_reference(v: Tensor, g: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """:func:`prototype_weight` in plain torch: the definition that the kernel is tested against, and the CPU path."""
-    computing = compute_dtype(v)
-    return torch._weight_norm(v.to(computing), g.to(computing), 0).to(v.dtype if dtype is None else dtype)
+    computing, dtype = compute_dtype(v), v.dtype if dtype is None else dtype
+    if computing == torch.float64:  # whose norms torch's kernel for CUDA takes by a root in fp32
+        return (g * v / torch.linalg.vector_norm(v, dim=1, keepdim=True)).to(dtype)
+    return torch._weight_norm(v.to(computing), g.to(computing), 0).to(dtype)
 
 
 class _PrototypeWeight(torch.autograd.Function):

@@ -41,7 +41,8 @@ def ibot_loss(
         student_temp: temperature of the student, > 0.
         teacher_temp: temperature of the teacher, > 0: a float or a tensor, as in :func:`dino_loss`.
         inplace_grad: a kernel may write the gradient over the student's logits, as in :func:`dino_loss`; this one does
-            so in the forward pass.
+            so in the forward pass. What the loss is multiplied by then scales the rounded gradient: in 16 bits it is
+            rounded twice (once if the factor is a power of 2), and a loss scale comes too late for what fp16 lost.
 
     Returns the fp32 (fp64 for fp64 logits) scalar, with a gradient for ``student``.
     Raises ValueError when shapes, dtypes, devices or temperatures do not fit.

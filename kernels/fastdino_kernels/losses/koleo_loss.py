@@ -169,7 +169,7 @@ def _koleo_product_kernel(
 @triton.jit
 def _unit(x_ptr, norm, eps, d, D: tl.constexpr):
     # The row at x_ptr, normalised.
-    return tl.load(x_ptr + d, mask=d < D, other=0.0).to(tl.float32) / tl.maximum(norm, eps)
+    return tl.div_rn(tl.load(x_ptr + d, mask=d < D, other=0.0).to(tl.float32), tl.maximum(norm, eps))
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -191,7 +191,8 @@ def _koleo_distance_kernel(
     BLOCK_D: tl.constexpr,
 ):
     # One program: the nearest of one row's candidates, and the distance to it. From the difference, because
-    # sqrt(2 - 2 * similarity) has no correct digit left where rows are close.
+    # sqrt(2 - 2 * similarity) has no correct digit left where rows are close. By IEEE's root and quotient: those of a
+    # GPU by default are off by a digit or two, which would be left of the difference.
     row = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK_N)
     best = tl.load(best_ptr + row * NUM_BLOCKS + n, mask=n < NUM_BLOCKS, other=float("-inf"))
@@ -201,8 +202,8 @@ def _koleo_distance_kernel(
     group_ptr = x_ptr + (row // B) * strides[0]
     x_i = tl.load(group_ptr + (row % B) * strides[1] + d, mask=d < D, other=0.0).to(tl.float32)
     x_j = tl.load(group_ptr + neighbour.to(tl.int64) * strides[1] + d, mask=d < D, other=0.0).to(tl.float32)
-    norm_i, norm_j = tl.sqrt(tl.sum(x_i * x_i, 0)), tl.sqrt(tl.sum(x_j * x_j, 0))
-    difference = x_i / tl.maximum(norm_i, eps) - x_j / tl.maximum(norm_j, eps)
+    norm_i, norm_j = tl.sqrt_rn(tl.sum(x_i * x_i, 0)), tl.sqrt_rn(tl.sum(x_j * x_j, 0))
+    difference = tl.div_rn(x_i, tl.maximum(norm_i, eps)) - tl.div_rn(x_j, tl.maximum(norm_j, eps))
     distance = tl.sqrt(tl.sum(difference * difference, 0))
     tl.store(row_loss_ptr + row, -scale * tl.log(distance + eps))
     tl.store(neighbour_ptr + row, neighbour)

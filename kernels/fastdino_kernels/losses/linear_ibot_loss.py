@@ -25,7 +25,8 @@ def linear_ibot_loss(
     """ibot_loss(student @ student_weight.T, teacher @ teacher_weight.T, center, weight), never with all its logits.
 
     The gradients are made along with the loss, a chunk of rows at a time, and only scaled in the backward pass, which
-    can run once. What does not require a gradient costs nothing. The reference (on a CPU, and in fp64) has all logits.
+    can run once: in bf16 the student's is rounded before and after. What does not require a gradient costs nothing. The
+    reference (on a CPU, and in fp64) has all logits.
 
     Args:
         student: (M, D) normalised features of M masked patches, which may be 0; fp32, bf16 or fp64. Not fp16, in which
