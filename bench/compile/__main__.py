@@ -34,7 +34,9 @@ def figures(reports: dict[str, list[Report]]) -> dict[str, Any]:
             if problems := report.problems(CASES[name].narrow_accesses(report.kernel)):
                 raise SystemExit("\n".join(problems))
             kernel = cases.setdefault(name, {}).setdefault(report.kernel, {})
-            kernel[report.target] = {key: x for key, x in asdict(report).items() if key not in ("kernel", "target")}
+            kernel[report.target] = {
+                key: x for key, x in asdict(report).items() if key not in ("kernel", "target", "unwritten")
+            }
             per_element = report.hot_instructions * passes(report, CASES[name]) / CASES[name].elements
             kernel[report.target]["instructions_per_element"] = round(per_element, 3)
             if report.target == "sm_90":

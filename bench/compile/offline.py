@@ -59,6 +59,7 @@ class Report:
     hot_instructions: int
     hot_bytes: int  # beside 128-bit accesses in those of 64 bits and more: a row's few numbers do not count
     hot_exps: int
+    unwritten: str = ""  # the first instruction that reads a uniform register before any has written it
 
     def problems(self, narrow: Set[str] = frozenset()) -> list[str]:
         """Why this kernel is not fit for this target; ``narrow``: "load" or "store" where no 128-bit one is due."""
@@ -67,6 +68,8 @@ class Report:
             found.append(f"spills {self.spills} bytes per thread ({self.local_accesses} accesses of local memory)")
         if self.shared > TARGETS[self.target].shared_limit:
             found.append(f"asks for {self.shared} bytes of shared memory, {TARGETS[self.target].shared_limit} at most")
+        if self.unwritten:
+            found.append(f"reads a register that nothing has written, an error of the assembler: {self.unwritten}")
         for access, count in {"load": self.loads_128, "store": self.stores_128}.items():
             if count == 0 and access not in narrow:
                 found.append(f"has no 128-bit {access}")
@@ -139,6 +142,7 @@ def _report(kernel: Any, target: str) -> Report:
         hot_instructions=len(hot),
         hot_bytes=sum(size for size in sizes if size >= 8) if 16 in sizes else sum(sizes),
         hot_exps=sum("MUFU.EX2" in line or "v_exp_f32" in line for line in hot),
+        unwritten=unwritten(lines),
     )
 
 
@@ -187,6 +191,28 @@ def _access(line: str) -> tuple[str, int] | None:
         size = next((size for name, size in _AMD_BYTES.items() if match[2].startswith(name)), 4)
         return ("load" if match[1] == "load" else "store"), size
     return None
+
+
+def unwritten(lines: list[str]) -> str:
+    """The first instruction that reads a uniform register of NVIDIA's before any, in order of address, has written it.
+
+    ptxas 12.8 makes such code: of two products by wgmma in a loop, it takes the operands' addresses from anywhere.
+    """
+    written = set[int]()
+    for line in lines:
+        name, _, rest = re.sub(r"^@\S+ +", "", line).partition(" ")
+        target, *sources = re.sub(r"^(U?PT?\d*, *)+", "", rest).split(",")
+        first = re.fullmatch(r"UR(\d+)", target.strip())
+        if first is None or "SETP" in name:
+            sources.append(target)
+        # Of the descriptors that wgmma's operands have, that of the second one is always read.
+        registers = [int(n) + (2 if found else 0) for found, n in re.findall(r"(gdesc\[)?\bUR(\d+)", ",".join(sources))]
+        if not written.issuperset(registers):
+            return line
+        if first:
+            width = 4 if ".128" in name else 2 if ".64" in name or "WIDE" in name else 1
+            written |= {int(first[1]) + i for i in range(width)}
+    return ""
 
 
 def _hot(lines: list[str]) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 import fastdino_kernels
 from bench.compile import cases
 from bench.compile.cases import CASES, ON_DEVICE
-from bench.compile.offline import TARGETS, Report, compile_reports
+from bench.compile.offline import TARGETS, Report, compile_reports, unwritten
 from tests.bench.conftest import run_python
 
 SOURCES = Path(fastdino_kernels.__path__[0])
@@ -114,6 +114,24 @@ def test_problems_name_the_limit() -> None:
     assert "no 128-bit load" in Report("kernel", "sm_80", **good | {"loads_128": 0}).problems()[0]
     assert "no 128-bit store" in Report("kernel", "sm_80", **good | {"stores_128": 0}).problems()[0]
     assert Report("kernel", "sm_80", **good | {"stores_128": 0}).problems({"store"}) == []
+
+
+def test_a_register_that_nothing_has_written_is_found() -> None:
+    """In what ptxas made of a product by wgmma in a loop: uniform registers 14 and 15."""
+    code = [
+        "ULDC.64 UR12, c[0x0][0x210]",
+        "@!P0 IMAD.U32 R24, RZ, RZ, UR13",
+        "UISETP.GT.AND UP0, UPT, UR12, URZ, UPT",
+        "HGMMA.64x16x16.F32 R24, R32, gdesc[UR10].tnspB, R24",
+    ]
+    assert unwritten(code) == ""
+    for fault in (
+        "UIADD3 UR14, UP0, UR14, 0x20, URZ",
+        "HGMMA.64x16x16.F32 R24, R32, gdesc[UR12].tnspB, R24",
+        "UISETP.GT.AND UP0, UPT, UR15, URZ, UPT",
+    ):
+        assert unwritten([*code, fault, *code]) == fault
+    assert unwritten([*code, "UMOV UR14, 0x1", "UIADD3 UR14, UP0, UR14, 0x20, URZ"]) == ""
 
 
 def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

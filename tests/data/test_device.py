@@ -229,16 +229,19 @@ def test_batches_on_a_gpu_are_those_of_the_cpu(pictures: Path, num_workers: int)
     """While the GPU is busy with earlier batches, and slots are written again; a weight in fp16 moves a byte by one."""
     gpu, source = torch.device("cuda", torch.cuda.current_device()), FolderSource(pictures)
     busy, found = torch.randn(2048, 2048, device=gpu), []
-    batches = start(on_device(make_config(num_workers)), source, device=gpu)
+    config = on_device(make_config(num_workers))
+    config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision="bf16"))  # as on a GPU
+    batches = start(config, source, device=gpu)
     for batch in islice(batches, 15):
         for _ in range(20):
             busy = torch.nn.functional.normalize(busy @ busy)
         found.append({name: group.clone() for name, group in batch.views.items()})
         del batch
     batches.close()
-    for views, want in zip(found, take(15, on_device(make_config()), source), strict=True):
+    for views, want in zip(found, take(15, config, source), strict=True):
         for name, group in want.views.items():
-            assert (views[name].cpu().float() - group.float()).abs().mean() < 0.1
+            off = (views[name].cpu().float() - group.float()).abs().mean().item()
+            assert off < 0.1 / 57, f"{name}: {off * 57:.3f} gray levels"  # 57: their deviation in ImageNet
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

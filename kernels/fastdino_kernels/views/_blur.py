@@ -55,7 +55,9 @@ def _blur_kernel(
 ):
     # One program: ROWS x STRIP pixels of a blurred view, COLUMNS at a time, by two products with bands of weights, each
     # that of three boxes. Reads BLOCK_ROWS x BLOCK_COLUMNS pixels, MARGIN of them before the first that is made, and
-    # makes as many rows as it reads: those from ROWS on lack some of theirs.
+    # makes as many rows as it reads: those from ROWS on lack some of theirs. All is transposed, columns first: Hopper
+    # makes products of 64 rows by wgmma, and for those in a loop ptxas 12.8, that of Triton 3.6, takes the addresses of
+    # their operands from registers that nothing has written. For the two before the loop it does not.
     param_ptr, view_ptr, own_ptr, _, _ = view_of_program(params_ptr, views_ptr, work_ptr, SIZE)
     deviation = tl.load(param_ptr + BLUR)
     if deviation != 0:
@@ -64,20 +66,20 @@ def _blur_kernel(
         by_total = 1 / (total * total * total)
         first_y, first_x = place_of_tile(tl.program_id(0), SIZE, ROWS, STRIP)
         y, from_y = first_y + tl.arange(0, BLOCK_ROWS), first_y + tl.arange(0, BLOCK_ROWS) - MARGIN
-        box = _weights(from_y[:, None], from_y[None, :], b0, b1, b2, SIZE)
-        twice_down = tl.dot(_weights(y[:, None], from_y[None, :], b0, b1, b2, SIZE), box)
-        down = tl.dot(twice_down.to(tl.float16), box).to(tl.float16)
+        box = _weights(from_y[None, :], from_y[:, None], b0, b1, b2, SIZE)
+        twice_down = tl.dot(box, _weights(y[None, :], from_y[:, None], b0, b1, b2, SIZE))
+        down = tl.dot(box, twice_down.to(tl.float16)).to(tl.float16)
         row = tl.minimum(tl.maximum(from_y, 0), SIZE - 1)[None, :]
         for start_x in range(first_x, tl.minimum(first_x + STRIP, SIZE), COLUMNS):
             x, from_x = start_x + tl.arange(0, COLUMNS), start_x + tl.arange(0, BLOCK_COLUMNS) - MARGIN
-            box_across = _weights(from_x[None, :], from_x[:, None], b0, b1, b2, SIZE)
-            twice = tl.dot(box_across, _weights(x[None, :], from_x[:, None], b0, b1, b2, SIZE))
-            across = tl.dot(box_across, twice.to(tl.float16)).to(tl.float16)
+            box_across = _weights(from_x[:, None], from_x[None, :], b0, b1, b2, SIZE)
+            twice = tl.dot(_weights(x[:, None], from_x[None, :], b0, b1, b2, SIZE), box_across)
+            across = tl.dot(twice.to(tl.float16), box_across).to(tl.float16)
             column = tl.minimum(tl.maximum(from_x, 0), SIZE - 1)[:, None]
-            inside = (tl.arange(0, BLOCK_ROWS) < ROWS)[:, None] & (y < SIZE)[:, None] & (x < SIZE)[None, :]
-            i = y[:, None] * SIZE + x[None, :]
+            inside = (tl.arange(0, BLOCK_ROWS) < ROWS)[None, :] & (y < SIZE)[None, :] & (x < SIZE)[:, None]
+            i = y[None, :] * SIZE + x[:, None]
             for channel in range(3):
-                pixels = tl.trans(fp16_of_byte(tl.load(own_ptr + channel * SIZE * SIZE + row * SIZE + column)))
-                between = tl.dot(pixels, across) * by_total - 128  # fp16 is finer about zero
-                made = rounded(tl.dot(down, between.to(tl.float16)) * by_total + 128)
+                pixels = fp16_of_byte(tl.load(own_ptr + channel * SIZE * SIZE + row * SIZE + column))
+                between = tl.dot(across, pixels) * by_total - 128  # fp16 is finer about zero
+                made = rounded(tl.dot(between.to(tl.float16), down) * by_total + 128)
                 write(view_ptr, solarize(made, param_ptr), channel, i, inside, normal_ptr, SIZE, PATCH)

@@ -241,7 +241,8 @@ def _box_filter(deviation: float) -> list[float]:
 def launch_config(size: int) -> dict[str, dict[str, int]]:
     """Pixels of a program, and warps.
 
-    A warp makes 16 rows of a product: as many warps as there are rows for, or they would compute the same.
+    A warp makes 16 rows of a product: as many warps as there are rows for, or they would compute the same. In the blur,
+    whose products are transposed, it makes 16 of 64 columns.
     """
     tile = {"ROWS": 32, "COLUMNS": 16, "num_warps": 2}
     read = {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 32}  # of the blur: with 6 pixels around those that are made
