@@ -7,8 +7,7 @@ import torch
 from lightly.loss import DINOLoss
 from torch import Tensor
 
-from bench.kernels.case import LOGITS_STD, OURS, Bench, Bound, Function, Shape, Variant, with_gradients
-from bench.kernels.dino_loss_in_groups import dino_loss_in_groups
+from bench.kernels.case import LOGITS_STD, Bench, Bound, Function, Shape, Variant, with_gradients
 from fastdino_kernels import dino_loss
 from fastdino_kernels.losses.dino_loss import dino_loss_reference
 
@@ -40,15 +39,7 @@ def refill(inputs: Any) -> None:
 
 
 def _others(shape: Shape) -> dict[str, Variant | Function]:
-    found: dict[str, Variant | Function] = {
-        "fastdino, gradient apart": partial(dino_loss, **TEMPS),
-        "lightly": Variant(_lightly),
-    }
-    if shape.device.type == "cuda":  # a CPU has no such groups
-        for group in (8, 16, 32):
-            call = partial(dino_loss_in_groups, **TEMPS, group=group)
-            found[f"{OURS}, groups of {group}"] = Variant(with_gradients(call, ["student"]), refill)
-    return found
+    return {"fastdino, gradient apart": partial(dino_loss, **TEMPS), "lightly": Variant(_lightly)}
 
 
 def _lightly(inputs: Inputs) -> Bound:

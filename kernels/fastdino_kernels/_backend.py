@@ -63,18 +63,20 @@ def scale_(x: Tensor, factor: Tensor) -> None:
     M, K = x.shape
     config = {"BLOCK": min(4096, max(128, triton.next_power_of_2(K))), "num_warps": 4}
     with torch.cuda.device_of(x):
-        _scale_kernel[(M, triton.cdiv(K, config["BLOCK"]))](x, factor, x.stride(0), K=K, **config)
+        _scale_kernel[(M,)](x, factor, x.stride(0), K=K, **config)
 
 
 @triton.jit
 def _scale_kernel(x_ptr, factor_ptr, stride, K: tl.constexpr, BLOCK: tl.constexpr):
+    # One program: a row, so that few of them find that there is nothing to do.
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor != 1:
-        k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside = k < K if K % BLOCK else tl.full([BLOCK], True, tl.int1)
         x_ptr += tl.program_id(0).to(tl.int64) * stride
-        x = tl.load(x_ptr + k, mask=inside).to(tl.float32) * factor
-        tl.store(x_ptr + k, x.to(x_ptr.dtype.element_ty), mask=inside)
+        for start in range(0, K, BLOCK):
+            k = start + tl.arange(0, BLOCK)
+            inside = k < K if K % BLOCK else tl.full([BLOCK], True, tl.int1)
+            x = tl.load(x_ptr + k, mask=inside).to(tl.float32) * factor
+            tl.store(x_ptr + k, x.to(x_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

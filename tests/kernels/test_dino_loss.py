@@ -1,14 +1,12 @@
 """dino_loss: the kernels and the reference against float64 and the published formula, and what they refuse."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench.kernels.dino_loss_in_groups import dino_loss_in_groups
 from fastdino_kernels.losses import dino_loss as module
 from fastdino_kernels.losses.dino_loss import dino_loss, dino_loss_reference
 from fastdino_kernels.testing import assert_no_worse
@@ -164,13 +162,6 @@ def test_kernel_inplace(dtype: torch.dtype) -> None:
     check(*random_inputs((4, 2, 3, 200), dtype), inplace_grad=True)
     student, teacher, center = random_inputs((5, 1, 2, 200), dtype)
     check(student.transpose(0, 1).contiguous().transpose(0, 1), teacher, center, inplace_grad=True)
-
-
-@pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("group", [1, 2, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_variant_in_groups(dtype: torch.dtype, group: int) -> None:
-    check(*random_inputs((4, 2, 3, 200), dtype), implementation=partial(dino_loss_in_groups, group=group))
 
 
 @pytest.mark.usefixtures("small_blocks")

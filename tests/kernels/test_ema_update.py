@@ -28,7 +28,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 64, so that a short tensor has several."""
     module._plan.cache_clear()
-    monkeypatch.setattr(module, "launch_config", lambda num_elements: {"BLOCK": 64, "num_warps": 2})
+    monkeypatch.setattr(module, "launch_config", lambda: {"BLOCK": 64, "num_warps": 2})
 
 
 def guarded(n: int, dtype: torch.dtype, offset: int, outside: float) -> Tensor:

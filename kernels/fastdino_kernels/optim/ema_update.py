@@ -57,9 +57,9 @@ def ema_update_reference_(
         copy.copy_(t)
 
 
-def launch_config(num_elements: int) -> dict[str, int]:
-    """Block size and warps for ``num_elements`` in all; chosen from the compile report of ``bench.compile``."""
-    return {"BLOCK": 1024 if num_elements < 2**20 else 2048, "num_warps": 8}
+def launch_config() -> dict[str, int]:
+    """Block size and warps, among the fastest of 13 on an H200 (bench/results/evidence/variants-nvidia-h200.txt)."""
+    return {"BLOCK": 1024, "num_warps": 4}
 
 
 class _Group(NamedTuple):
@@ -67,7 +67,6 @@ class _Group(NamedTuple):
 
     members: list[int]
     fused: bool  # False: fp64 and other dtypes that only the reference takes
-    config: dict[str, int]
     chunks: Tensor | None  # see _chunk_table; None for a single tensor, which needs no table
 
 
@@ -115,9 +114,8 @@ def _plan(teachers: Facts, students: Facts, copies: Facts) -> list[_Group]:
     for (teacher, student, teacher_lp), members in groups.items():
         fused = teacher == torch.float32 and student in _TRITON_DTYPES and teacher_lp in {None, *_TRITON_DTYPES}
         columns = [[facts[i] for i in members] for facts in (teachers, students, copies) if facts]
-        config = launch_config(sum(fact[1] for fact in columns[0]))
-        table = _chunk_table(columns, config["BLOCK"]) if fused and len(members) > 1 else None
-        plan.append(_Group(members, fused, config, table))
+        table = _chunk_table(columns, launch_config()["BLOCK"]) if fused and len(members) > 1 else None
+        plan.append(_Group(members, fused, table))
     return plan
 
 
@@ -194,11 +192,11 @@ def _launch(
         if group.chunks is None:
             num_elements = teacher[0].numel()
             tensors = (teacher[0], student[0], teacher_lp[0] if teacher_lp else None)
-            grid = (triton.cdiv(num_elements, group.config["BLOCK"]),)
-            _ema_kernel[grid](*tensors, num_elements, weight, **group.config)
+            grid = (triton.cdiv(num_elements, launch_config()["BLOCK"]),)
+            _ema_kernel[grid](*tensors, num_elements, weight, **launch_config())
         else:
             dtypes = (_TRITON_DTYPES[student[0].dtype], _TRITON_DTYPES[teacher_lp[0].dtype] if teacher_lp else None)
-            _ema_list_kernel[(len(group.chunks),)](group.chunks, weight, *dtypes, **group.config)
+            _ema_list_kernel[(len(group.chunks),)](group.chunks, weight, *dtypes, **launch_config())
 
 
 @triton.jit
