@@ -50,10 +50,9 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}  # of the loss, relative
 
 @dataclass
 class Contender:
-    """Something that trains: ``step`` is one update on a batch, ``networks`` what eval() and train() switch."""
+    """Something that trains: ``step`` is one update on a batch."""
 
     step: Callable[[Batch], Tensor]
-    networks: list[nn.Module]
     kept: KeptBytes
     """What stays allocated between steps: weights, moments, buffers; it is active until :func:`check` has trained a
     few, since the peers' moments and some of our buffers are made in the first one."""
@@ -74,7 +73,12 @@ def usual(device: torch.device) -> list[str]:
 
 
 def build(config: Config, ranks: Ranks, folder: Path, names: Sequence[str]) -> dict[str, Contender]:
-    """These contenders, all with the same weights. Raises OutOfMemoryError where they do not fit together."""
+    """These contenders, all with the same weights. Raises OutOfMemoryError where they do not fit together.
+
+    None has drop path: each would draw other drops, and what is compiled for a comparison of losses would not be what
+    is timed.
+    """
+    config = replace(config, model=replace(config.model, drop_path=0.0))
     _warm_up(ranks.device)
     weights = _start(config)
     return {name: _contender(name, config, ranks, folder / name, weights) for name in names}
@@ -84,14 +88,13 @@ def _contender(name: str, config: Config, ranks: Ranks, folder: Path, weights: d
     if name in PEERS:
         with (kept := KeptBytes(ranks.device, watch=seen(name, ranks.device))):
             peer = Peer(config, weights, ranks.device, PEERS[name])
-        return Contender(peer.train_step, [peer.student, peer.teacher], kept)
+        return Contender(peer.train_step, kept)
     groups: dict[str, Any] = {group: replace(getattr(config, group), **of) for group, of in WAYS[name].items()}
     settings = replace(config, **groups)
     with (kept := KeptBytes(ranks.device, watch=seen(name, ranks.device))):
         trainer = build_trainer(settings, ranks, folder)
         _load(trainer, weights)
-    networks = [trainer.engine.student, trainer.engine.teacher]
-    return Contender(partial(_train_step, trainer), networks, kept, trainer.captures)
+    return Contender(partial(_train_step, trainer), kept, trainer.captures)
 
 
 def seen(name: str, device: torch.device) -> bool:
@@ -128,7 +131,7 @@ Losses = dict[str, list[float]]
 
 
 def check(contenders: dict[str, Contender], batches: list[Batch], precision: str, ours: Losses | None = None) -> Losses:
-    """Losses of the first steps without drop path, of ``contenders`` and before them those in ``ours``.
+    """Losses of the first steps, of ``contenders`` and before them those in ``ours``.
 
     Raises AssertionError when a contender's are not ours, OutOfMemoryError when a step does not fit.
     """
@@ -145,12 +148,8 @@ def check(contenders: dict[str, Contender], batches: list[Batch], precision: str
 
 
 def _first_losses(contender: Contender, batches: list[Batch]) -> list[float]:
-    for network in contender.networks:
-        network.eval()
     with contender.kept, _fallbacks() as said:
         losses = [float(contender.step(batches[step % len(batches)])) for step in range(CHECKED_STEPS)]
-    for network in contender.networks:
-        network.train()
     contender.fallback = "; ".join(said)
     return losses
 

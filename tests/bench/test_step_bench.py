@@ -26,6 +26,7 @@ from bench.workload import nano_config, random_batch, step_config
 from fastdino import distributed
 from fastdino.config import Config
 from fastdino.distributed import Ranks
+from fastdino.model import build_network
 from fastdino.training.flops import step_flops
 from tests.bench.conftest import kill_python_when
 
@@ -48,10 +49,8 @@ def test_peer_trains_like_ours_and_flops_are_counted(
     batches = [random_batch(config, CPU, seed) for seed in range(NUM_BATCHES)]
     losses = contenders.check(made, batches, config.engine.precision)
     assert len(set(losses[OURS])) == CHECKED_STEPS, "the steps differ, so equal losses mean equal updates"
+    weights_and_moments = sum((4 if p.requires_grad else 2) * p.nbytes for p in build_network(config).parameters())
     for name, contender in made.items():
-        student, teacher = (list(network.parameters()) for network in contender.networks)
-        trained = [p for p in student if p.requires_grad]
-        weights_and_moments = sum(p.numel() * p.element_size() for p in [*student, *teacher, *trained, *trained])
         assert weights_and_moments < contender.kept.bytes < 2 * weights_and_moments, name
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as flops:
         made["lightly + timm"].step(batches[0])
@@ -61,7 +60,7 @@ def test_peer_trains_like_ours_and_flops_are_counted(
 
 def test_no_figure_when_losses_disagree() -> None:
     losses = iter([1.0, 0.9, 0.8, 1.0, 0.9, 0.81])
-    made = {name: Contender(lambda batch: torch.tensor(next(losses)), [], KeptBytes(CPU)) for name in (OURS, "peer")}
+    made = {name: Contender(lambda batch: torch.tensor(next(losses)), KeptBytes(CPU)) for name in (OURS, "peer")}
     batches: list[Any] = [None] * NUM_BATCHES
     with pytest.raises(AssertionError, match=r"no figure: step 2 of peer has loss 0\.81"):
         contenders.check(made, batches, "fp32")
@@ -74,11 +73,11 @@ def test_where_memory_is_short_one_runs_after_another(
     build, alive, saved = contenders.build, [], []
 
     def in_a_small_memory(config: Config, ranks: Ranks, folder: Path, names: Sequence[str]) -> dict[str, Contender]:
-        assert not [name for name, network in alive if network() is not None], "those before are gone"
+        assert not [name for name, contender in alive if contender() is not None], "those before are gone"
         if len(names) > 1 or names == ["fastdino, ZeRO 1"]:
             raise torch.OutOfMemoryError("Tried to allocate 9 GiB.\nMore words")
         made = build(config, ranks, folder, names)
-        alive.extend((name, weakref.ref(contender.networks[0])) for name, contender in made.items())
+        alive.extend((name, weakref.ref(contender)) for name, contender in made.items())
         return made
 
     monkeypatch.setattr(step, "build", in_a_small_memory)
