@@ -69,9 +69,9 @@ class EngineConfig(Group):
 
     name: Literal["deepspeed", "torch"] = "deepspeed"
     """torch is the reference: nothing is sharded."""
-    zero_stage: Literal["auto", 0, 1, 2] = "auto"
-    """DeepSpeed ZeRO: 0 shards nothing, 1 the optimizer and the teacher, 2 the gradients too. auto: 1, or 0 for a
-    single process, which has nobody to share with."""
+    zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
+    """DeepSpeed ZeRO: 0 shards nothing, 1 the optimizer and the teacher, 2 the gradients too, 3 also the weights, which
+    are gathered block by block. auto: 1, or 0 for a single process, which has nobody to share with."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU. Master weights, moments, teacher, center and loss are fp32 always.
     Under fp32 torch's own settings hold: matrix products are exact, convolutions TF32."""

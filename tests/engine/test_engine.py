@@ -18,8 +18,8 @@ from fastdino.engine.zero import deepspeed_config
 from tests.children import environment
 
 CASES = Path(__file__).with_name("engine_cases.py")
-ENGINES = ("torch", "zero0", "zero1", "zero2")
-SOURCES = {"torch": "zero1", "zero0": "zero2", "zero1": "zero2", "zero2": "torch"}
+ENGINES = ("torch", "zero0", "zero1", "zero2", "zero3")
+SOURCES = {"torch": "zero3", "zero0": "zero2", "zero1": "zero3", "zero2": "torch", "zero3": "zero1"}
 
 
 def launch(command: list[str], builds: Path) -> None:
@@ -190,7 +190,7 @@ def test_no_host_sync_in_a_step(results: Any, world_size: int, engine: str, case
     assert results[world_size][f"syncs {case}/{engine}"] == []
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_deepspeed_config(stage: Any, bf16: bool) -> None:
     config = deepspeed_config(Config(engine=EngineConfig(accumulate=3)), stage, bf16)
