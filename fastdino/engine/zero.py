@@ -20,6 +20,8 @@ from fastdino.engine.schedules import Now
 from fastdino.engine.torch_engine import TorchEngine
 from fastdino.launch import LaunchError
 
+TESTED = ("0.19.8",)  # of DeepSpeed, whose internals are used here and in zero3.py; what setup.py asks for
+
 
 def deepspeed_config(config: Config, stage: int, bf16: bool, unit: int = 2**24) -> dict[str, Any]:
     """DeepSpeed's config of a run. Nothing in it makes a step wait for the device; clipping is our optimizer's.
@@ -74,7 +76,7 @@ def _partitioned(unit: int) -> dict[str, Any]:
 
 
 def import_deepspeed(ranks: Ranks) -> Any:
-    """DeepSpeed, quiet, for the ranks' device, with nothing compiled."""
+    """DeepSpeed, quiet, for the ranks' device, with nothing compiled. Raises LaunchError for one that is not tested."""
     device = ranks.device
     os.environ["DS_ACCELERATOR"] = device.type  # read when it is imported
     # Functions of its own keep the default group of their import as default argument, for good.
@@ -86,6 +88,7 @@ def import_deepspeed(ranks: Ranks) -> Any:
     finally:
         dist.GroupMember.WORLD = world
 
+    check_version(deepspeed.__version__)
     if get_accelerator().device_name() != device.type:
         raise LaunchError(
             f"DeepSpeed was imported for {get_accelerator().device_name()} before the engine asked for {device.type}: "
@@ -96,6 +99,16 @@ def import_deepspeed(ranks: Ranks) -> Any:
     if device.type == "cpu":  # a g++ build of a minute that only inference needs; a GPU has none
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def check_version(version: str) -> None:
+    """Raises LaunchError for a DeepSpeed that fastdino is not tested with."""
+    if version.split("+")[0] not in TESTED:
+        raise LaunchError(
+            f"DeepSpeed {version} is installed, and fastdino, which uses its internals, is tested with "
+            f"{' and '.join(TESTED)} alone: pip install deepspeed=={TESTED[-1]}, or use engine.name=torch, which "
+            "shards nothing"
+        )
 
 
 def initialize(ranks: Ranks, network: nn.Module, settings: dict[str, Any], optimizer: Optimizer | None = None) -> Any:
