@@ -400,7 +400,7 @@ def test_settings_are_few_and_each_is_explained():
         f.name for f in dataclasses.fields(HeadConfig)
     }
     settings = [(kind, f.name) for kind in kinds.values() for f in dataclasses.fields(kind)]
-    assert len(settings) == 102
+    assert len(settings) == 103
     for kind, name in settings:
         after = inspect.getsource(kind).split(f"    {name}: ")[1].split("\n", 1)[1].lstrip()
         assert after.startswith('"""'), f"{name} has no docstring, so --help does not explain it"

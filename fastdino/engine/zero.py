@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastdino.config import Config
+from fastdino.config.deepspeed import merged
 from fastdino.distributed import Ranks
 from fastdino.engine import zero_stage
 from fastdino.engine.engine import Engine
@@ -24,15 +25,16 @@ TESTED = ("0.19.8",)  # of DeepSpeed, whose internals are used here and in zero3
 
 
 def deepspeed_config(config: Config, stage: int, bf16: bool, unit: int = 2**24) -> dict[str, Any]:
-    """DeepSpeed's config of a run. Nothing in it makes a step wait for the device; clipping is our optimizer's.
+    """DeepSpeed's config of a run, with what ``engine.deepspeed`` sets beside ours. Raises ConfigError for that.
 
-    ``unit``: elements that stage 3 gathers at a time, those of the largest block.
+    Nothing in ours makes a step wait for the device; clipping is our optimizer's. ``unit``: elements that stage 3
+    gathers at a time, those of the largest block.
     """
     # At stage 0 its bf16 starts from rounded masters and asks after every step whether one overflowed: there it gets an
     # fp32 student and fp32 gradients to reduce, and the bf16 weights are ours.
     bf16 = bf16 and stage > 0
     dtype = "bf16" if bf16 else "fp32"
-    return {
+    ours = {
         "train_micro_batch_size_per_gpu": config.run.local_batch,
         "gradient_accumulation_steps": config.engine.accumulate,
         "gradient_clipping": 0.0,  # the default is 1.0
@@ -47,6 +49,7 @@ def deepspeed_config(config: Config, stage: int, bf16: bool, unit: int = 2**24) 
         "data_types": {"grad_accum_dtype": "fp32" if stage >= 2 else dtype},
         "timers": {"throughput": {"enabled": False}},  # it waits for the device at every step
     }
+    return ours if config.engine.deepspeed is None else merged(ours, config.engine.deepspeed)
 
 
 def _sliced(stage: int) -> dict[str, Any]:

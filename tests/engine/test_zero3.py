@@ -36,6 +36,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any
         ("apart/zero3", "apart/torch"),  # blocks that run twice
         ("timm/zero3", "timm/torch"),
         ("v2/zero2", "v2/torch"),
+        ("json/zero3", "v1/torch"),  # other buckets, no prefetch, weights kept for the backward pass
     ],
 )
 @WORLD_SIZES
@@ -63,6 +64,15 @@ def test_bf16_losses_of_stages_1_2_and_3_are_identical(results: Any, world_size:
     one, two, three = (results[world_size][f"bf16 {case}/zero{stage}"]["losses"] for stage in (1, 2, 3))
     assert torch.equal(one, two)
     assert torch.equal(one, three)
+
+
+@WORLD_SIZES
+def test_stages_take_the_settings_of_a_json(results: Any, world_size: int) -> None:
+    """Gradients of bf16 that are reduced in fp32, in small buckets."""
+    want = results[world_size]["v1/torch"]["losses"]
+    for stage in range(4):
+        got = results[world_size][f"json bf16/zero{stage}"]["losses"]
+        torch.testing.assert_close(got, want, rtol=0, atol=6e-2)
 
 
 @WORLD_SIZES

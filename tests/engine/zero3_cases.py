@@ -5,7 +5,9 @@ python zero3_cases.py OUT [OTHERS], plain or under a launcher. OTHERS is the OUT
 
 import dataclasses
 import gc
+import json
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -180,6 +182,23 @@ def whole_teacher(ranks: Ranks) -> dict[str, Any]:
     return {"same": alone is None or same, "made": alone is not None, "undisturbed": after}
 
 
+OTHERWISE = {
+    "communication_data_type": "fp32",
+    "zero_optimization": {
+        "overlap_comm": False, "reduce_bucket_size": 1000, "stage3_prefetch_bucket_size": 0,
+        "stage3_max_reuse_distance": 10**9,
+    },
+}  # fmt: skip
+
+
+def by_json(ranks: Ranks, engine: str, precision: str) -> dict[str, Any]:
+    """With a user's DeepSpeed settings."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ds.json"
+        path.write_text(json.dumps(OTHERWISE))
+        return run(ranks, V1, engine, checkpointing="full", precision=precision, deepspeed=path)
+
+
 def compiled(ranks: Ranks) -> list[Tensor]:
     """Losses of eager steps and of compiled ones."""
     found = []
@@ -235,6 +254,9 @@ def run_cases(ranks: Ranks, others: dict[str, Any] | None) -> dict[str, Any]:
     for engine in ("zero1", "zero2", "zero3"):
         for name, config in {"v1": V1, "v2": V2}.items():
             case(f"bf16 {name}/{engine}", run, config, engine, precision="bf16", clip=0.0)
+    for stage in range(4):
+        case(f"json bf16/zero{stage}", by_json, f"zero{stage}", "bf16")
+    case("json/zero3", by_json, "zero3", "fp32")
     for precision in ("fp32", "bf16"):
         case(f"average {precision}", average, precision)
         case(f"resident {precision}", resident, precision)
