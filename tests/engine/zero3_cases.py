@@ -148,18 +148,14 @@ def tensor_bytes() -> int:
     return sum(found.values())
 
 
-def resident(ranks: Ranks, precision: str) -> float:
-    """Bytes that stay after a step per parameter and rank, times the ranks."""
-    before = tensor_bytes()
-    made = trainer(
-        ranks,
-        dataclasses.replace(V1, head=dataclasses.replace(V1.head, num_prototypes=4096)),
-        "zero3",
-        precision=precision,
-    )
+def resident(ranks: Ranks, engine: str, precision: str) -> float:
+    """Bytes that stay on a rank after a step, per parameter."""
+    before, large = tensor_bytes(), dataclasses.replace(V1, head=dataclasses.replace(V1.head, num_prototypes=4096))
+    made = trainer(ranks, large, engine, precision=precision)
     params = sum(torch.Size(shape).numel() for shape in made.shapes.values())
-    made.train_step([random_batch(made.config, CPU, 0)])
-    return (tensor_bytes() - before) * ranks.world_size / params
+    made.train_step([random_batch(large, CPU, 0)])
+    made.engine.wait_teacher()
+    return (tensor_bytes() - before) / params
 
 
 def whole_teacher(ranks: Ranks) -> dict[str, Any]:
@@ -259,7 +255,8 @@ def run_cases(ranks: Ranks, others: dict[str, Any] | None) -> dict[str, Any]:
     case("json/zero3", by_json, "zero3", "fp32")
     for precision in ("fp32", "bf16"):
         case(f"average {precision}", average, precision)
-        case(f"resident {precision}", resident, precision)
+        for engine in ("torch", "zero0", "zero1", "zero2", "zero3"):
+            case(f"resident {precision}/{engine}", resident, engine, precision)
         case(f"five {precision}", train, "zero3", precision=precision)
         case(f"three {precision}", train, "zero3", steps=3, precision=precision)
         case(f"resume {precision}", resume, "zero3", found[f"three {precision}"], precision=precision)
