@@ -6,6 +6,7 @@ python zero3_cases.py OUT [OTHERS], plain or under a launcher. OTHERS is the OUT
 import dataclasses
 import gc
 import json
+import os
 import sys
 import tempfile
 from collections import Counter
@@ -226,6 +227,9 @@ def units(ranks: Ranks) -> dict[str, int]:
     for name, config in {"packed": V1, "apart": APART, "timm": TIMM}.items():
         engine = trainer(ranks, config, "zero3").engine
         assert isinstance(engine, PartitionedEngine)
+        for parts in (engine._zero.parameter_offload, engine._teacher_parts):
+            assert parts._DeepSpeedZeRoOffload__allgather_stream is None, "the name by which a GPU's stream is known"
+            assert parts.persistent_parameters == []
         found[name] = len(engine._units)
     return found
 
@@ -272,10 +276,13 @@ def run_cases(ranks: Ranks, others: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def main(out: Path, others: Path | None) -> None:
+    before = os.environ.get("LOCAL_RANK")
     with distributed.init("cpu") as ranks:
         found = run_cases(ranks, torch.load(others) if others else None)
         if ranks.is_main:
             torch.save(found, out)
+    assert os.environ.get("LOCAL_RANK") == before
+    assert sys.modules["deepspeed"].runtime.zero.parameter_offload.FWD_MODULE_STACK == [], "no network is kept"
 
 
 if __name__ == "__main__":
