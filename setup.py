@@ -41,7 +41,7 @@ setup(
     install_requires=[
         "torch>=2.11,<2.13",
         'triton>=3.6; platform_system == "Linux"',
-        "deepspeed>=0.19.5,<0.20",
+        "deepspeed==0.19.8",  # the one of fastdino/engine/zero.py
         "xformers>=0.0.34,<0.0.36",
         "timm>=1.0.20",
         "numpy>=2",

@@ -154,7 +154,7 @@ class Config:
             (self.loss.patch_weight == 0, "loss", "patch_targets", "loss.patch_weight is 0"),
             ("center" not in self.loss.uses, "loss", "center_momentum", "all targets are sinkhorn's"),
             (self.engine.device == "cpu", "engine", "teacher_stream", "a CPU does one thing after another"),
-            (self.engine.name == "torch", "engine", "zero_stage", "engine.name=torch shards nothing"),
+            (self.engine.name == "torch", "engine", "zero_stage deepspeed", "engine.name=torch shards nothing"),
             (self.optim.clip == 0, "optim", "clip_mode", "optim.clip is 0"),
             (self.optim.name != "adamw", "optim", "beta2", f"optim.name is {self.optim.name}"),
             (self.optim.schedule == "constant", "optim", "min_lr weight_decay_end teacher_momentum_end",

@@ -15,7 +15,8 @@ def build_engine(config: Config, student: nn.Module, teacher: nn.Module, ranks: 
 
     Args:
         student, teacher: fp32 networks of equal names and shapes. Both are moved to the device, cast, and start as rank
-            0's student, buffers included. Their parameters become views of flat buffers: make no optimizer of them.
+            0's student, buffers included. Their parameters become views of flat buffers, at ZeRO 3 without elements
+            but in a forward pass: make no optimizer of them.
 
     Raises ConfigError for batch normalisation over several processes without GPUs, and for fp8 on a device without it.
     """
@@ -29,9 +30,10 @@ def build_engine(config: Config, student: nn.Module, teacher: nn.Module, ranks: 
     if config.engine.name == "torch":
         return TorchEngine(config, student, teacher, ranks)
     from fastdino.engine.zero import ReplicatedEngine, ShardedEngine  # DeepSpeed takes seconds to import
+    from fastdino.engine.zero3 import PartitionedEngine
 
-    engine: type[Engine] = ShardedEngine if zero_stage(config, ranks) else ReplicatedEngine
-    return engine(config, student, teacher, ranks)
+    engines: list[type[Engine]] = [ReplicatedEngine, ShardedEngine, ShardedEngine, PartitionedEngine]
+    return engines[zero_stage(config, ranks)](config, student, teacher, ranks)
 
 
 def zero_stage(config: Config, ranks: Ranks) -> int:

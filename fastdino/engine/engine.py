@@ -16,6 +16,8 @@ from fastdino.engine.optimizer import OPTIMIZERS
 from fastdino.engine.schedules import Now
 from fastdino.engine.shards import Fragment, Shard, fragments, point_into
 
+Region = tuple[nn.Module, str]  # of a network, for a compiler: a module and its method
+
 
 class Engine(ABC):
     """Student, teacher and optimizer of one rank. Subclasses differ in how they shard and reduce.
@@ -73,6 +75,14 @@ class Engine(ABC):
         """Forgets the backward passes of a step that is not taken."""
         raise NotImplementedError
 
+    def compilable(self, regions: list[Region]) -> list[Region]:
+        """Those of the networks' regions that a compiler may have under this engine."""
+        return regions
+
+    def whole_teacher(self) -> nn.Module | None:
+        """The teacher, for rank 0 to call alone while the others wait; None on those. Every rank calls this."""
+        return self.teacher if self.ranks.is_main else None
+
     def fragments(self) -> Iterator[Fragment]:
         """Every fragment of every parameter that this rank holds; the ranks that save cover each element once.
 
@@ -116,12 +126,10 @@ class Engine(ABC):
     def after_load(self) -> None:
         """Rebuilds student and teacher weights from the fragments; every rank calls it."""
         self._publish_student()
-        teacher, student = dict(self.teacher.named_parameters()), dict(self.student_network.named_parameters())
         for name, values in self._untrained.items():
             if self.ranks.world_size > 1:
                 dist.broadcast(values, 0)
-            for param in (teacher[name], student[name]):
-                param.copy_(values.view_as(param))
+            self._publish_untrained(name, values)
         for group in self.optimizer.param_groups:
             if group["shard"].ema_lp is not None:
                 group["shard"].ema_lp.copy_(group["shard"].ema)
@@ -139,6 +147,12 @@ class Engine(ABC):
     @abstractmethod
     def _publish_student(self) -> None:
         """Writes the student's weights from the masters."""
+
+    def _publish_untrained(self, name: str, values: Tensor) -> None:
+        """Writes a parameter that is not trained, into both networks."""
+        for network in (self.student_network, self.teacher):
+            param = network.get_parameter(name)
+            param.copy_(values.view_as(param))
 
     @torch.no_grad()
     def _adopt(self, masters: list[Tensor], weights: list[Tensor | None], parts: int, part: int) -> None:

@@ -44,6 +44,21 @@ def fragments(group: Group, start: int, stop: int) -> list[Fragment]:
     return found
 
 
+def partitions(group: Group, parts: int, part: int) -> tuple[list[Fragment], int]:
+    """Part ``part`` of each parameter of the group, one after another, and the elements that they take.
+
+    A parameter's parts are equally long, so that what ``parts`` does not divide leaves padding behind the last of them.
+    """
+    found, offset = [], 0
+    for name, param in group.params.items():
+        size = -(-param.numel() // parts)
+        start, stop = part * size, min((part + 1) * size, param.numel())
+        if start < stop:
+            found.append(Fragment(name, start, stop, offset))
+        offset += size
+    return found, offset
+
+
 @dataclass(frozen=True)
 class Shard:
     """This rank's share of a group: 1-D tensors of one length. What no fragment covers is padding."""

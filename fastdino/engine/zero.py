@@ -1,8 +1,10 @@
-"""DeepSpeed's engines, ZeRO 0, 1 and 2; the only home of DeepSpeed."""
+"""DeepSpeed: its config, its import, and its engines of ZeRO 0, 1 and 2. Stage 3 is in zero3.py."""
 
 import importlib
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,42 +12,74 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastdino.config import Config
+from fastdino.config.deepspeed import merged
 from fastdino.distributed import Ranks
 from fastdino.engine import zero_stage
 from fastdino.engine.engine import Engine
+from fastdino.engine.optimizer import Optimizer
 from fastdino.engine.schedules import Now
 from fastdino.engine.torch_engine import TorchEngine
 from fastdino.launch import LaunchError
 
+TESTED = ("0.19.8",)  # of DeepSpeed, whose internals are used here and in zero3.py; what setup.py asks for
 
-def deepspeed_config(config: Config, stage: int, bf16: bool) -> dict[str, Any]:
-    """DeepSpeed's config of a run. Nothing in it makes a step wait for the device; clipping is our optimizer's."""
+
+def deepspeed_config(config: Config, stage: int, bf16: bool, unit: int = 2**24) -> dict[str, Any]:
+    """DeepSpeed's config of a run, with what ``engine.deepspeed`` sets beside ours. Raises ConfigError for that.
+
+    Nothing in ours makes a step wait for the device; clipping is our optimizer's. ``unit``: elements that stage 3
+    gathers at a time, those of the largest block.
+    """
     # At stage 0 its bf16 starts from rounded masters and asks after every step whether one overflowed: there it gets an
     # fp32 student and fp32 gradients to reduce, and the bf16 weights are ours.
     bf16 = bf16 and stage > 0
     dtype = "bf16" if bf16 else "fp32"
-    return {
+    ours = {
         "train_micro_batch_size_per_gpu": config.run.local_batch,
         "gradient_accumulation_steps": config.engine.accumulate,
         "gradient_clipping": 0.0,  # the default is 1.0
         "zero_allow_untested_optimizer": True,  # the optimizer is ours
         "zero_optimization": {
             "stage": stage,
-            "compute_grad_norm": stage == 0,  # stage 0 computes none, and refuses False
-            "overlap_comm": False,  # true waits for the device at the end of every backward pass
-            "reduce_scatter": False,  # true sends as much, since it is an all-reduce by slices
-            "reduce_bucket_size": 2**25,
+            **(_sliced(stage) if stage < 3 else _partitioned(unit)),
         },
         "bf16": {"enabled": bf16, "check_grad_overflow": False},
         "communication_data_type": dtype,
         # fp32 sums of bf16 micro batches cost nothing at stage 2; at stage 1 they would be whole on every rank.
-        "data_types": {"grad_accum_dtype": "fp32" if stage == 2 else dtype},
+        "data_types": {"grad_accum_dtype": "fp32" if stage >= 2 else dtype},
         "timers": {"throughput": {"enabled": False}},  # it waits for the device at every step
+    }
+    return ours if config.engine.deepspeed is None else merged(ours, config.engine.deepspeed)
+
+
+def _sliced(stage: int) -> dict[str, Any]:
+    return {
+        "compute_grad_norm": stage == 0,  # stage 0 computes none, and refuses False
+        "overlap_comm": False,  # true waits for the device at the end of every backward pass
+        "reduce_scatter": False,  # true sends as much, since it is an all-reduce by slices
+        "reduce_bucket_size": 2**25,
     }
 
 
-def _import_deepspeed(ranks: Ranks) -> Any:
-    """DeepSpeed, quiet, for the ranks' device, with nothing compiled."""
+def _partitioned(unit: int) -> dict[str, Any]:
+    return {
+        "overlap_comm": True,
+        "reduce_scatter": True,
+        "contiguous_gradients": False,  # with reduce_scatter one more copy of each gradient
+        "sub_group_size": 10**15,  # a parameter group is one shard
+        "reduce_bucket_size": max(2**24, 2 * unit),
+        "stage3_prefetch_bucket_size": unit,
+        "stage3_max_live_parameters": 3 * unit,
+        "stage3_max_reuse_distance": 0,  # weights are freed after the forward pass
+        # A parameter that stays gathered hides what the average writes into its parts, and costs a gather of its own.
+        "stage3_param_persistence_threshold": 0,
+        "stage3_module_granularity_threshold": 0,
+        "memory_efficient_linear": False,  # its bf16 products are not those of the other stages
+    }
+
+
+def import_deepspeed(ranks: Ranks) -> Any:
+    """DeepSpeed, quiet, for the ranks' device, with nothing compiled. Raises LaunchError for one that is not tested."""
     device = ranks.device
     os.environ["DS_ACCELERATOR"] = device.type  # read when it is imported
     # Functions of its own keep the default group of their import as default argument, for good.
@@ -57,6 +91,7 @@ def _import_deepspeed(ranks: Ranks) -> Any:
     finally:
         dist.GroupMember.WORLD = world
 
+    check_version(deepspeed.__version__)
     if get_accelerator().device_name() != device.type:
         raise LaunchError(
             f"DeepSpeed was imported for {get_accelerator().device_name()} before the engine asked for {device.type}: "
@@ -69,35 +104,53 @@ def _import_deepspeed(ranks: Ranks) -> Any:
     return deepspeed
 
 
-def _initialize(engine: Engine, config: Config, student: nn.Module) -> Any:
-    """DeepSpeed's own engine around the student and our optimizer."""
-    deepspeed = _import_deepspeed(engine.ranks)
-    log, before = logging.getLogger("DeepSpeed"), os.environ.get("LOCAL_RANK")
-    log.setLevel(logging.ERROR)  # it would warn that our optimizer is not tested by them
-    os.environ["LOCAL_RANK"] = str(engine.ranks.device.index or 0)  # it insists on it, and takes it for the GPU's index
-    try:
-        wrapped, _, _, _ = deepspeed.initialize(
-            model=student,
-            optimizer=engine.optimizer,
-            config=deepspeed_config(config, zero_stage(config, engine.ranks), engine.dtype == torch.bfloat16),
-            dist_init_required=False,
+def check_version(version: str) -> None:
+    """Raises LaunchError for a DeepSpeed that fastdino is not tested with."""
+    if version.split("+")[0] not in TESTED:
+        raise LaunchError(
+            f"DeepSpeed {version} is installed, and fastdino, which uses its internals, is tested with "
+            f"{' and '.join(TESTED)} alone: pip install deepspeed=={TESTED[-1]}, or use engine.name=torch, which "
+            "shards nothing"
         )
+
+
+def initialize(ranks: Ranks, network: nn.Module, settings: dict[str, Any], optimizer: Optimizer | None = None) -> Any:
+    """DeepSpeed's own engine around a network and our optimizer, or around a network that is not trained."""
+    deepspeed = import_deepspeed(ranks)
+    log = logging.getLogger("DeepSpeed")
+    log.setLevel(logging.ERROR)  # it would warn that our optimizer is not tested by them
+    try:
+        with local_rank(ranks):
+            wrapped, _, _, _ = deepspeed.initialize(
+                model=network, optimizer=optimizer, config=settings, dist_init_required=False
+            )
     finally:
         log.setLevel(logging.WARNING)
+    # Its hooks hold the group and each other through C++, unseen by a collection; and it has groups of its own.
+    ranks.leave_with(wrapped.destroy, deepspeed.comm.destroy_process_group)
+    return wrapped
+
+
+@contextmanager
+def local_rank(ranks: Ranks) -> Iterator[None]:
+    """LOCAL_RANK in the environment, which DeepSpeed insists on, whoever launched, and takes for the GPU's index."""
+    before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = str(ranks.device.index or 0)
+    try:
+        yield
+    finally:
         if before is None:
             del os.environ["LOCAL_RANK"]
         else:
             os.environ["LOCAL_RANK"] = before
-    # Its hooks hold the group and each other through C++, unseen by a collection; and it has groups of its own.
-    engine.ranks.leave_with(wrapped.destroy, deepspeed.comm.destroy_process_group)
-    return wrapped
 
 
 class ReplicatedEngine(TorchEngine):
     """ZeRO 0: every rank holds everything, flat as in the torch engine, and DeepSpeed reduces and steps."""
 
     def _wrap(self, config: Config, student: nn.Module) -> nn.Module:
-        self._deepspeed: Any = _initialize(self, config, student)
+        settings = deepspeed_config(config, 0, self.dtype == torch.bfloat16)
+        self._deepspeed: Any = initialize(self.ranks, student, settings, self.optimizer)
         # By this hook DeepSpeed's own bf16 optimizer hands over its flat gradients.
         self.optimizer.get_grads_for_reduction = self._flat_gradients  # type: ignore[attr-defined]
         return self._deepspeed
@@ -129,7 +182,8 @@ class ShardedEngine(Engine):
     def __init__(self, config: Config, student: nn.Module, teacher: nn.Module, ranks: Ranks) -> None:
         super().__init__(config, student, teacher, ranks)
         fp32 = [torch.cat([p.detach().flatten() for p in group.params.values()]) for group in self.groups]
-        self._deepspeed = _initialize(self, config, student)
+        settings = deepspeed_config(config, zero_stage(config, ranks), self.dtype == torch.bfloat16)
+        self._deepspeed = initialize(ranks, student, settings, self.optimizer)
         self.student, self._zero = self._deepspeed, self._deepspeed.optimizer
         masters = [master.detach() for master in self._zero.single_partition_of_fp32_groups]
         for master, values in zip(masters, fp32, strict=True):  # DeepSpeed's are copies of rounded weights

@@ -173,8 +173,8 @@ class Attention(nn.Module):
 
     def implementation(self) -> str:
         """What runs it, on the weights' device and in their dtype."""
-        weight = self.proj.weight
-        return implementation(self.choice, weight.device, weight.dtype, weight.shape[1] // self.num_heads)
+        weight = self.proj.weight  # which may be elsewhere but for its device and dtype
+        return implementation(self.choice, weight.device, weight.dtype, self.proj.in_features // self.num_heads)
 
     def cls_weights(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
         """(R, tokens, D) -> (R, H, tokens) fp32, the softmax row of the CLS token, written out.

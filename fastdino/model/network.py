@@ -16,8 +16,9 @@ from fastdino.model.weights import WeightsError, form_of, load_backbone, load_he
 
 Backbone = ViT | TimmBackbone
 """A module with ``num_features`` (D), ``channels`` (C), ``implementation`` (what runs it, for the log), ``regions()``
-(what of it to compile, see :meth:`Network.regions`) and ``published`` (the module whose state dict has the names under
-which such weights are published).
+(what of it to compile, see :meth:`Network.regions`), ``units()`` (what of it to gather at a time, see
+:meth:`Network.units`) and ``published`` (the module whose state dict has the names under which such weights are
+published).
 
 Called with (V_i, B, C, h_i, w_i) normalised views by name, and masks of patches, it gives CLS tokens (sum of V_i, B, D)
 and patches (M, D); with (B, C, h, w) images (B, D).
@@ -83,6 +84,11 @@ class Network(nn.Module):
         heads = [head for head in (self.head, self.patch_head) if head is not None]
         alone = [head for head in heads if not any(isinstance(m, nn.SyncBatchNorm) for m in head.modules())]
         return [*self.backbone.regions(), *((head, "project") for head in alone)]
+
+    def units(self, device: torch.device) -> list[nn.Module]:
+        """Modules of many parameters that a forward pass on ``device`` calls once, so that an engine which keeps
+        weights in parts may gather theirs at a time."""
+        return self.backbone.units(device)
 
 
 def build_network(config: Config, teacher: bool = False, load: bool = True) -> Network:

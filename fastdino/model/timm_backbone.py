@@ -47,6 +47,10 @@ class TimmBackbone(nn.Module):
         """All of it, since what it consists of is not known here."""
         return [] if any(isinstance(m, nn.SyncBatchNorm) for m in self.modules()) else [(self.model, "forward")]
 
+    def units(self, device: torch.device) -> list[nn.Module]:
+        """None: views of another size are another call."""
+        return []
+
     def set_checkpointing(self, how: str) -> None:
         """See :meth:`fastdino.model.ViT.set_checkpointing`; "full" or "none"."""
         if how == "none":

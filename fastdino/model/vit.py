@@ -123,6 +123,10 @@ class ViT(nn.Module):
         start = [(self, "embed")] if self.pos_embed is not None else [(self, "embed"), (self, "turns")]
         return [*start, *((block, "forward") for block in self.blocks)]
 
+    def units(self, device: torch.device) -> list[nn.Module]:
+        """The blocks, where a forward pass on ``device`` calls each once."""
+        return [*self.blocks] if is_packed(self.packed, device) else []
+
     def set_checkpointing(self, how: str) -> None:
         """What blocks compute again in the backward pass, see :class:`fastdino.config.EngineConfig`."""
         for block in self.blocks:

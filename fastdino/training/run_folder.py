@@ -28,12 +28,12 @@ log = logging.getLogger(__name__)
 # Sinkhorn and KoLeo look at a micro batch, however. Images are known by their names and count, and the weights that a
 # run started from are not read again. A longer run has other schedules, which RunFolder.restore says.
 MAY_CHANGE = {
-    "engine.name", "engine.zero_stage", "engine.accumulate", "engine.device", "engine.compile", "engine.cuda_graphs",
-    "engine.teacher_stream", "engine.checkpointing", "model.attention", "model.packed", "model.weights",
-    "head.weights", "patch_head.weights", "data.root", "data.cache", "data.cache_gb", "data.label_column",
-    "data.views", "data.num_workers", "data.max_bad", "data.eval_crop", "run.dir", "run.cache", "run.epochs",
-    "run.local_batch", "run.save_every", "run.save_every_steps", "run.keep", "run.keep_every", "run.log_every",
-    "run.knn_every", "run.knn_root", "run.max_nonfinite",
+    "engine.name", "engine.zero_stage", "engine.deepspeed", "engine.accumulate", "engine.device", "engine.compile",
+    "engine.cuda_graphs", "engine.teacher_stream", "engine.checkpointing", "model.attention", "model.packed",
+    "model.weights", "head.weights", "patch_head.weights", "data.root", "data.cache", "data.cache_gb",
+    "data.label_column", "data.views", "data.num_workers", "data.max_bad", "data.eval_crop", "run.dir", "run.cache",
+    "run.epochs", "run.local_batch", "run.save_every", "run.save_every_steps", "run.keep", "run.keep_every",
+    "run.log_every", "run.knn_every", "run.knn_root", "run.max_nonfinite",
 }  # fmt: skip
 MAX_FAILED_SAVES = 3  # in a row, after which a run whose disk refuses checkpoints ends
 

@@ -109,7 +109,7 @@ class Trainer:
         if self.waits_for_compilers:
             graphs.keep_compiled_in(config.run.cache)
         if self.compiled:
-            graphs.compile_regions([*student.regions(), *teacher.regions()])
+            graphs.compile_regions(self.engine.compilable([*student.regions(), *teacher.regions()]))
         beside = graphs.SideStream(ranks.device) if config.engine.teacher_stream else None
         targets = build_targets(config, ranks)
         self.method = Dino(self.engine.student, self.engine.teacher, config.loss, *targets, beside)
@@ -291,8 +291,9 @@ class Trainer:
 
     def _knn(self, metrics: Metrics | None, epoch: int, before: float | None, notice: PreemptionNotice) -> float | None:
         """Weighted k-NN of the teacher on rank 0, while the others wait. One that fails is an alarm, not the end."""
-        if self.online_knn and metrics:
-            backbone = self.engine.teacher.backbone
+        teacher = self.engine.whole_teacher() if self.knn_root else None
+        if self.online_knn and metrics and teacher is not None:
+            backbone = teacher.backbone
             assert isinstance(backbone, nn.Module)
             try:
                 with notice.interruptible(grace=0), torch.compiler.set_stance("force_eager"):  # other shapes
@@ -308,12 +309,16 @@ class Trainer:
         self.ranks.barrier()
         return before
 
+    @property
+    def knn_root(self) -> str:
+        """The images of the k-NN; empty where there is none."""
+        run = self.config.run
+        return (run.knn_root or ("shapes" if self.config.data.root == "shapes" else "")) if run.knn_every else ""
+
     def _open_knn(self) -> None:
-        config = self.config
-        root = config.run.knn_root or ("shapes" if config.data.root == "shapes" else "")
-        if config.run.knn_every and root:
-            size, batch = config.views.global_size, config.run.local_batch
-            self.online_knn = OnlineKnn(root, config.data, size=size, batch=batch)
+        if self.knn_root:
+            size, batch = self.config.views.global_size, self.config.run.local_batch
+            self.online_knn = OnlineKnn(self.knn_root, self.config.data, size=size, batch=batch)
 
     # ------------------------------------------------------------------------------------------------ its folder
 

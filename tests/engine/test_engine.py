@@ -1,6 +1,7 @@
 """Every engine at every world size takes the same steps: 2 gloo processes against 1, ZeRO against plain torch."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,15 +12,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.record import ROOT
 from fastdino.config import Config, ConfigError, EngineConfig
 from fastdino.distributed import Ranks
 from fastdino.engine import _check_fp8, build_engine
-from fastdino.engine.zero import deepspeed_config
+from fastdino.engine.zero import TESTED, check_version, deepspeed_config
+from fastdino.launch import LaunchError
 from tests.children import environment
 
 CASES = Path(__file__).with_name("engine_cases.py")
-ENGINES = ("torch", "zero0", "zero1", "zero2")
-SOURCES = {"torch": "zero1", "zero0": "zero2", "zero1": "zero2", "zero2": "torch"}
+ENGINES = ("torch", "zero0", "zero1", "zero2", "zero3")
+SOURCES = {"torch": "zero3", "zero0": "zero2", "zero1": "zero3", "zero2": "torch", "zero3": "zero1"}
 
 
 def launch(command: list[str], builds: Path) -> None:
@@ -190,7 +193,7 @@ def test_no_host_sync_in_a_step(results: Any, world_size: int, engine: str, case
     assert results[world_size][f"syncs {case}/{engine}"] == []
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_deepspeed_config(stage: Any, bf16: bool) -> None:
     config = deepspeed_config(Config(engine=EngineConfig(accumulate=3)), stage, bf16)
@@ -200,6 +203,19 @@ def test_deepspeed_config(stage: Any, bf16: bool) -> None:
     bf16 = bf16 and stage > 0
     assert config["bf16"] == {"enabled": bf16, "check_grad_overflow": False}
     assert config["communication_data_type"] == ("bf16" if bf16 else "fp32")
+
+
+@pytest.mark.parametrize("version", ["0.19.7", "0.19.9", "0.20.0+cu130", "unknown"])
+def test_a_deepspeed_that_is_not_tested_is_refused(version: str) -> None:
+    with pytest.raises(LaunchError, match=rf"DeepSpeed {re.escape(version)} is installed.*pip install deepspeed=="):
+        check_version(version)
+
+
+def test_the_deepspeed_of_setup_and_constraints_is_tested() -> None:
+    for version in TESTED:
+        check_version(f"{version}+cu130")
+    for file in ("setup.py", "constraints.txt"):
+        assert re.findall(r"deepspeed==([\d.]+)", (ROOT / file).read_text()) == [TESTED[-1]]
 
 
 def test_batch_norm_over_processes_needs_gpus() -> None:

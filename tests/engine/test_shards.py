@@ -1,5 +1,6 @@
 """Flat shards: every element once, padding anywhere, views that are made once."""
 
+import itertools
 from typing import Any
 from unittest import mock
 
@@ -12,7 +13,7 @@ from fastdino.distributed import Ranks
 from fastdino.engine.groups import Group
 from fastdino.engine.optimizer import OPTIMIZERS, Optimizer
 from fastdino.engine.schedules import Now
-from fastdino.engine.shards import Fragment, Shard, fragments
+from fastdino.engine.shards import Fragment, Shard, fragments, partitions
 from tests.engine.test_optimizer import Net, make_engine
 
 SIZES = {"a": 5, "b": 1, "c": 12, "d": 3}
@@ -33,6 +34,21 @@ def test_fragments_cover_each_element_once(parts: int) -> None:
         for fragment in fragments(group(), part * size, (part + 1) * size):
             assert fragment.start < fragment.stop
             assert (fragment.view(shard) == ord(fragment.name)).all()
+            covered[fragment.name] += range(fragment.start, fragment.stop)
+    assert covered == {name: list(range(n)) for name, n in SIZES.items()}
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7, 40])
+def test_partitions_cover_each_element_once_and_lie_alike_on_every_rank(parts: int) -> None:
+    """Of a parameter with fewer elements than there are ranks, some hold padding alone."""
+    covered: dict[str, list[int]] = {name: [] for name in SIZES}
+    for part in range(parts):
+        held, size = partitions(group(), parts, part)
+        *offsets, end = itertools.accumulate((-(-n // parts) for n in SIZES.values()), initial=0)
+        assert size == end
+        for fragment in held:
+            assert 0 < fragment.numel <= -(-SIZES[fragment.name] // parts)
+            assert fragment.offset == offsets[list(SIZES).index(fragment.name)]
             covered[fragment.name] += range(fragment.start, fragment.stop)
     assert covered == {name: list(range(n)) for name, n in SIZES.items()}
 

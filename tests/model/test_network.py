@@ -240,10 +240,14 @@ def test_a_parameter_is_read_by_its_own_module_alone_with_masks(patch_head: Head
 
 
 ROPE = {"pos_embed": "rope", "rope_scale": 1.0, "registers": 2, "layer_scale": 0.1}
+SUBSETS = {"drop_path": 0.5, "drop_path_rule": "uniform", "layer_scale": 0.1}
+APART = {"packed": "off", "drop_path": 0.5}
 
 
 @pytest.mark.parametrize(
-    ("arch", "options"), [("vit_nano", {}), ("vit_nano", ROPE), ("timm:resnet18", {})], ids=["vit", "rope", "resnet"]
+    ("arch", "options"),
+    [("vit_nano", {}), ("vit_nano", ROPE), ("vit_nano", SUBSETS), ("vit_nano", APART), ("timm:resnet18", {})],
+    ids=["vit", "rope", "subsets", "apart", "resnet"],
 )
 def test_a_parameter_is_read_by_its_own_module_alone(arch: str, options: dict[str, Any]) -> None:
     """What lets an engine partition a network: weights exist only while the module that owns them runs.
@@ -251,15 +255,19 @@ def test_a_parameter_is_read_by_its_own_module_alone(arch: str, options: dict[st
     BatchNorm's and the heads' included. Each module's parameters are empty but for the time of its own forward.
     """
     torch.manual_seed(0)
-    check_reads(build_network(config(ModelConfig(arch=arch, drop_path=0.0, **options))))
+    check_reads(build_network(config(ModelConfig(arch=arch, **{"drop_path": 0.0, **options}))))
 
 
 def check_reads(network: Network, masks: Masks | None = None) -> None:
     with torch.no_grad():
+        torch.manual_seed(1)  # of drop path
         expected = network(views(), masks)
+        about = (network.backbone.implementation, network.regions())
         for module in network.modules():
             hide_outside_forward(module)
         assert all(p.numel() == 0 for p in network.parameters())
+        assert (network.backbone.implementation, network.regions()) == about, "read of no weight's shape"
+        torch.manual_seed(1)
         for made, wanted in zip(network(views(), masks), expected, strict=True):
             assert torch.equal(made, wanted)
 

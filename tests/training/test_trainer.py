@@ -158,7 +158,8 @@ def test_patches_that_become_the_cls_token_raise_an_alarm_within_the_first_epoch
     {"data__num_workers": 2},
     {"engine__name": "torch"},
     {**PATCHES, **OWN_HEAD, "data__num_workers": 1},  # two centers, and masks
-], ids=["deepspeed", "torch", "patches"])  # fmt: skip
+    {"engine__zero_stage": 3},
+], ids=["deepspeed", "torch", "patches", "zero3"])  # fmt: skip
 def test_resume_after_kill_is_bit_exact(tmp_path, overrides):
     """Train 10 = train 5, save, go on to 7, kill -9, resume: every tensor and every loss."""
     straight = launch(tiny(tmp_path / "straight", **overrides))
@@ -177,13 +178,15 @@ def test_resume_after_kill_is_bit_exact(tmp_path, overrides):
 
 
 def test_resumes_with_other_ranks_and_stage(tmp_path):
-    """5 steps on 2 ranks at ZeRO 2, then 5 on 1 rank at ZeRO 1 with two micro batches: the run of 1 rank."""
+    """5 steps on 2 ranks at ZeRO 3, a k-NN of rank 0's at their end, then 5 on 1 rank at ZeRO 1 with two micro batches:
+    the run of 1 rank."""
     same = {"model__drop_path": 0.0}  # whose random numbers depend on the rank
     straight = launch(tiny(tmp_path / "straight", **same))
     assert straight.returncode == 0, straight.stderr
-    two = tiny(tmp_path / "moved", run__local_batch=4, engine__zero_stage=2, run__save_every_steps=5, **same)
+    two = tiny(tmp_path / "moved", run__local_batch=4, engine__zero_stage=3, run__knn_every=1, **same)
     stopped = launch(two, processes=2, kill_at=7)
     assert stopped.returncode != 0
+    assert "epoch 1: k-NN of the teacher" in stopped.stderr
     one = tiny(tmp_path / "moved", run__local_batch=4, engine__accumulate=2, **same)
     resumed = launch(one)
     assert resumed.returncode == 0, resumed.stderr

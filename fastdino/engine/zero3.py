@@ -1,0 +1,194 @@
+"""ZeRO 3: weights are cut into parts as well, parameter by parameter, and gathered while their module runs."""
+
+import copy
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastdino.config import Config
+from fastdino.distributed import Ranks
+from fastdino.engine.engine import Engine, Region
+from fastdino.engine.schedules import Now
+from fastdino.engine.shards import Fragment, Shard, partitions
+from fastdino.engine.zero import deepspeed_config, import_deepspeed, initialize, local_rank
+
+STAGE = 3
+
+
+class PartitionedEngine(Engine):
+    """ZeRO 3: every rank holds its part of each parameter, of student and teacher, and of all that belongs to them.
+
+    DeepSpeed gathers weights for each pass through a module and reduces gradients to their parts. The step is ours: its
+    own waits for the gradients' norm, and steps a parameter that got no gradient with the one of the step before.
+    A parameter's parts lie in flat tensors of one layout: its group's master, moments and teacher, all of this rank.
+    """
+
+    sharded = True
+
+    def __init__(self, config: Config, student: nn.Module, teacher: nn.Module, ranks: Ranks) -> None:
+        super().__init__(config, student, teacher, ranks)
+        deepspeed = import_deepspeed(ranks)
+        # All that is read of whole parameters comes before they are cut, which leaves them without shape and elements.
+        held = [partitions(group, ranks.world_size, ranks.rank) for group in self.groups]
+        exact = [_parts(fragments, student, size) for fragments, size in held]
+        self._template = _without_values(teacher, self.dtype)
+        settings = deepspeed_config(config, STAGE, self.dtype == torch.bfloat16, **self._mark_units(deepspeed))
+        self._deepspeed = initialize(ranks, student, settings, self.optimizer)
+        self._keep_local_rank(deepspeed)
+        self.student, self._zero = self._deepspeed, self._deepspeed.optimizer
+        self._teacher_parts = initialize(ranks, teacher, _untrained_settings(settings)).optimizer
+        self._zero.step = self._update  # DeepSpeed's engine calls it and keeps its own books
+        shards = [self._shard(i, *held[i], exact[i]) for i in range(len(self.groups))]
+        self.optimizer.bind(shards, self.sharded, ranks)
+        self._grads = self._zero.grad_partitions_flat_buffer.split([shard.param.numel() for shard in shards])
+        self._micro_batch = 0
+        self.after_load()
+
+    def backward(self, loss: Tensor) -> None:
+        self._entered.clear()
+        self._micro_batch += 1
+        self._deepspeed.set_gradient_accumulation_boundary(self._micro_batch == self.accumulate)
+        self._deepspeed.backward(loss)
+
+    @torch.no_grad()
+    def step(self, now: Now, loss: Tensor) -> Tensor:
+        assert self._micro_batch == self.accumulate, f"{self._micro_batch} backward passes before a step"
+        applied = self.optimizer.prepare(now, list(self._grads), loss)
+        self._deepspeed.step()
+        self._micro_batch = 0
+        return applied
+
+    def compilable(self, regions: list[Region]) -> list[Region]:
+        """The blocks: within any other region hooks gather weights, where no graph may be cut."""
+        return [region for region in regions if region[0] in self._units]
+
+    @torch.no_grad()
+    def whole_teacher(self) -> nn.Module | None:
+        whole = copy.deepcopy(self._template).to_empty(device=self.ranks.device) if self.ranks.is_main else None
+        for name, param in self.teacher.named_parameters():
+            part, parts = param.ds_tensor, self.ranks.world_size  # type: ignore[attr-defined]
+            gathered = part.new_empty(part.numel() * parts)
+            dist.all_gather_into_tensor(gathered, part)
+            if whole is not None:
+                values = whole.get_parameter(name)
+                values.copy_(gathered[: values.numel()].view_as(values))
+        if whole is not None:
+            for name, buffer in self.teacher.named_buffers():
+                whole.get_buffer(name).copy_(buffer)
+        return whole
+
+    @torch.no_grad()
+    def _update(self, closure: None = None) -> None:
+        """What DeepSpeed's step does around its optimizer, and ours on all groups at once."""
+        zero = self._zero
+        zero._pre_step()
+        self._free()
+        for group, grad in zip(self.optimizer.param_groups, self._grads, strict=True):
+            group["shard"].param.grad = grad
+        self.optimizer.step()
+        for group in self.optimizer.param_groups:
+            group["shard"].param.grad = None
+        zero.grad_partitions_flat_buffer.zero_()  # else who gets no gradient in the next step keeps this one
+        zero._post_step(set())
+        self._written()
+
+    def _free(self) -> None:
+        """Nothing stays gathered: what is there beside its parts would be computed with once they have changed."""
+        self._zero._partition_all_parameters()
+        self._teacher_parts.partition_all_parameters()
+
+    def _written(self) -> None:
+        """Gathers come after what this stream has written into the parts; they have streams of their own."""
+        if self.ranks.device.type == "cuda":
+            for parts in (self._zero.parameter_offload, self._teacher_parts):
+                parts._DeepSpeedZeRoOffload__allgather_stream.wait_stream(torch.cuda.current_stream())
+
+    def _publish_student(self) -> None:
+        self._free()
+        for group in self.optimizer.param_groups:
+            if group["shard"].param_lp is not None:
+                group["shard"].param_lp.copy_(group["shard"].param)
+
+    def _publish_untrained(self, name: str, values: Tensor) -> None:
+        for network in (self.student_network, self.teacher):
+            part = network.get_parameter(name).ds_tensor  # type: ignore[attr-defined]
+            mine = values[self.ranks.rank * part.numel() :][: part.numel()]
+            part[: mine.numel()].copy_(mine)
+
+    def _gather_teacher(self) -> None:
+        """Nothing: its modules gather themselves."""
+        self._written()
+
+    def _shard(self, index: int, fragments: list[Fragment], size: int, exact: Tensor) -> Shard:
+        """DeepSpeed's flat tensors of a group, with the exact weights in its master, and the teacher's beside them."""
+        names = list(self.groups[index].params)
+        params, zero = [self.student_network.get_parameter(name) for name in names], self._zero
+        assert all(p is q for p, q in zip(params, zero.fp16_groups[index], strict=True)), "another order of parameters"
+        master, param_lp = zero.fp32_partitioned_groups_flat[index], zero.fp16_partitioned_groups_flat[index]
+        assert master.numel() == size, f"parts of {master.numel()} elements in {self.groups[index].name}, not {size}"
+        master.data.copy_(exact)  # DeepSpeed's is a copy of rounded weights
+        ema_lp, offset = torch.zeros_like(param_lp), 0
+        for name in names:
+            part = self.teacher.get_parameter(name).ds_tensor  # type: ignore[attr-defined]
+            part.data = ema_lp[offset : offset + part.numel()]
+            offset += part.numel()
+        assert offset == size, "student and teacher are cut alike"
+        ema = ema_lp if self.dtype == torch.float32 else torch.empty_like(exact)
+        ema.copy_(exact)
+        same = param_lp.data_ptr() == master.data_ptr()  # in fp32 DeepSpeed means to have one, and has two
+        return Shard(master, ema, fragments, None if same else param_lp, None if ema is ema_lp else ema_lp)
+
+    def _mark_units(self, deepspeed: Any) -> dict[str, int]:
+        """Has each of the networks' units gathered at once rather than layer by layer; the elements of the largest."""
+        self._units, self._entered = set[nn.Module](), set[nn.Module]()
+        for network in (self.student_network, self.teacher):
+            for unit in _units(network, self.ranks.device):
+                self._units.add(unit)
+                deepspeed.utils.set_z3_leaf_module(unit, True)
+                unit.register_forward_pre_hook(self._enter)
+        sizes = [sum(p.numel() for p in unit.parameters()) for unit in self._units]
+        return {"unit": max(sizes)} if sizes else {}
+
+    def _enter(self, unit: nn.Module, _: Any) -> None:
+        """DeepSpeed would lose gradients of a unit that runs twice."""
+        if torch.is_grad_enabled():
+            assert unit not in self._entered, "a block ran twice before one backward pass: it is no unit"
+            self._entered.add(unit)
+
+    def _keep_local_rank(self, deepspeed: Any) -> None:
+        """DeepSpeed reads LOCAL_RANK in forward passes too; and modules that it keeps for good are let go with us."""
+        kept = ExitStack()
+        kept.enter_context(local_rank(self.ranks))
+        kept.callback(deepspeed.runtime.zero.parameter_offload.FWD_MODULE_STACK.clear)
+        self.ranks.leave_with(kept.close, deepspeed.comm.destroy_process_group)
+
+
+def _units(network: nn.Module, device: torch.device) -> list[nn.Module]:
+    """The network's own, see :meth:`fastdino.model.Network.units`; a module that names none has none."""
+    named = getattr(network, "units", None)
+    return [] if named is None else named(device)
+
+
+def _parts(fragments: list[Fragment], network: nn.Module, size: int) -> Tensor:
+    """(size,) fp32, the fragments' values where they lie and 0 in padding."""
+    params = [network.get_parameter(fragment.name).detach() for fragment in fragments]
+    flat = next(network.parameters()).new_zeros(size)
+    for fragment, param in zip(fragments, params, strict=True):
+        fragment.view(flat).copy_(param.flatten()[fragment.start : fragment.stop])
+    return flat
+
+
+def _without_values(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy on the meta device, its parameters in ``dtype``."""
+    memo: dict[int, Any] = {id(b): b.to("meta") for b in network.buffers()}
+    for param in network.parameters():
+        memo[id(param)] = nn.Parameter(torch.empty_like(param, dtype=dtype, device="meta"), requires_grad=False)
+    return copy.deepcopy(network, memo)
+
+
+def _untrained_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of a network that is only called."""
+    return {key: value for key, value in settings.items() if key not in ("flops_profiler", "comms_logger")}

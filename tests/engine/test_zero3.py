@@ -1,0 +1,163 @@
+"""ZeRO 3 beside the other engines: losses, weights, what is sent and kept, and the traps that DeepSpeed sets at it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastdino.config import Config
+from fastdino.engine.zero import deepspeed_config
+from tests.engine.test_engine import assert_same_run, difference, launch
+
+CASES = Path(__file__).with_name("zero3_cases.py")
+WORLD_SIZES = pytest.mark.parametrize("world_size", [1, 2])
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    """Results of zero3_cases.py by world size; two processes go on from what one has saved, too."""
+    folder = tmp_path_factory.mktemp("zero3")
+    one, two = str(folder / "one.pt"), str(folder / "two.pt")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launch([str(CASES), one], folder / "builds")
+    launch([*torchrun, str(CASES), two, one], folder / "builds")
+    return {1: torch.load(one), 2: torch.load(two)}
+
+
+@pytest.mark.parametrize(
+    ("case", "other"),
+    [
+        ("v1/zero3", "v1/torch"),  # drop path by chance; with checkpointing
+        ("v2/zero3", "v2/torch"),  # subsets, masks, two heads
+        ("v2/zero3 selective", "v2/torch"),
+        ("v2/zero3 full", "v2/torch"),
+        ("v2 accumulate/zero3", "v2 accumulate/torch"),
+        ("apart/zero3", "apart/torch"),  # blocks that run twice
+        ("timm/zero3", "timm/torch"),
+        ("v2/zero2", "v2/torch"),
+        ("json/zero3", "v1/torch"),  # other buckets, no prefetch, weights kept for the backward pass
+    ],
+)
+@WORLD_SIZES
+def test_a_step_of_either_method_equals_plain_torch(results: Any, world_size: int, case: str, other: str) -> None:
+    got, want = results[world_size][case], results[world_size][other]
+    torch.testing.assert_close(got["losses"], want["losses"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(got["grad_norm"], want["grad_norm"], rtol=1e-5, atol=0)
+    assert difference(got["student"], want["student"]) <= 1e-4
+    assert difference(got["teacher"], want["teacher"]) <= 2e-5
+
+
+@WORLD_SIZES
+def test_the_cases_move(results: Any, world_size: int) -> None:
+    """Else what is compared above were the start."""
+    for case in ("v1", "v2", "timm"):
+        found = results[world_size][f"{case}/zero3"]
+        assert len(set(found["losses"].tolist())) == 5
+        assert difference(found["student"], found["teacher"]) > 5e-4
+
+
+@pytest.mark.parametrize("case", ["v1", "v2"])
+@WORLD_SIZES
+def test_bf16_losses_of_stages_1_2_and_3_are_identical(results: Any, world_size: int, case: str) -> None:
+    """Without clipping, whose norms are sums over other fragments at each stage."""
+    one, two, three = (results[world_size][f"bf16 {case}/zero{stage}"]["losses"] for stage in (1, 2, 3))
+    assert torch.equal(one, two)
+    assert torch.equal(one, three)
+
+
+@WORLD_SIZES
+def test_stages_take_the_settings_of_a_json(results: Any, world_size: int) -> None:
+    """Gradients of bf16 that are reduced in fp32, in small buckets."""
+    want = results[world_size]["v1/torch"]["losses"]
+    for stage in range(4):
+        got = results[world_size][f"json bf16/zero{stage}"]["losses"]
+        torch.testing.assert_close(got, want, rtol=0, atol=6e-2)
+
+
+@WORLD_SIZES
+def test_a_parameter_without_gradient_steps_with_none(results: Any, world_size: int) -> None:
+    """DeepSpeed would step it with the gradient of the step before."""
+    got, want = (results[world_size][f"quiet/{engine}"] for engine in ("zero3", "torch"))
+    assert_same_run(got, want, loss=3e-5, student=1e-4, teacher=2e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@WORLD_SIZES
+def test_the_teacher_is_the_masters_average_bit_for_bit(results: Any, world_size: int, precision: str) -> None:
+    found = results[world_size][f"average {precision}"]
+    assert len(found) == 4
+    assert all(found.values()), found
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@WORLD_SIZES
+def test_a_resumed_run_is_the_same_run(results: Any, world_size: int, precision: str) -> None:
+    got, want = (results[world_size][f"{name} {precision}"] for name in ("resume", "five"))
+    assert torch.equal(got["losses"], want["losses"][3:])
+    for kind, tensors in want["state"].items():
+        assert all(torch.equal(got["state"][kind][name], x) for name, x in tensors.items()), kind
+
+
+def test_two_processes_go_on_from_one(results: Any) -> None:
+    """The way back is among test_engine.py's."""
+    got, want = results[2]["reshard fp32"], results[1]["five fp32"]
+    assert_same_run(got, {**want, "losses": want["losses"][3:]}, loss=1e-5, student=1e-4, teacher=2e-5)
+    for name, weight in results[2]["reshard bf16"]["loaded"]["teacher"].items():
+        assert torch.equal(weight.flatten(), results[1]["three bf16"]["state"]["ema"][name].bfloat16())
+
+
+@WORLD_SIZES
+def test_compiled_blocks_take_the_same_steps(results: Any, world_size: int) -> None:
+    eager, compiled = results[world_size]["compiled"]
+    torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=0)
+
+
+@WORLD_SIZES
+def test_rank_0_may_call_the_teacher_alone(results: Any, world_size: int) -> None:
+    found = results[world_size]["whole teacher"]
+    assert found["same"]
+    assert found["made"]
+    watched, plain = found["undisturbed"]
+    assert all(torch.equal(x, plain[name]) for name, x in watched.items())
+
+
+@WORLD_SIZES
+def test_blocks_are_gathered_at_once_where_they_run_once(results: Any, world_size: int) -> None:
+    assert results[world_size]["units"] == {"packed": 8, "apart": 0, "timm": 0}
+    assert "ran twice before one backward pass" in results[world_size]["twice"]
+
+
+def test_what_a_step_sends(results: Any) -> None:
+    """Weights for forward, backward and teacher, gradients once, whatever is computed again; a gather for a block."""
+    found = results[2]["collectives"]
+    calls, elements = found["calls"], found["elements"]
+    assert calls["_reduce_scatter_base_"] == 1
+    assert elements["_reduce_scatter_base_"] == found["trained"]
+    assert 2 * found["all"] < elements["_allgather_base_"] <= 3 * found["all"]
+    assert calls["_allgather_base_"] <= 3 * (4 + 2), "of 4 blocks; the head and the rest"
+    assert results[1]["collectives"]["calls"].keys() <= {"_reduce_scatter_base_"}
+
+
+# Bytes of a parameter on each of W ranks: weights, gradients, master, moments, average, teacher. See docs/sharding.md.
+KEPT: dict[str, Callable[[int], float]] = {
+    "fp32/torch": lambda ranks: 20, "fp32/zero0": lambda ranks: 20, "fp32/zero1": lambda ranks: 8 + 12 / ranks,
+    "fp32/zero2": lambda ranks: 8 + 12 / ranks, "fp32/zero3": lambda ranks: 24 / ranks,
+    "bf16/torch": lambda ranks: 24, "bf16/zero0": lambda ranks: 24, "bf16/zero1": lambda ranks: 4 + 16 / ranks,
+    "bf16/zero2": lambda ranks: 4 + 16 / ranks, "bf16/zero3": lambda ranks: 24 / ranks,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", KEPT)
+@WORLD_SIZES
+def test_what_a_rank_keeps(results: Any, world_size: int, case: str) -> None:
+    assert results[world_size][f"resident {case}"] == pytest.approx(KEPT[case](world_size), rel=0.01)
+
+
+def test_the_config_of_stage_3() -> None:
+    zero = deepspeed_config(Config(), 3, bf16=True, unit=10**7)["zero_optimization"]
+    assert zero["stage3_param_persistence_threshold"] == 0, "a persistent parameter hides what its average writes"
+    assert not zero["memory_efficient_linear"], "rounds otherwise"
+    assert zero["reduce_bucket_size"] == 2 * 10**7
+    assert zero["stage3_max_live_parameters"] == 3 * 10**7

@@ -1,0 +1,289 @@
+"""What test_zero3.py compares: steps of ZeRO 3 at this world size beside those of other engines.
+
+python zero3_cases.py OUT [OTHERS], plain or under a launcher. OTHERS is the OUT of another world size.
+"""
+
+import dataclasses
+import gc
+import json
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.workload import nano_config, nano_dinov2, random_batch
+from fastdino import distributed
+from fastdino.config import Config, ModelConfig, OptimConfig
+from fastdino.distributed import Ranks
+from fastdino.engine import graphs
+from fastdino.engine.zero3 import PartitionedEngine
+from fastdino.training.trainer import Trainer
+from fastdino_kernels import ema_update_
+from tests.engine.engine_cases import STEPS, Case, now, resume, train, whole
+
+CPU = torch.device("cpu")
+# Drop path by chance, views of two sizes; rates at which five steps are felt.
+V1 = dataclasses.replace(nano_config(), optim=OptimConfig(lr=0.03, warmup_epochs=0, clip=0.3, teacher_momentum=0.9))
+V2 = nano_dinov2(V1, sinkhorn=True)  # subsets, masks, two heads, registers, LayerScale, rates by depth
+# From a LayerScale of 1e-5 all images look alike, and KoLeo magnifies every rounding.
+V2 = dataclasses.replace(V2, model=dataclasses.replace(V2.model, layer_scale=0.5))
+TIMM = dataclasses.replace(V1, model=ModelConfig(arch="timm:test_vit", drop_path=0.0))
+APART = dataclasses.replace(V1, model=dataclasses.replace(V1.model, packed="off"))
+
+
+def trainer(ranks: Ranks, config: Config, engine: str, clip: float = 0.3, **settings: Any) -> Trainer:
+    name, stage = ("torch", 0) if engine == "torch" else ("deepspeed", int(engine[-1]))
+    changed = dataclasses.replace(config.engine, name=name, zero_stage=stage, **settings)
+    optim = dataclasses.replace(config.optim, clip=clip)
+    return Trainer(dataclasses.replace(config, engine=changed, optim=optim), ranks)
+
+
+def losses(ranks: Ranks, made: Trainer) -> Tensor:
+    """Of each step, on all ranks."""
+    found = []
+    for step in range(STEPS):
+        seeds = [
+            100 * step + made.config.engine.accumulate * ranks.rank + i for i in range(made.config.engine.accumulate)
+        ]
+        loss = made.train_step([random_batch(made.config, CPU, seed) for seed in seeds])["loss"].clone()
+        ranks.mean_(loss)
+        found.append(loss)
+    return torch.stack(found)
+
+
+def run(ranks: Ranks, config: Config, engine: str, **settings: Any) -> dict[str, Any]:
+    made = trainer(ranks, config, engine, **settings)
+    found = losses(ranks, made)
+    made.engine.wait_teacher()
+    networks = {"student": made.engine.student_network, "teacher": made.engine.teacher}
+    norm = made.engine.grad_norm.clone()
+    return {"losses": found, "grad_norm": norm, **{role: whole(network) for role, network in networks.items()}}
+
+
+class Quiet(Case):
+    """In steps 2 and 3 the loss reads the backbone alone, so that no parameter of the head gets a gradient."""
+
+    def loss(self, step: int, micro: int) -> Tensor:
+        if step not in (2, 3):
+            return super().loss(step, micro)
+        return 10 * self.engine.student(self.batch(step, micro)).cls.float().square().mean(dim=(0, 1))[:5].sum()
+
+
+def quiet(ranks: Ranks, engine: str) -> dict[str, Any]:
+    case = Quiet(ranks, engine)
+    for step in range(STEPS):
+        case.step(step)
+    return case.result()
+
+
+def average(ranks: Ranks, precision: str) -> dict[str, bool]:
+    """Whether the teacher in the shard is the average of the masters of all steps, and its parts the rounded one."""
+    case = Case(ranks, "zero3", precision=precision)
+    shards = [group["shard"] for group in case.engine.optimizer.param_groups]
+    wanted = [shard.param.detach().clone() for shard in shards]
+    found = {"starts at the student": all(torch.equal(s.ema, e) for s, e in zip(shards, wanted, strict=True))}
+    for step in range(STEPS):
+        case.step(step)
+        for shard, ema in zip(shards, wanted, strict=True):
+            ema_update_(ema, shard.param.detach(), now(step).momentum)
+    found["fp32"] = all(torch.equal(s.ema, e) for s, e in zip(shards, wanted, strict=True))
+    copies = [(s.ema, e.to(case.engine.dtype)) for s, e in zip(shards, wanted, strict=True)]
+    if precision == "bf16":
+        copies = [(s.ema_lp, e.bfloat16()) for s, e in zip(shards, wanted, strict=True)]
+    found["low precision"] = all(torch.equal(a, b) for a, b in copies)
+    storages = {ema.untyped_storage().data_ptr() for ema, _ in copies}
+    trained = [p for n, p in case.engine.teacher.named_parameters() if n not in case.engine._untrained]
+    found["parts are views"] = {p.ds_tensor.untyped_storage().data_ptr() for p in trained} == storages
+    return found
+
+
+class Collectives(TorchDispatchMode):
+    """Calls and elements of collectives while it is entered."""
+
+    def __enter__(self) -> "Collectives":
+        self.calls: Counter[str] = Counter()
+        self.elements: Counter[str] = Counter()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        space, name = func._schema.name.split("::")
+        if space == "c10d":
+            self.calls[name] += 1
+            whole = max((x.numel() for x in args[:2] if isinstance(x, Tensor)), default=0)
+            self.elements[name] += whole
+        return func(*args, **(kwargs or {}))
+
+
+def collectives(ranks: Ranks, config: Config) -> dict[str, Any]:
+    """Of the fourth step, by which DeepSpeed knows what comes next."""
+    made = trainer(ranks, config, "zero3", precision="bf16", checkpointing="full")
+    padded = {n: -(-torch.Size(s).numel() // ranks.world_size) * ranks.world_size for n, s in made.shapes.items()}
+    trained = sum(padded[name] for group in made.engine.groups for name in group.params)
+    for step in range(3):
+        made.train_step([random_batch(config, CPU, step)])
+    with Collectives() as count:
+        made.train_step([random_batch(config, CPU, 3)])
+    return {
+        "calls": dict(count.calls),
+        "elements": dict(count.elements),
+        "all": sum(padded.values()),
+        "trained": trained,
+    }
+
+
+def tensor_bytes() -> int:
+    """Of everything that is alive."""
+    gc.collect()
+    found = {}
+    for x in gc.get_objects():
+        if type(x) in (Tensor, nn.Parameter) and x.device == CPU:
+            storage = x.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
+
+
+def resident(ranks: Ranks, engine: str, precision: str) -> float:
+    """Bytes that stay on a rank after a step, per parameter."""
+    before, large = tensor_bytes(), dataclasses.replace(V1, head=dataclasses.replace(V1.head, num_prototypes=4096))
+    made = trainer(ranks, large, engine, precision=precision)
+    params = sum(torch.Size(shape).numel() for shape in made.shapes.values())
+    made.train_step([random_batch(large, CPU, 0)])
+    made.engine.wait_teacher()
+    return (tensor_bytes() - before) / params
+
+
+def whole_teacher(ranks: Ranks) -> dict[str, Any]:
+    """The teacher that rank 0 calls alone in between, the one in parts, and whether the training felt it."""
+    made, alone = trainer(ranks, V1, "zero3"), None
+    for step in range(STEPS):
+        made.train_step([random_batch(V1, CPU, 10 * step + ranks.rank)])
+        if step == 2:
+            teacher = made.engine.whole_teacher()
+            gathered = whole(made.engine.teacher)
+            if teacher is not None:
+                with torch.no_grad():
+                    alone = teacher.backbone(torch.zeros(2, 3, 32, 32))
+                same = all(torch.equal(p, gathered[n]) for n, p in teacher.named_parameters())
+                assert teacher.state_dict().keys() == made.engine.teacher.state_dict().keys()
+    plain = trainer(ranks, V1, "zero3")
+    for step in range(STEPS):
+        plain.train_step([random_batch(V1, CPU, 10 * step + ranks.rank)])
+    after = [whole(t.engine.student_network) for t in (made, plain)]
+    return {"same": alone is None or same, "made": alone is not None, "undisturbed": after}
+
+
+OTHERWISE = {
+    "communication_data_type": "fp32",
+    "zero_optimization": {
+        "overlap_comm": False, "reduce_bucket_size": 1000, "stage3_prefetch_bucket_size": 0,
+        "stage3_max_reuse_distance": 10**9,
+    },
+}  # fmt: skip
+
+
+def by_json(ranks: Ranks, engine: str, precision: str) -> dict[str, Any]:
+    """With a user's DeepSpeed settings."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ds.json"
+        path.write_text(json.dumps(OTHERWISE))
+        return run(ranks, V1, engine, checkpointing="full", precision=precision, deepspeed=path)
+
+
+def compiled(ranks: Ranks) -> list[Tensor]:
+    """Losses of eager steps and of compiled ones."""
+    found = []
+    for compiles in (False, True):
+        made = trainer(ranks, V2, "zero3")
+        if compiles:
+            regions = [*made.engine.student_network.regions(), *made.engine.teacher.regions()]
+            kept = made.engine.compilable(regions)
+            assert len(kept) == 8, "each block of both networks"
+            graphs.compile_regions(kept, "aot_eager")
+        found.append(losses(ranks, made))
+    return found
+
+
+def twice(ranks: Ranks) -> str:
+    """What is said when a unit runs again before the backward pass."""
+    case = Case(ranks, "zero3")
+    views = case.batch(0, 0)
+    case.engine.student(views)
+    try:
+        case.engine.student(views)
+    except AssertionError as error:
+        return str(error)
+    return ""
+
+
+def units(ranks: Ranks) -> dict[str, int]:
+    found = {}
+    for name, config in {"packed": V1, "apart": APART, "timm": TIMM}.items():
+        engine = trainer(ranks, config, "zero3").engine
+        assert isinstance(engine, PartitionedEngine)
+        for parts in (engine._zero.parameter_offload, engine._teacher_parts):
+            assert parts._DeepSpeedZeRoOffload__allgather_stream is None, "the name by which a GPU's stream is known"
+            assert parts.persistent_parameters == []
+        found[name] = len(engine._units)
+    return found
+
+
+def run_cases(ranks: Ranks, others: dict[str, Any] | None) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+
+    def case(name: str, work: Callable[..., Any], *args: Any, **settings: Any) -> None:
+        found[name] = work(ranks, *args, **settings)
+
+    for engine in ("torch", "zero3"):
+        case(f"v1/{engine}", run, V1, engine, checkpointing="full")
+    for engine in ("torch", "zero2", "zero3"):
+        case(f"v2/{engine}", run, V2, engine)
+    for how in ("selective", "full"):
+        case(f"v2/zero3 {how}", run, V2, "zero3", checkpointing=how)
+    for engine in ("torch", "zero3"):
+        case(f"v2 accumulate/{engine}", run, V2, engine, accumulate=2)
+        case(f"apart/{engine}", run, APART, engine)
+        case(f"timm/{engine}", run, TIMM, engine)
+        case(f"quiet/{engine}", quiet, engine)
+    for engine in ("zero1", "zero2", "zero3"):
+        for name, config in {"v1": V1, "v2": V2}.items():
+            case(f"bf16 {name}/{engine}", run, config, engine, precision="bf16", clip=0.0)
+    for stage in range(4):
+        case(f"json bf16/zero{stage}", by_json, f"zero{stage}", "bf16")
+    case("json/zero3", by_json, "zero3", "fp32")
+    for precision in ("fp32", "bf16"):
+        case(f"average {precision}", average, precision)
+        for engine in ("torch", "zero0", "zero1", "zero2", "zero3"):
+            case(f"resident {precision}/{engine}", resident, engine, precision)
+        case(f"five {precision}", train, "zero3", precision=precision)
+        case(f"three {precision}", train, "zero3", steps=3, precision=precision)
+        case(f"resume {precision}", resume, "zero3", found[f"three {precision}"], precision=precision)
+        if others is not None:
+            case(f"reshard {precision}", resume, "zero3", others[f"three {precision}"], precision=precision)
+    case("collectives", collectives, V1)
+    case("collectives apart", collectives, APART)
+    case("whole teacher", whole_teacher)
+    case("compiled", compiled)
+    case("units", units)
+    case("twice", twice)
+    return found
+
+
+def main(out: Path, others: Path | None) -> None:
+    before = os.environ.get("LOCAL_RANK")
+    with distributed.init("cpu") as ranks:
+        found = run_cases(ranks, torch.load(others) if others else None)
+        if ranks.is_main:
+            torch.save(found, out)
+    assert os.environ.get("LOCAL_RANK") == before
+    assert sys.modules["deepspeed"].runtime.zero.parameter_offload.FWD_MODULE_STACK == [], "no network is kept"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)
