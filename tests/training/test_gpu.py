@@ -1,7 +1,8 @@
 """Runs in bf16 on a GPU, by every engine: nothing in a step waits, a stopped run goes on, the engines agree.
 
-The same runs are made on a CPU, so that only the calls of CUDA itself wait for a GPU. They are made in a process of
-their own, ``python tests/training/test_gpu.py DEVICE FOLDER``, because DeepSpeed is imported for one kind of device.
+The same runs are made on a CPU, so that only the calls of CUDA itself wait for a GPU. They are made in processes of
+their own, ``python tests/training/test_gpu.py DEVICE FOLDER [ENGINE ..]``, because DeepSpeed is imported for one kind
+of device.
 """
 
 import json
@@ -29,6 +30,7 @@ from tests.engine.engine_cases import SyncCount
 from tests.training.test_trainer import tiny
 
 ENGINES = {"torch": ("torch", 1), **{f"deepspeed {stage}": ("deepspeed", stage) for stage in (0, 1, 2)}}
+PARTITIONED = {"deepspeed 3": ("deepspeed", 3)}  # in a process of its own: what it breaks on a GPU is no other's fault
 CAPTURED = {"torch, captured": ("torch", 1), "deepspeed 0, captured": ("deepspeed", 0)}  # on a GPU
 NUM_STEPS, STOP_AT, LOG_EVERY = 10, 5, 4
 WARM_UP = 2  # steps in which kernels are compiled and what depends on shapes alone is copied to the device
@@ -39,11 +41,12 @@ Losses = dict[str, float]
 """Of every step that a run took, by its number as JSON has it."""
 
 
-def main(device: str, folder: Path) -> None:
+def main(device: str, folder: Path, *names: str) -> None:
     """Writes FOLDER/losses.json: {engine: {"straight", "stopped", "resumed": {step: loss}}}."""
     torch.set_num_threads(1)
     found: dict[str, dict[str, Losses]] = {}
-    for name, (engine, stage) in (ENGINES | (CAPTURED if device == "cuda" else {})).items():
+    for name in names or [*ENGINES, *(CAPTURED if device == "cuda" else {})]:
+        engine, stage = (ENGINES | CAPTURED | PARTITIONED)[name]
         settings = {"engine__name": engine, "engine__zero_stage": stage, "engine__precision": "bf16"}
         settings |= {"engine__device": device, "optim__lr": 0.002, "run__log_every": LOG_EVERY}
         captured = name in CAPTURED
@@ -98,11 +101,14 @@ def no_waits(device: torch.device) -> Iterator[None]:
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
     """The device, and the losses of all runs on it."""
-    device, folder = request.param, tmp_path_factory.mktemp(request.param)
-    command = [sys.executable, __file__, device, str(folder)]
+    return request.param, trained(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def trained(device: str, folder: Path, *names: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, device, str(folder), *names]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    return device, json.loads((folder / "losses.json").read_text())
+    return json.loads((folder / "losses.json").read_text())
 
 
 def largest_difference(ours: Losses, theirs: Losses) -> float:
@@ -133,8 +139,18 @@ def test_a_captured_step_is_an_eager_one(runs: tuple[str, dict[str, Any]]) -> No
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_stopped_run_goes_on_as_if_it_had_not(runs: tuple[str, dict[str, Any]], engine: str) -> None:
+    check_resumption(runs[0], runs[1][engine])
+
+
+def test_zero_3_trains_the_same_and_goes_on(runs: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
     device, losses = runs
-    straight, stopped, resumed = (losses[engine][kind] for kind in ("straight", "stopped", "resumed"))
+    for found in trained(device, tmp_path, *PARTITIONED).values():
+        assert largest_difference(found["straight"], losses["torch"]["straight"]) < ROUNDING[device]
+        check_resumption(device, found)
+
+
+def check_resumption(device: str, losses: dict[str, Losses]) -> None:
+    straight, stopped, resumed = (losses[kind] for kind in ("straight", "stopped", "resumed"))
     assert len(stopped) == STOP_AT + 1, "told at one step, it stops at the next"
     assert [*stopped, *resumed] == [*straight], "no step twice, none left out"
     difference = largest_difference(stopped | resumed, straight)
@@ -142,4 +158,4 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(runs: tuple[str, dict[str, Any]]
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
