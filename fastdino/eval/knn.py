@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdino.config import ConfigError, DataConfig
+from fastdino.config import Config, ConfigError, DataConfig
 from fastdino.config.errors import require
 from fastdino.eval.evaluation import Evaluation, Subject
 from fastdino.eval.features import EvaluationError, Features, Reading, extract
@@ -138,6 +138,12 @@ class Knn(Evaluation):
                 f"--neighbors {max(self.neighbors)} of a bank of {num_bank} images: choose k <= {num_bank}"
             )
         return list(self.neighbors)
+
+
+def knn_root(config: Config) -> str:
+    """The images of a run's k-NN; empty where it has none."""
+    own = "shapes" if config.data.root == "shapes" else ""
+    return (config.run.knn_root or own) if config.run.knn_every else ""
 
 
 class OnlineKnn:

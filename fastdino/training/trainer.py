@@ -20,7 +20,7 @@ from fastdino.data import Batch, normalize, open_source, train_batches
 from fastdino.distributed import Ranks
 from fastdino.engine import build_engine, graphs, zero_stage
 from fastdino.engine.schedules import Now, Schedules
-from fastdino.eval import OnlineKnn
+from fastdino.eval import OnlineKnn, knn_root
 from fastdino.method.dino import Dino
 from fastdino.method.health import Health
 from fastdino.method.targets import build_targets
@@ -291,7 +291,7 @@ class Trainer:
 
     def _knn(self, metrics: Metrics | None, epoch: int, before: float | None, notice: PreemptionNotice) -> float | None:
         """Weighted k-NN of the teacher on rank 0, while the others wait. One that fails is an alarm, not the end."""
-        teacher = self.engine.whole_teacher() if self.knn_root else None
+        teacher = self.engine.whole_teacher() if knn_root(self.config) else None
         if self.online_knn and metrics and teacher is not None:
             backbone = teacher.backbone
             assert isinstance(backbone, nn.Module)
@@ -309,16 +309,10 @@ class Trainer:
         self.ranks.barrier()
         return before
 
-    @property
-    def knn_root(self) -> str:
-        """The images of the k-NN; empty where there is none."""
-        run = self.config.run
-        return (run.knn_root or ("shapes" if self.config.data.root == "shapes" else "")) if run.knn_every else ""
-
     def _open_knn(self) -> None:
-        if self.knn_root:
+        if root := knn_root(self.config):
             size, batch = self.config.views.global_size, self.config.run.local_batch
-            self.online_knn = OnlineKnn(self.knn_root, self.config.data, size=size, batch=batch)
+            self.online_knn = OnlineKnn(root, self.config.data, size=size, batch=batch)
 
     # ------------------------------------------------------------------------------------------------ its folder
 
