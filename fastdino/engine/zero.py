@@ -174,10 +174,21 @@ class ReplicatedEngine(TorchEngine):
         self._deepspeed.step()
 
 
-class ShardedEngine(Engine):
-    """ZeRO 1 or 2: masters, moments and teacher in equal slices over the ranks, at stage 2 the gradients too."""
+class DeepSpeedEngine(Engine):
+    """What ZeRO 1, 2 and 3 share: DeepSpeed's backward pass, which is told whether it is a step's last."""
 
     sharded = True
+    _deepspeed: Any
+    _micro_batch = 0  # backward passes since the last step
+
+    def backward(self, loss: Tensor) -> None:
+        self._micro_batch += 1
+        self._deepspeed.set_gradient_accumulation_boundary(self._micro_batch == self.accumulate)
+        self._deepspeed.backward(loss)
+
+
+class ShardedEngine(DeepSpeedEngine):
+    """ZeRO 1 or 2: masters, moments and teacher in equal slices over the ranks, at stage 2 the gradients too."""
 
     def __init__(self, config: Config, student: nn.Module, teacher: nn.Module, ranks: Ranks) -> None:
         super().__init__(config, student, teacher, ranks)
@@ -192,13 +203,7 @@ class ShardedEngine(Engine):
             master[: mine.numel()].copy_(mine)
         weights: list[Tensor | None] = [None] * len(masters)  # DeepSpeed writes the student's itself
         self._adopt(self._zero.single_partition_of_fp32_groups, weights, ranks.world_size, ranks.rank)
-        self._micro_batch = 0
         self.after_load()
-
-    def backward(self, loss: Tensor) -> None:
-        self._micro_batch += 1
-        self._deepspeed.set_gradient_accumulation_boundary(self._micro_batch == self.accumulate)
-        self._deepspeed.backward(loss)
 
     @torch.no_grad()
     def step(self, now: Now, loss: Tensor) -> Tensor:

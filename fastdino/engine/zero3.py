@@ -10,23 +10,21 @@ from torch import Tensor, nn
 
 from fastdino.config import Config
 from fastdino.distributed import Ranks
-from fastdino.engine.engine import Engine, Region
+from fastdino.engine.engine import Region
 from fastdino.engine.schedules import Now
 from fastdino.engine.shards import Fragment, Shard, partitions
-from fastdino.engine.zero import deepspeed_config, import_deepspeed, initialize, local_rank
+from fastdino.engine.zero import DeepSpeedEngine, deepspeed_config, import_deepspeed, initialize, local_rank
 
 STAGE = 3
 
 
-class PartitionedEngine(Engine):
+class PartitionedEngine(DeepSpeedEngine):
     """ZeRO 3: every rank holds its part of each parameter, of student and teacher, and of all that belongs to them.
 
     DeepSpeed gathers weights for each pass through a module and reduces gradients to their parts. The step is ours: its
     own waits for the gradients' norm, and steps a parameter that got no gradient with the one of the step before.
     A parameter's parts lie in flat tensors of one layout: its group's master, moments and teacher, all of this rank.
     """
-
-    sharded = True
 
     def __init__(self, config: Config, student: nn.Module, teacher: nn.Module, ranks: Ranks) -> None:
         super().__init__(config, student, teacher, ranks)
@@ -44,14 +42,11 @@ class PartitionedEngine(Engine):
         shards = [self._shard(i, *held[i], exact[i]) for i in range(len(self.groups))]
         self.optimizer.bind(shards, self.sharded, ranks)
         self._grads = self._zero.grad_partitions_flat_buffer.split([shard.param.numel() for shard in shards])
-        self._micro_batch = 0
         self.after_load()
 
     def backward(self, loss: Tensor) -> None:
         self._entered.clear()
-        self._micro_batch += 1
-        self._deepspeed.set_gradient_accumulation_boundary(self._micro_batch == self.accumulate)
-        self._deepspeed.backward(loss)
+        super().backward(loss)
 
     @torch.no_grad()
     def step(self, now: Now, loss: Tensor) -> Tensor:
