@@ -18,6 +18,7 @@ from bench.kernels.case import OURS
 from bench.peers.contenders import PACKED, PER_SIZE
 from bench.pictures.page import renew_pngs, write_page, write_pngs
 from bench.record import H200, RESULTS, ROOT
+from bench.tables import plan
 from fastdino.config import ConfigError
 
 MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
@@ -286,6 +287,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "attention": attention_table,
     "choices": choices_table,
     "data": data_table,
+    "plan": lambda results: f"{plan.commands()}\n\n{_table(plan.HEADER, [*plan.rows()])}",
 }
 
 

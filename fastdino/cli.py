@@ -6,6 +6,7 @@ commands:
   recipes [RECIPE]       list the recipes, or show one with all its settings
   bench RECIPE [flags]   images/s, MFU and memory of a recipe here, and where the time of a step goes
   bench data SRC         images/s per core of reading, decoding and making views, and what would make them faster
+  plan RECIPE [flags]    memory and traffic of a training on N GPUs, and the ZeRO stage to take; needs no GPU
   eval knn PATH          weighted k-NN accuracy of a run's teacher, or of a file of weights
   eval attention PATH    pictures of where each head of the last block looks
   eval patches PATH      patch mIoU of a linear probe on rendered shapes, and the tokens of patches as colours
@@ -94,6 +95,8 @@ def _run(command: str, arguments: list[str]) -> None:
         train(configured(_recipe(command, arguments), arguments[1:]))
     elif command == "bench":
         bench(arguments)
+    elif command == "plan":
+        plan(arguments)
     elif command == "eval":
         evaluate(arguments)
     elif command == "shard":
@@ -213,15 +216,29 @@ def bench(arguments: list[str]) -> None:
     """``fastdino bench RECIPE``: the flags are the fields of Bench, and the recipe's settings."""
     from fastdino.training.throughput.bench import Bench
 
-    recipe = _recipe("bench", arguments)
-    base, flags = _base(recipe, arguments[1:])
-    flat, plain = tyro.conf.arg(name=""), (tyro.conf.AvoidSubcommands,)
-    asked: Any = tuple[Annotated[Bench, flat], Annotated[Config, flat]]
-    about, prog = inspect.getdoc(Bench), f"fastdino bench {recipe}"
-    measure, config = tyro.cli(asked, default=(Bench(), base), args=flags, prog=prog, description=about, config=plain)
+    measure, config = _with_recipe(Bench(), "bench", arguments)
     measured = measure(config)
     if launched_rank(os.environ) == 0:
         print(measured.table())
+
+
+def plan(arguments: list[str]) -> None:
+    """``fastdino plan RECIPE``: the flags are the fields of Plan, and the recipe's settings."""
+    from fastdino.model.weights import settled
+    from fastdino.plan import Plan
+
+    planner, config = _with_recipe(Plan(), "plan", arguments)
+    print(planner(settled(config)).text())
+
+
+def _with_recipe(default: Any, command: str, arguments: list[str]) -> tuple[Any, Config]:
+    """What ``fastdino COMMAND RECIPE`` asks of an object like ``default``, and the settings that its flags change."""
+    recipe = _recipe(command, arguments)
+    base, flags = _base(recipe, arguments[1:])
+    flat, plain = tyro.conf.arg(name=""), (tyro.conf.AvoidSubcommands,)
+    asked: Any = tuple[Annotated[type(default), flat], Annotated[Config, flat]]  # type: ignore[misc]
+    about, prog = inspect.getdoc(type(default)), f"fastdino {command} {recipe}"
+    return tyro.cli(asked, default=(default, base), args=flags, prog=prog, description=about, config=plain)
 
 
 def bench_data(

@@ -250,7 +250,21 @@ def test_what_is_missing_is_listed(command):
 
 @pytest.mark.parametrize(
     "command",
-    ["", "train", "train demo", "bench", "bench demo", "bench data", "recipes", "export", "demo", "eval", "eval knn"],
+    [
+        "",
+        "train",
+        "train demo",
+        "bench",
+        "bench demo",
+        "bench data",
+        "plan",
+        "plan demo",
+        "recipes",
+        "export",
+        "demo",
+        "eval",
+        "eval knn",
+    ],
 )
 def test_every_command_explains_itself(command):
     assert "fastdino" in fastdino(*command.split(), "--help").stdout

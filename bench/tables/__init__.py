@@ -1,0 +1,1 @@
+"""Tables of the docs that are computed, from no file of results."""

@@ -1,0 +1,99 @@
+"""What test_footprint.py compares: bytes that engines keep, and collectives of their steps, at this world size.
+
+python footprint_cases.py OUT, plain or under a launcher.
+"""
+
+import dataclasses
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bench.workload import random_batch
+from fastdino import distributed
+from fastdino.config import Config
+from fastdino.distributed import Ranks
+from tests.engine.zero3_cases import CPU, V1, V2, tensor_bytes, trainer
+
+KINDS = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter"}
+ENGINES = ("torch", "zero0", "zero1", "zero2", "zero3")
+# Large beside what a step keeps of its own; parameters of odd sizes, and trained norms.
+LARGE = dataclasses.replace(V1, head=dataclasses.replace(V1.head, num_prototypes=4097))
+ODD = dataclasses.replace(V2, head=dataclasses.replace(V2.head, num_prototypes=4099, freeze_prototype_norm=False))
+KEPT = {"v1 fp32": LARGE, "v1 bf16": LARGE, "v2 bf16": ODD}
+BUCKET = 100_000  # elements, of the cases with engine.deepspeed
+
+
+class Collectives(TorchDispatchMode):
+    """Calls, elements and bytes by kind while it is entered."""
+
+    def __enter__(self) -> "Collectives":
+        self.found: dict[str, list[int]] = {}
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        space, name = func._schema.name.split("::")
+        if space == "c10d":
+            whole = max((x for x in tree_leaves(args[:2]) if isinstance(x, Tensor)), key=Tensor.numel)
+            total = self.found.setdefault(KINDS[name], [0, 0, 0])
+            for i, more in enumerate((1, whole.numel(), whole.numel() * whole.element_size())):
+                total[i] += more
+        return func(*args, **(kwargs or {}))
+
+
+def resident(ranks: Ranks, config: Config, engine: str, precision: str) -> dict[str, int]:
+    """Bytes that stay after a step: all, and those of masters and moments."""
+    before = tensor_bytes()
+    made = trainer(ranks, config, engine, precision=precision)
+    made.train_step([random_batch(config, CPU, 0)])
+    made.engine.wait_teacher()
+    total, optimizer = tensor_bytes() - before, made.engine.optimizer
+    shards = [group["shard"].param for group in optimizer.param_groups]
+    moments = [optimizer.state[shard][name] for shard in shards for name in optimizer.moments]
+    masters = sum(map(_size, shards)) + sum(map(_size, made.engine._untrained.values()))
+    return {"total": total, "masters": masters, "moments": sum(map(_size, moments))}
+
+
+def _size(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def sent(ranks: Ranks, config: Config, engine: str, **settings: Any) -> dict[str, list[int]]:
+    """Of the fourth step, by which DeepSpeed knows what comes next."""
+    made = trainer(ranks, config, engine, **settings)
+    micro = range(settings.get("accumulate", config.engine.accumulate))
+    for step in range(3):
+        made.train_step([random_batch(config, CPU, 10 * step + i) for i in micro])
+    with Collectives() as count:
+        made.train_step([random_batch(config, CPU, 30 + i) for i in micro])
+        made.engine.wait_teacher()
+    return count.found
+
+
+def run_cases(ranks: Ranks) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ds.json"
+        path.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": BUCKET}}))
+        for engine in ENGINES:
+            for name, config in KEPT.items():
+                found[f"kept {name}/{engine}"] = resident(ranks, config, engine, name.split()[1])
+            for name, config in {"v1": V1, "v2": V2}.items():
+                found[f"sent {name}/{engine}"] = sent(ranks, config, engine, precision="bf16")
+            found[f"sent twice/{engine}"] = sent(ranks, V2, engine, precision="bf16", accumulate=2)
+            if engine != "torch":
+                found[f"sent small/{engine}"] = sent(ranks, V1, engine, precision="bf16", deepspeed=path)
+    return found
+
+
+if __name__ == "__main__":
+    with distributed.init("cpu") as ranks:
+        results = run_cases(ranks)
+        if ranks.is_main:
+            torch.save(results, sys.argv[1])
