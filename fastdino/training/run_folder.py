@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastdino.config import Config, ConfigError, UserError, group_kinds
 from fastdino.distributed import Ranks
+from fastdino.engine.schedules import Schedules
 from fastdino.engine.shards import Fragment
 from fastdino.training import checkpoint
 from fastdino.training.checkpoint import CheckpointError, Manifest
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 # What may change between a run and its resumption: none of it changes what is computed, but for rounding; masks,
 # Sinkhorn and KoLeo look at a micro batch, however. Images are known by their names and count, and the weights that a
-# run started from are not read again. A longer run has other schedules, which RunFolder.restore says.
+# run started from are not read again. A longer run has other schedules, which RunFolder.check_length says.
 MAY_CHANGE = {
     "engine.name", "engine.zero_stage", "engine.deepspeed", "engine.accumulate", "engine.device", "engine.compile",
     "engine.cuda_graphs", "engine.teacher_stream", "engine.checkpointing", "model.attention", "model.packed",
@@ -163,6 +164,24 @@ class RunFolder:
                 f"{path} was written for other images: data.root={self.config.data.root!r} holds as many, but under "
                 "other names. Point data.root at the images that the run began with, or give this run its own folder"
             )
+
+    def check_length(self, path: Path, step: int, steps_per_epoch: int, global_batch: int) -> None:
+        """A run may be made longer, which bends its cosines; not shorter than ``path``, its checkpoint of ``step``."""
+        epochs = self.config.run.epochs
+        total = epochs * steps_per_epoch
+        if step > total:
+            raise ConfigError(
+                f"run.epochs={epochs} ends at step {total}, but {path} is of step {step}: let the run be at least as "
+                "long as it already is"
+            )
+        before = self.config_before  # known to rank 0, which says it
+        if before and before.run.epochs != epochs and before.optim.schedule != "constant":
+            was, now = (Schedules(c, steps_per_epoch, global_batch)(step).lr for c in (before, self.config))
+            log.warning(
+                "run.epochs was %d and is %d: every schedule is that of the new length from here on. At step %d the "
+                "learning rate jumps from %.3g to %.3g; the result is not that of a run of %d epochs from its start",
+                before.run.epochs, epochs, step, was, now, epochs,
+            )  # fmt: skip
 
     def _take(self) -> None:
         """Checks the folder, locks it, and checks again what may have changed until it was locked."""

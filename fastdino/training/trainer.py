@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdino import distributed
-from fastdino.config import Config, ConfigError, UserError
+from fastdino.config import Config, UserError
 from fastdino.data import Batch, normalize, open_source, train_batches
 from fastdino.distributed import Ranks
 from fastdino.engine import build_engine, graphs, zero_stage
@@ -124,8 +124,8 @@ class Trainer:
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.total_steps = self.steps_per_epoch * config.run.epochs
         self.schedules = Schedules(config, self.steps_per_epoch, self.global_batch)
-        if newest:
-            self._check_length(newest[0])
+        if folder and newest:
+            folder.check_length(newest[0], self.step, self.steps_per_epoch, self.global_batch)
 
     # ------------------------------------------------------------------------------------------------ one step
 
@@ -382,20 +382,3 @@ class Trainer:
         if self.ranks.is_main:
             log.info("resumed from %s", path)
         return manifest.step
-
-    def _check_length(self, path: Path) -> None:
-        """A run may be made longer, which bends its cosines; not shorter than it is."""
-        epochs = self.config.run.epochs
-        if self.step > self.total_steps:
-            raise ConfigError(
-                f"run.epochs={epochs} ends at step {self.total_steps}, but {path} is of step {self.step}: let the run "
-                "be at least as long as it already is"
-            )
-        before = self.folder.config_before if self.folder else None  # known to rank 0, which says it
-        if before and before.run.epochs != epochs and before.optim.schedule != "constant":
-            was = Schedules(before, self.steps_per_epoch, self.global_batch)(self.step).lr
-            log.warning(
-                "run.epochs was %d and is %d: every schedule is that of the new length from here on. At step %d the "
-                "learning rate jumps from %.3g to %.3g; the result is not that of a run of %d epochs from its start",
-                before.run.epochs, epochs, self.step, was, self.schedules(self.step).lr, epochs,
-            )  # fmt: skip
