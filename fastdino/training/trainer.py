@@ -187,6 +187,7 @@ class Trainer:
         """Trains to the end; checkpoints, logs and evaluates on the way."""
         assert self.folder is not None, "a run needs a folder"
         self.folder.write_config()
+        self.folder.begin(self.step, self.total_steps)
         metrics = None
         if self.ranks.is_main:
             self._introduce()
@@ -238,6 +239,8 @@ class Trainer:
             if metrics.times(self.step):
                 figures["loss"].item()  # waits for the device, so that the time is the step's
             metrics.advance(self.step, time.perf_counter() - started, waited)
+        if self.folder:
+            self.folder.tell(step=self.step, step_time=time.time())
         return figures
 
     def _preempt(self) -> None:
@@ -276,7 +279,9 @@ class Trainer:
             more = {"grad_norm": float(self.engine.grad_norm)}
             failed = self.folder.failed_saves if self.folder else 0
             counts = {"skipped_steps": skipped, "bad_images": self.batches.num_bad, "failed_saves": failed}
-            metrics.report(self.step, values, epoch=epoch, **schedule, **more, **counts)
+            pace = metrics.report(self.step, values, epoch=epoch, **schedule, **more, **counts)
+            if self.folder:
+                self.folder.tell(**pace)
             for alarm in health.check(values, first_epoch=epoch < 1):
                 metrics.say(f"step {self.step}: {alarm}")
             if in_row:
