@@ -32,6 +32,7 @@ from fastdino.training.flops import Meter
 from fastdino.training.metrics import Metrics
 from fastdino.training.preemption import Interrupted, Preempted, PreemptionNotice
 from fastdino.training.run_folder import RunFolder, read_config
+from fastdino.training.watchdog import FOREVER, SLOW, Pulse, Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -60,12 +61,13 @@ def train(config: Config) -> Result:
     calls it. Raises ConfigError for settings that cannot work, CheckpointError for a checkpoint that cannot be used,
     BadData when too many images are unreadable, TrainingDiverged, and Preempted after SIGTERM or SIGUSR1.
     """
-    with distributed.init(config.engine.device) as ranks:
+    with distributed.init(config.engine.device) as ranks, Watchdog(config.run, ranks) as watchdog:
         config = ranks.on_main(lambda: _settled(config))
         with RunFolder(config, ranks) as folder:
+            watchdog.last_words = folder.end
             for line in config.ignored() if ranks.is_main else ():
                 log.warning(line)
-            return Trainer(config, ranks, folder).run()
+            return Trainer(config, ranks, folder, watchdog.pulse).run()
 
 
 def _settled(config: Config) -> Config:
@@ -88,10 +90,13 @@ class Trainer:
         config: the run's.
         ranks: of which this process is one.
         folder: where the run is kept and resumed from; without one, steps can be taken and nothing is kept.
+        pulse: hears of every step.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, folder: RunFolder | None = None) -> None:
-        self.config, self.ranks, self.folder = config, ranks, folder
+    def __init__(
+        self, config: Config, ranks: Ranks, folder: RunFolder | None = None, pulse: Pulse | None = None
+    ) -> None:
+        self.config, self.ranks, self.folder, self.pulse = config, ranks, folder, pulse or Pulse(0.0)
         self.captures = graphs.captures(config, ranks)
         self.source = open_source(config.data.root, config.data)
         self.online_knn: OnlineKnn | None = None  # on rank 0, where one was asked for
@@ -239,6 +244,7 @@ class Trainer:
             if metrics.times(self.step):
                 figures["loss"].item()  # waits for the device, so that the time is the step's
             metrics.advance(self.step, time.perf_counter() - started, waited)
+        self.pulse.step(self.step)
         if self.folder:
             self.folder.tell(step=self.step, step_time=time.time())
         return figures
@@ -260,7 +266,8 @@ class Trainer:
         if last or by_epoch or by_step:
             self._save(last)
         if rest == 0 and run.knn_every and (last or epoch % run.knn_every == 0):
-            knn = self._knn(metrics, epoch, knn, notice)
+            with self.pulse.section("the k-NN", SLOW if self.ranks.is_main else FOREVER):  # rank 0 has a beat a batch
+                knn = self._knn(metrics, epoch, knn, notice)
         if metrics and (rest == 0 or by_step or metrics.compiled(self.step)):
             metrics.restart_clock(self.step)
         return knn
@@ -300,6 +307,7 @@ class Trainer:
         if self.online_knn and metrics and teacher is not None:
             backbone = teacher.backbone
             assert isinstance(backbone, nn.Module)
+            beats = backbone.register_forward_hook(lambda *_: self.pulse.beat())
             try:
                 with notice.interruptible(grace=0), torch.compiler.set_stance("force_eager"):  # other shapes
                     score = self.online_knn(backbone)
@@ -311,6 +319,8 @@ class Trainer:
                 before = score["knn"]
                 metrics.write(self.step, {"epoch": epoch, **score})
                 metrics.say(f"epoch {epoch}: k-NN of the teacher {before:.1f} %")
+            finally:
+                beats.remove()
         self.ranks.barrier()
         return before
 
@@ -366,15 +376,16 @@ class Trainer:
         """Writes a checkpoint of the present step; the ``last`` one of this process has to succeed."""
         assert self.folder is not None
         stride = self.config.run.keep_every * self.steps_per_epoch
-        self.folder.save(
-            self.step,
-            fragments=self.engine.fragments() if self.engine.saves else (),
-            shared=self._shared(),
-            shapes=self.shapes,
-            meta={**self._meta, "epoch": self.step / self.steps_per_epoch},
-            keep_for_good=range(stride, self.total_steps + 1, stride) if stride else (),
-            last=last,
-        )
+        with self.pulse.section("the checkpoint"):
+            self.folder.save(
+                self.step,
+                fragments=self.engine.fragments() if self.engine.saves else (),
+                shared=self._shared(),
+                shapes=self.shapes,
+                meta={**self._meta, "epoch": self.step / self.steps_per_epoch},
+                keep_for_good=range(stride, self.total_steps + 1, stride) if stride else (),
+                last=last,
+            )
 
     def _restore(self, path: Path, manifest: Manifest) -> int:
         """Loads a checkpoint; returns the step at which the run goes on."""
