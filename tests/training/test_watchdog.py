@@ -126,13 +126,14 @@ def test_what_hangs_itself_does_not_keep_a_process_from_ending(tmp_path, monkeyp
     ended: list[int] = []
     guard = Watchdog(RunConfig(dir=tmp_path), ALONE)
     stuck = threading.Event()
+    came_back: list[bool] = []
     monkeypatch.setattr(watchdog, "PATIENCE", 0.4)
     monkeypatch.setattr(watchdog, "end_now", ended.append)
-    monkeypatch.setattr(guard, "_write_stacks", lambda reason: stuck.wait(60))
-    guard.last_words = lambda code, reason: stuck.wait(60)
+    monkeypatch.setattr(guard, "_write_stacks", lambda reason: came_back.append(stuck.wait(30)))
+    guard.last_words = lambda code, reason: came_back.append(stuck.wait(30))
     guard._end("rank 0 made no progress")
+    assert (ended, came_back) == ([86], [])
     stuck.set()
-    assert ended == [86]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
