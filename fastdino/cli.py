@@ -3,6 +3,7 @@
 commands:
   train RECIPE [flags]   train, or resume, a run:   fastdino train vit_small_16 --data.root /data/imagenet/train
   shard SRC DST          pack images into tar shards, which load faster; --short-side 512 for large originals
+  status RUN             where a run stands, also one that was killed or has stopped talking; --json for scripts
   recipes [RECIPE]       list the recipes, or show one with all its settings
   bench RECIPE [flags]   images/s, MFU and memory of a recipe here, and where the time of a step goes
   bench data SRC         images/s per core of reading, decoding and making views, and what would make them faster
@@ -272,6 +273,22 @@ def show_recipes(name: Annotated[str, tyro.conf.Positional] = "", /) -> None:
     print(f"{inspect.getdoc(recipes.RECIPES[name])}\n\n{config.to_json()}")
 
 
+def status(
+    run: Path_, /, json_: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+) -> None:
+    """Says where a run stands: state, step, pace, newest checkpoint, host and process, and how it ended.
+
+    Args:
+        run: the run folder; any host that sees it will do.
+        json_: the same as JSON, with the fields of status.json, `state` as found and `age` in seconds.
+    """
+    from fastdino.status import describe, read
+
+    folder = run.expanduser()
+    found = read(folder)
+    print(json.dumps(found, indent=2) if json_ else describe(folder, found))
+
+
 def export(
     run: Path_,
     /,
@@ -373,4 +390,9 @@ def demo(dir: Path = Path("runs/demo"), seed: int = 0) -> None:
     run_demo(configured("demo", ["--run.dir", str(dir), "--run.seed", str(seed)]))
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"recipes": show_recipes, "export": export, "demo": demo}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "status": status,
+    "recipes": show_recipes,
+    "export": export,
+    "demo": demo,
+}

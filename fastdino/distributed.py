@@ -20,7 +20,8 @@ from torch import Tensor
 from fastdino.config import ConfigError, UserError
 from fastdino.launch import LaunchError, Place, place
 
-# Hosts wait as long as one of them works: rank 0 evaluates and writes. One that died shows by its closed connection.
+# Hosts wait as long as one of them works: rank 0 evaluates and writes. One that died shows by its closed connection;
+# of one that hangs, its watchdog tells the others.
 _HOST_TIMEOUT = timedelta(days=1)
 PATIENCE = timedelta(minutes=30)  # for the other ranks of a run to start: images are pulled, libraries read over NFS
 
@@ -52,10 +53,12 @@ class Ranks:
         local_rank: int,
         device: torch.device,
         host_group: dist.ProcessGroup | None = None,
+        store: dist.Store | None = None,
     ) -> None:
-        """``host_group`` (gloo) stands beside a group of nccl: decisions on the host never wait for the GPU."""
+        """``host_group`` (gloo) stands beside a group of nccl: decisions on the host never wait for the GPU. ``store``
+        is where the ranks met."""
         self.rank, self.world_size, self.local_rank, self.device = rank, world_size, local_rank, device
-        self._host_group = host_group
+        self._host_group, self._store = host_group, store
         self._releases: list[Callable[[], None]] = []
         self._destroy: Callable[[], None] = dist.destroy_process_group
 
@@ -116,6 +119,15 @@ class Ranks:
             return bool(told)
 
         return answer
+
+    def board(self) -> dist.Store | None:
+        """Notes that ranks leave for each other, where none waits; None in a group of one.
+
+        It has a connection of its own: the group's is taken by whichever thread waits in it.
+        """
+        if self._store is None or self.world_size == 1:
+            return None
+        return dist.PrefixStore("board", self._store.clone())  # type: ignore[attr-defined]
 
     def on_main(self, work: Callable[[], T]) -> T:
         """What ``work`` on rank 0 returns, on every rank; a UserError that it raises ends them all."""
@@ -185,7 +197,7 @@ def init(device: Literal["auto", "cpu", "cuda"] = "auto") -> Ranks:
             f"the ranks found each other but cannot connect ({str(error).splitlines()[0]}): let GLOO_SOCKET_IFNAME and "
             "NCCL_SOCKET_IFNAME name a network interface that leads to all of their machines"
         ) from error
-    return Ranks(here.rank, here.world_size, here.local_rank, where, host_group)
+    return Ranks(here.rank, here.world_size, here.local_rank, where, host_group, store)
 
 
 def _gpu(local_rank: int, env: Mapping[str, str]) -> int:

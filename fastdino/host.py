@@ -1,10 +1,13 @@
-"""What a container or a cluster may leave out of a user's account, supplied before a library stumbles over it."""
+"""The machine: which process of which host this is, and what an account may lack that a library would stumble over."""
 
 import getpass
 import logging
 import os
+import socket
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 _LONGEST = 70  # of the folder for temporary files: a socket's whole path has room for 107 bytes
 
@@ -40,3 +43,32 @@ def _own_folder() -> Path:
     if folder.stat().st_uid != os.getuid():  # somebody else's, who could put code there
         return Path(tempfile.mkdtemp())
     return folder
+
+
+def this_process() -> dict[str, Any]:
+    """What tells this process from every other, also from later ones with its number: plain values for JSON."""
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "pid": pid, "namespace": _namespace(), "started": _started(pid)}
+
+
+def may_live(process: Mapping[str, Any]) -> bool:
+    """False when what :func:`this_process` returned is known to be dead: a process of this host that has ended."""
+    here = process.get("host") == socket.gethostname() and process.get("namespace", _namespace()) == _namespace()
+    return not here or process.get("started") == _started(process.get("pid"))
+
+
+def _namespace() -> int:
+    """Containers that share a host's name count their processes on their own."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
+
+
+def _started(pid: object) -> str | None:
+    """When a process of this host was started, in the kernel's count; None when there is no such process."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else fields[18]  # one that has ended, and whose parent has not noticed yet

@@ -142,6 +142,7 @@ def test_defaults_are_those_of_dino_v1(option):
             r"data.channels=1, .*\(views.jitter\): use --views.jitter 0$",
         ),
         (lambda: RunConfig(epochs=0), "run.epochs=0"),
+        (lambda: RunConfig(hang_after=-1.0), "run.hang_after=-1.0 must be 0 or more"),
         (lambda: Config(model=ModelConfig(patch_size=15)), "global_size=224 .* model.patch_size=15: use 210 or 225"),
         (lambda: Config(views=ViewsConfig(local_size=90)), "local_size=90 .* use 80 or 96"),
         (lambda: Config(run=RunConfig(epochs=5)), "warmup_epochs=10 is longer than run.epochs=5"),
@@ -400,7 +401,7 @@ def test_settings_are_few_and_each_is_explained():
         f.name for f in dataclasses.fields(HeadConfig)
     }
     settings = [(kind, f.name) for kind in kinds.values() for f in dataclasses.fields(kind)]
-    assert len(settings) == 103
+    assert len(settings) == 104
     for kind, name in settings:
         after = inspect.getsource(kind).split(f"    {name}: ")[1].split("\n", 1)[1].lstrip()
         assert after.startswith('"""'), f"{name} has no docstring, so --help does not explain it"

@@ -37,10 +37,13 @@ class RunConfig(Group):
     """Class folders or shards for the k-NN, or shapes. Default: shapes when training on shapes, else no k-NN."""
     max_nonfinite: int = 10
     """Skipped steps in a row (non-finite loss or gradient) after which the run stops."""
+    hang_after: float = 120.0
+    """Seconds without a step after which the run counts as hung: all ranks write their stacks to stacks/ and end with
+    exit code 86. 20 median steps are no hang; start, first steps and checkpoints have 15 minutes. 0: never."""
 
     def check(self) -> None:
         for name in ("epochs", "local_batch", "save_every", "keep", "log_every", "max_nonfinite"):
             self.require(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("save_every_steps", "keep_every", "knn_every"):
+        for name in ("save_every_steps", "keep_every", "knn_every", "hang_after"):
             self.require(getattr(self, name) >= 0, name, "0 or more")
         self.require(0 <= self.seed < 2**64, "seed", "in [0, 2**64)", "a generator's seed has 64 bits")

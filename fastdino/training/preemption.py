@@ -105,7 +105,7 @@ class PreemptionNotice:
                 return
             if received == signal.SIGTERM:
                 if first is not None and now - first > REPEAT:
-                    _end_now()
+                    end_now(128 + signal.SIGTERM)
                 first = first or now
             if received in SIGNALS:
                 self._ear.settimeout(0.2)  # from now on the time is watched
@@ -113,8 +113,8 @@ class PreemptionNotice:
                 signal.pthread_kill(self._main.ident or 0, signal.SIGUSR1)  # ends its system call; _on_signal follows
 
 
-def _end_now() -> None:
+def end_now(code: int) -> None:
     """Ends the process with no regard to what it does. Says nothing: the main thread may hold the log's lock."""
     for child in multiprocessing.active_children():
         child.kill()
-    os._exit(128 + signal.SIGTERM)
+    os._exit(code)

@@ -6,7 +6,6 @@ import functools
 import json
 import logging
 import os
-import socket
 import time
 import weakref
 from collections.abc import Iterable
@@ -18,7 +17,10 @@ from torch import Tensor
 
 from fastdino.config import Config, ConfigError, UserError, group_kinds
 from fastdino.distributed import Ranks
+from fastdino.engine.schedules import Schedules
 from fastdino.engine.shards import Fragment
+from fastdino.host import may_live, this_process
+from fastdino.status import Status
 from fastdino.training import checkpoint
 from fastdino.training.checkpoint import CheckpointError, Manifest
 
@@ -26,14 +28,14 @@ log = logging.getLogger(__name__)
 
 # What may change between a run and its resumption: none of it changes what is computed, but for rounding; masks,
 # Sinkhorn and KoLeo look at a micro batch, however. Images are known by their names and count, and the weights that a
-# run started from are not read again. A longer run has other schedules, which RunFolder.restore says.
+# run started from are not read again. A longer run has other schedules, which RunFolder.check_length says.
 MAY_CHANGE = {
     "engine.name", "engine.zero_stage", "engine.deepspeed", "engine.accumulate", "engine.device", "engine.compile",
     "engine.cuda_graphs", "engine.teacher_stream", "engine.checkpointing", "model.attention", "model.packed",
     "model.weights", "head.weights", "patch_head.weights", "data.root", "data.cache", "data.cache_gb",
     "data.label_column", "data.views", "data.num_workers", "data.max_bad", "data.eval_crop", "run.dir", "run.cache",
     "run.epochs", "run.local_batch", "run.save_every", "run.save_every_steps", "run.keep", "run.keep_every",
-    "run.log_every", "run.knn_every", "run.knn_root", "run.max_nonfinite",
+    "run.log_every", "run.knn_every", "run.knn_root", "run.max_nonfinite", "run.hang_after",
 }  # fmt: skip
 MAX_FAILED_SAVES = 3  # in a row, after which a run whose disk refuses checkpoints ends
 
@@ -78,6 +80,7 @@ class RunFolder:
         self._newest_step: int | None = None
         self._lock = Lock(self.path / ".lock")
         self._made: list[Path] = []
+        self._status: Status | None = None  # of rank 0, once the run has begun
 
     def __enter__(self) -> "RunFolder":
         try:
@@ -90,6 +93,8 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._status:
+            self._status.__exit__(kind, error, trace)
         self._let_go()
 
     def _let_go(self) -> None:
@@ -103,6 +108,22 @@ class RunFolder:
     def write_config(self) -> None:
         """Writes config.json; not before everything else has been found in order, for it claims the folder."""
         self.ranks.on_main(self._write_config)
+
+    def begin(self, step: int, steps: int) -> None:
+        """Begins the run's status.json, which is kept until the folder is left; rank 0's."""
+        if self.ranks.is_main:
+            self._status = Status(self.path, step, steps, self.ranks.world_size).__enter__()
+            self._status.tell(checkpoint=self._newest_step)
+
+    def tell(self, **values: Any) -> None:
+        """What is new for the status; nothing waits for the disk."""
+        if self._status:
+            self._status.tell(**values)
+
+    def end(self, code: int, reason: str) -> None:
+        """Writes into the status how the run ends, where it will not get to leaving the folder."""
+        if self._status:
+            self._status.end(code, reason)
 
     def newest(self) -> tuple[Path, Manifest] | None:
         """The newest whole checkpoint; see :func:`fastdino.training.checkpoint.newest`."""
@@ -142,6 +163,7 @@ class RunFolder:
                 log.error("%s. Training goes on; the run ends when %d more saves in a row fail", error, left)
             return
         self._newest_step, self._failed_in_row = step, 0
+        self.tell(checkpoint=step)
         if self.ranks.is_main:
             checkpoint.prune(self.checkpoints, self.config.run.keep, keep_for_good)
 
@@ -163,6 +185,24 @@ class RunFolder:
                 f"{path} was written for other images: data.root={self.config.data.root!r} holds as many, but under "
                 "other names. Point data.root at the images that the run began with, or give this run its own folder"
             )
+
+    def check_length(self, path: Path, step: int, steps_per_epoch: int, global_batch: int) -> None:
+        """A run may be made longer, which bends its cosines; not shorter than ``path``, its checkpoint of ``step``."""
+        epochs = self.config.run.epochs
+        total = epochs * steps_per_epoch
+        if step > total:
+            raise ConfigError(
+                f"run.epochs={epochs} ends at step {total}, but {path} is of step {step}: let the run be at least as "
+                "long as it already is"
+            )
+        before = self.config_before  # known to rank 0, which says it
+        if before and before.run.epochs != epochs and before.optim.schedule != "constant":
+            was, now = (Schedules(c, steps_per_epoch, global_batch)(step).lr for c in (before, self.config))
+            log.warning(
+                "run.epochs was %d and is %d: every schedule is that of the new length from here on. At step %d the "
+                "learning rate jumps from %.3g to %.3g; the result is not that of a run of %d epochs from its start",
+                before.run.epochs, epochs, step, was, now, epochs,
+            )  # fmt: skip
 
     def _take(self) -> None:
         """Checks the folder, locks it, and checks again what may have changed until it was locked."""
@@ -244,7 +284,7 @@ class Lock:
                 with file:
                     return _describe(_holder(file, patience=1.0))
             except OSError:  # this file system has no flock
-                if (holder := _holder(file)) and _may_live(holder):
+                if (holder := _holder(file)) and may_live(holder):
                     file.close()
                     return f"{_describe(holder)} (if it is gone, remove {self.path})"
             if self._is_there(file):
@@ -282,7 +322,7 @@ def _close(file: "weakref.ref[IO[bytes]]") -> None:
 
 def _ourselves() -> dict[str, Any]:
     since = time.strftime("%Y-%m-%d %H:%M:%S")
-    return {"host": socket.gethostname(), "pid": os.getpid(), "since": since, "started": _started(os.getpid())}
+    return {**this_process(), "since": since}
 
 
 def _holder(file: IO[bytes], patience: float = 0.0) -> dict[str, Any]:
@@ -303,19 +343,6 @@ def _describe(holder: dict[str, Any]) -> str:
     if not holder:
         return "another process"
     return f"process {holder.get('pid')} on host {holder.get('host')}, since {holder.get('since')},"
-
-
-def _may_live(holder: dict[str, Any]) -> bool:
-    """False when the holder is known to be dead: a process of this host that has ended."""
-    return holder.get("host") != socket.gethostname() or holder.get("started") == _started(holder.get("pid"))
-
-
-def _started(pid: object) -> str | None:
-    """When a process of this host was started, in the kernel's count; None when there is no such process."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return None
 
 
 def _reason(error: Exception) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdino import distributed
-from fastdino.config import Config, ConfigError, UserError
+from fastdino.config import Config, UserError
 from fastdino.data import Batch, normalize, open_source, train_batches
 from fastdino.distributed import Ranks
 from fastdino.engine import build_engine, graphs, zero_stage
@@ -32,6 +32,7 @@ from fastdino.training.flops import Meter
 from fastdino.training.metrics import Metrics
 from fastdino.training.preemption import Interrupted, Preempted, PreemptionNotice
 from fastdino.training.run_folder import RunFolder, read_config
+from fastdino.training.watchdog import FOREVER, SLOW, Pulse, Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -60,12 +61,13 @@ def train(config: Config) -> Result:
     calls it. Raises ConfigError for settings that cannot work, CheckpointError for a checkpoint that cannot be used,
     BadData when too many images are unreadable, TrainingDiverged, and Preempted after SIGTERM or SIGUSR1.
     """
-    with distributed.init(config.engine.device) as ranks:
+    with distributed.init(config.engine.device) as ranks, Watchdog(config.run, ranks) as watchdog:
         config = ranks.on_main(lambda: _settled(config))
         with RunFolder(config, ranks) as folder:
+            watchdog.last_words = folder.end
             for line in config.ignored() if ranks.is_main else ():
                 log.warning(line)
-            return Trainer(config, ranks, folder).run()
+            return Trainer(config, ranks, folder, watchdog.pulse).run()
 
 
 def _settled(config: Config) -> Config:
@@ -88,10 +90,13 @@ class Trainer:
         config: the run's.
         ranks: of which this process is one.
         folder: where the run is kept and resumed from; without one, steps can be taken and nothing is kept.
+        pulse: hears of every step.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, folder: RunFolder | None = None) -> None:
-        self.config, self.ranks, self.folder = config, ranks, folder
+    def __init__(
+        self, config: Config, ranks: Ranks, folder: RunFolder | None = None, pulse: Pulse | None = None
+    ) -> None:
+        self.config, self.ranks, self.folder, self.pulse = config, ranks, folder, pulse or Pulse(0.0)
         self.captures = graphs.captures(config, ranks)
         self.source = open_source(config.data.root, config.data)
         self.online_knn: OnlineKnn | None = None  # on rank 0, where one was asked for
@@ -124,8 +129,8 @@ class Trainer:
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.total_steps = self.steps_per_epoch * config.run.epochs
         self.schedules = Schedules(config, self.steps_per_epoch, self.global_batch)
-        if newest:
-            self._check_length(newest[0])
+        if folder and newest:
+            folder.check_length(newest[0], self.step, self.steps_per_epoch, self.global_batch)
 
     # ------------------------------------------------------------------------------------------------ one step
 
@@ -187,6 +192,7 @@ class Trainer:
         """Trains to the end; checkpoints, logs and evaluates on the way."""
         assert self.folder is not None, "a run needs a folder"
         self.folder.write_config()
+        self.folder.begin(self.step, self.total_steps)
         metrics = None
         if self.ranks.is_main:
             self._introduce()
@@ -238,6 +244,9 @@ class Trainer:
             if metrics.times(self.step):
                 figures["loss"].item()  # waits for the device, so that the time is the step's
             metrics.advance(self.step, time.perf_counter() - started, waited)
+        self.pulse.step(self.step)
+        if self.folder:
+            self.folder.tell(step=self.step, step_time=time.time())
         return figures
 
     def _preempt(self) -> None:
@@ -257,7 +266,8 @@ class Trainer:
         if last or by_epoch or by_step:
             self._save(last)
         if rest == 0 and run.knn_every and (last or epoch % run.knn_every == 0):
-            knn = self._knn(metrics, epoch, knn, notice)
+            with self.pulse.section("the k-NN", SLOW if self.ranks.is_main else FOREVER):  # rank 0 has a beat a batch
+                knn = self._knn(metrics, epoch, knn, notice)
         if metrics and (rest == 0 or by_step or metrics.compiled(self.step)):
             metrics.restart_clock(self.step)
         return knn
@@ -276,7 +286,9 @@ class Trainer:
             more = {"grad_norm": float(self.engine.grad_norm)}
             failed = self.folder.failed_saves if self.folder else 0
             counts = {"skipped_steps": skipped, "bad_images": self.batches.num_bad, "failed_saves": failed}
-            metrics.report(self.step, values, epoch=epoch, **schedule, **more, **counts)
+            pace = metrics.report(self.step, values, epoch=epoch, **schedule, **more, **counts)
+            if self.folder:
+                self.folder.tell(**pace)
             for alarm in health.check(values, first_epoch=epoch < 1):
                 metrics.say(f"step {self.step}: {alarm}")
             if in_row:
@@ -295,6 +307,7 @@ class Trainer:
         if self.online_knn and metrics and teacher is not None:
             backbone = teacher.backbone
             assert isinstance(backbone, nn.Module)
+            beats = backbone.register_forward_hook(lambda *_: self.pulse.beat())
             try:
                 with notice.interruptible(grace=0), torch.compiler.set_stance("force_eager"):  # other shapes
                     score = self.online_knn(backbone)
@@ -306,6 +319,8 @@ class Trainer:
                 before = score["knn"]
                 metrics.write(self.step, {"epoch": epoch, **score})
                 metrics.say(f"epoch {epoch}: k-NN of the teacher {before:.1f} %")
+            finally:
+                beats.remove()
         self.ranks.barrier()
         return before
 
@@ -355,15 +370,16 @@ class Trainer:
         """Writes a checkpoint of the present step; the ``last`` one of this process has to succeed."""
         assert self.folder is not None
         stride = self.config.run.keep_every * self.steps_per_epoch
-        self.folder.save(
-            self.step,
-            fragments=self.engine.fragments() if self.engine.saves else (),
-            shared=self._shared(),
-            shapes=self.shapes,
-            meta={**self._meta, "epoch": self.step / self.steps_per_epoch},
-            keep_for_good=range(stride, self.total_steps + 1, stride) if stride else (),
-            last=last,
-        )
+        with self.pulse.section("the checkpoint"):
+            self.folder.save(
+                self.step,
+                fragments=self.engine.fragments() if self.engine.saves else (),
+                shared=self._shared(),
+                shapes=self.shapes,
+                meta={**self._meta, "epoch": self.step / self.steps_per_epoch},
+                keep_for_good=range(stride, self.total_steps + 1, stride) if stride else (),
+                last=last,
+            )
 
     def _restore(self, path: Path, manifest: Manifest) -> int:
         """Loads a checkpoint; returns the step at which the run goes on."""
@@ -376,20 +392,3 @@ class Trainer:
         if self.ranks.is_main:
             log.info("resumed from %s", path)
         return manifest.step
-
-    def _check_length(self, path: Path) -> None:
-        """A run may be made longer, which bends its cosines; not shorter than it is."""
-        epochs = self.config.run.epochs
-        if self.step > self.total_steps:
-            raise ConfigError(
-                f"run.epochs={epochs} ends at step {self.total_steps}, but {path} is of step {self.step}: let the run "
-                "be at least as long as it already is"
-            )
-        before = self.folder.config_before if self.folder else None  # known to rank 0, which says it
-        if before and before.run.epochs != epochs and before.optim.schedule != "constant":
-            was = Schedules(before, self.steps_per_epoch, self.global_batch)(self.step).lr
-            log.warning(
-                "run.epochs was %d and is %d: every schedule is that of the new length from here on. At step %d the "
-                "learning rate jumps from %.3g to %.3g; the result is not that of a run of %d epochs from its start",
-                before.run.epochs, epochs, self.step, was, self.schedules(self.step).lr, epochs,
-            )  # fmt: skip

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdino
-from fastdino import distributed
+from fastdino import distributed, status
 from fastdino.config import (
     Config,
     ConfigError,
@@ -125,6 +125,9 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     kept = sorted(int(p.name[5:]) for p in (result.dir / "checkpoints").iterdir())
     assert kept == [30, 60, 70, 80], "the two newest and every third epoch"
     assert list((result.dir / "tensorboard").glob("events*"))
+    told = status.read(result.dir)
+    assert [told[name] for name in ("state", "step", "steps", "checkpoint", "exit")] == ["finished", 80, 80, 80, 0]
+    assert told["images_per_second"] > 0
     last = json.loads((result.dir / "metrics.jsonl").read_text().splitlines()[-2])
     assert {"epoch", "lr", "momentum", "grad_norm", "images_per_second", "data_wait", "teacher_entropy"} <= last.keys()
     assert last["loss_dino"] == last["loss"]
@@ -212,6 +215,8 @@ def test_a_notice_saves_and_stops_all_ranks(tmp_path):
     noticed = launch(config, processes=2, kill_at=7, signal_number=signal.SIGTERM)
     assert "stopped by a signal at step 8" in noticed.stderr  # told at 7, and all ranks agreed a step later
     assert (config.run.dir / "checkpoints/step-00000008").exists()
+    told = status.read(config.run.dir)
+    assert [told[name] for name in ("state", "step", "checkpoint", "exit", "ranks")] == ["preempted", 8, 8, 85, 2]
     assert launch(config, processes=2).returncode == 0
     assert losses(tmp_path / "straight") == losses(tmp_path / "noticed")
 
