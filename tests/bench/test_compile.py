@@ -76,7 +76,7 @@ from unittest import mock
 from bench.compile import offline
 from fastdino_kernels.optim import ema_update
 from bench.compile.cases import CASES
-with mock.patch.object(ema_update, "launch_config", lambda _: {config}):
+with mock.patch.object(ema_update, "launch_config", lambda: {config}):
     reports = offline.compile_reports(CASES["ema_update_ flat"].call, "sm_90")
 print(json.dumps({"spoiled": [asdict(report) for report in reports]}))
 """

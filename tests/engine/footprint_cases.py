@@ -4,6 +4,7 @@ python footprint_cases.py OUT, plain or under a launcher.
 """
 
 import dataclasses
+import gc
 import json
 import sys
 import tempfile
@@ -11,17 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, nn
 
 from bench.workload import random_batch
 from fastdino import distributed
 from fastdino.config import Config
 from fastdino.distributed import Ranks
-from tests.engine.zero3_cases import CPU, V1, V2, tensor_bytes, trainer
+from tests.engine.zero3_cases import CPU, V1, V2, Collectives, trainer
 
-KINDS = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter"}
 ENGINES = ("torch", "zero0", "zero1", "zero2", "zero3")
 # Large beside what a step keeps of its own; parameters of odd sizes, and trained norms.
 LARGE = dataclasses.replace(V1, head=dataclasses.replace(V1.head, num_prototypes=4097))
@@ -30,21 +28,15 @@ KEPT = {"v1 fp32": LARGE, "v1 bf16": LARGE, "v2 bf16": ODD}
 BUCKET = 100_000  # elements, of the cases with engine.deepspeed
 
 
-class Collectives(TorchDispatchMode):
-    """Calls, elements and bytes by kind while it is entered."""
-
-    def __enter__(self) -> "Collectives":
-        self.found: dict[str, list[int]] = {}
-        return super().__enter__()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        space, name = func._schema.name.split("::")
-        if space == "c10d":
-            whole = max((x for x in tree_leaves(args[:2]) if isinstance(x, Tensor)), key=Tensor.numel)
-            total = self.found.setdefault(KINDS[name], [0, 0, 0])
-            for i, more in enumerate((1, whole.numel(), whole.numel() * whole.element_size())):
-                total[i] += more
-        return func(*args, **(kwargs or {}))
+def tensor_bytes() -> int:
+    """Of everything that is alive."""
+    gc.collect()
+    found = {}
+    for x in gc.get_objects():
+        if type(x) in (Tensor, nn.Parameter) and x.device == CPU:
+            storage = x.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
 
 
 def resident(ranks: Ranks, config: Config, engine: str, precision: str) -> dict[str, int]:

@@ -4,19 +4,18 @@ python zero3_cases.py OUT [OTHERS], plain or under a launcher. OTHERS is the OUT
 """
 
 import dataclasses
-import gc
 import json
 import os
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bench.workload import nano_config, nano_dinov2, random_batch
 from fastdino import distributed
@@ -29,6 +28,7 @@ from fastdino_kernels import ema_update_
 from tests.engine.engine_cases import STEPS, Case, now, resume, train, whole
 
 CPU = torch.device("cpu")
+KINDS = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter"}
 # Drop path by chance, views of two sizes; rates at which five steps are felt.
 V1 = dataclasses.replace(nano_config(), optim=OptimConfig(lr=0.03, warmup_epochs=0, clip=0.3, teacher_momentum=0.9))
 V2 = nano_dinov2(V1, sinkhorn=True)  # subsets, masks, two heads, registers, LayerScale, rates by depth
@@ -105,19 +105,19 @@ def average(ranks: Ranks, precision: str) -> dict[str, bool]:
 
 
 class Collectives(TorchDispatchMode):
-    """Calls and elements of collectives while it is entered."""
+    """Calls, elements and bytes by kind while it is entered."""
 
     def __enter__(self) -> "Collectives":
-        self.calls: Counter[str] = Counter()
-        self.elements: Counter[str] = Counter()
+        self.found: dict[str, list[int]] = {}
         return super().__enter__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         space, name = func._schema.name.split("::")
         if space == "c10d":
-            self.calls[name] += 1
-            whole = max((x.numel() for x in args[:2] if isinstance(x, Tensor)), default=0)
-            self.elements[name] += whole
+            whole = max((x for x in tree_leaves(args[:2]) if isinstance(x, Tensor)), key=Tensor.numel)
+            total = self.found.setdefault(KINDS[name], [0, 0, 0])
+            for i, more in enumerate((1, whole.numel(), whole.numel() * whole.element_size())):
+                total[i] += more
         return func(*args, **(kwargs or {}))
 
 
@@ -130,33 +130,7 @@ def collectives(ranks: Ranks, config: Config) -> dict[str, Any]:
         made.train_step([random_batch(config, CPU, step)])
     with Collectives() as count:
         made.train_step([random_batch(config, CPU, 3)])
-    return {
-        "calls": dict(count.calls),
-        "elements": dict(count.elements),
-        "all": sum(padded.values()),
-        "trained": trained,
-    }
-
-
-def tensor_bytes() -> int:
-    """Of everything that is alive."""
-    gc.collect()
-    found = {}
-    for x in gc.get_objects():
-        if type(x) in (Tensor, nn.Parameter) and x.device == CPU:
-            storage = x.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-    return sum(found.values())
-
-
-def resident(ranks: Ranks, engine: str, precision: str) -> float:
-    """Bytes that stay on a rank after a step, per parameter."""
-    before, large = tensor_bytes(), dataclasses.replace(V1, head=dataclasses.replace(V1.head, num_prototypes=4096))
-    made = trainer(ranks, large, engine, precision=precision)
-    params = sum(torch.Size(shape).numel() for shape in made.shapes.values())
-    made.train_step([random_batch(large, CPU, 0)])
-    made.engine.wait_teacher()
-    return (tensor_bytes() - before) / params
+    return {**count.found, "all": sum(padded.values()), "trained": trained}
 
 
 def whole_teacher(ranks: Ranks) -> dict[str, Any]:
@@ -259,15 +233,12 @@ def run_cases(ranks: Ranks, others: dict[str, Any] | None) -> dict[str, Any]:
     case("json/zero3", by_json, "zero3", "fp32")
     for precision in ("fp32", "bf16"):
         case(f"average {precision}", average, precision)
-        for engine in ("torch", "zero0", "zero1", "zero2", "zero3"):
-            case(f"resident {precision}/{engine}", resident, engine, precision)
         case(f"five {precision}", train, "zero3", precision=precision)
         case(f"three {precision}", train, "zero3", steps=3, precision=precision)
         case(f"resume {precision}", resume, "zero3", found[f"three {precision}"], precision=precision)
         if others is not None:
             case(f"reshard {precision}", resume, "zero3", others[f"three {precision}"], precision=precision)
     case("collectives", collectives, V1)
-    case("collectives apart", collectives, APART)
     case("whole teacher", whole_teacher)
     case("compiled", compiled)
     case("units", units)
