@@ -78,8 +78,11 @@ class Status:
         temporary = self.folder / f".{NAME}"
         with self._lock, contextlib.suppress(OSError):
             text = json.dumps({**self._values, "time": time.time()}, indent=2)
-            temporary.write_text(text + "\n")
-            os.replace(temporary, self.folder / NAME)
+            try:
+                temporary.write_text(text + "\n")
+                os.replace(temporary, self.folder / NAME)
+            finally:
+                temporary.unlink(missing_ok=True)  # what a full disk has cut off
 
 
 def read(folder: Path, clock: Callable[[], float] = time.time) -> dict[str, Any]:

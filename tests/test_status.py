@@ -171,3 +171,12 @@ def test_the_command_needs_no_torch(folder):
 def test_a_disk_that_refuses_changes_nothing(tmp_path):
     with Status(tmp_path / "gone", 0, 10, 1) as kept:
         kept.tell(step=1)
+
+
+def test_a_full_disk_leaves_the_file_before_alone(folder, monkeypatch):
+    with Status(folder, 3, 10, 1) as kept:
+        before = written(folder)
+        monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        kept.tell(step=4)
+    assert written(folder) == before
+    assert not (folder / ".status.json").exists()
