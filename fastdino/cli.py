@@ -226,7 +226,7 @@ def bench(arguments: list[str]) -> None:
 def plan(arguments: list[str]) -> None:
     """``fastdino plan RECIPE``: the flags are the fields of Plan, and the recipe's settings."""
     from fastdino.model.weights import settled
-    from fastdino.plan import Plan
+    from fastdino.planning.plan import Plan
 
     planner, config = _with_recipe(Plan(), "plan", arguments)
     print(planner(settled(config)).text())

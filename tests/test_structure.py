@@ -31,6 +31,7 @@ MAY_IMPORT = {  # rooms of fastdino, or files in them, that a room may import, b
     "engine": set(),
     "eval": {"model", "data"},
     "training": {"method", "model", "data", "engine", "eval"},
+    "planning": {"method", "model", "data", "engine", "training.flops"},
 }
 
 

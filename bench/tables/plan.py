@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from fastdino.cli import configured
 from fastdino.config import ConfigError
-from fastdino.footprint import GB, Layout, activations, states
-from fastdino.plan import CHECKPOINTING, Plan, checkpointed
+from fastdino.planning.footprint import GB, Layout, activations, states
+from fastdino.planning.plan import CHECKPOINTING, Plan, checkpointed
 
 SEVEN_B = (
     "dinov2_vit_giant_14 --model.arch vit_7b --model.patch-size 16 --model.pos-embed rope --model.registers 4 "

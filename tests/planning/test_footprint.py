@@ -11,15 +11,16 @@ import torch
 
 from bench.counters import kernels_counted, saved_bytes
 from bench.workload import nano_dinov2, random_batch
-from fastdino import footprint, recipes
+from fastdino import recipes
 from fastdino.config import Config
-from fastdino.footprint import Layout
 from fastdino.model import build_network
+from fastdino.planning import footprint
+from fastdino.planning.footprint import Layout
 from tests.engine.footprint_cases import BUCKET, ENGINES, KEPT, V1, V2
 from tests.engine.test_engine import launch
 from tests.engine.zero3_cases import TIMM
 
-CASES = Path(__file__).parent / "engine" / "footprint_cases.py"
+CASES = Path(__file__).parents[1] / "engine" / "footprint_cases.py"
 WORLD_SIZES = pytest.mark.parametrize("world_size", [1, 2])
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from fastdino.config import Config, ConfigError
 from fastdino.config.errors import require
-from fastdino.footprint import GB, Layout, peak, states, traffic
+from fastdino.planning.footprint import GB, Layout, peak, states, traffic
 from fastdino.training.flops import step_flops
 
 STAGES: tuple[int, ...] = (0, 1, 2, 3)

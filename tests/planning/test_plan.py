@@ -8,8 +8,8 @@ import pytest
 
 from fastdino import cli, recipes
 from fastdino.config import Config, ConfigError
-from fastdino.footprint import Layout
-from fastdino.plan import Plan, smallest, ways
+from fastdino.planning.footprint import Layout
+from fastdino.planning.plan import Plan, smallest, ways
 
 VITG = recipes.get("dinov2_vit_giant_14")
 
