@@ -59,6 +59,10 @@ class Engine(ABC):
         """0-d norm of the last step's gradient over all parameters, before clipping."""
         return self.optimizer.grad_norm
 
+    def grad_norms(self) -> dict[str, Tensor]:
+        """:attr:`grad_norm`, and as ``grad_norm_MODULE`` those of the network's modules: backbone, head, patch_head."""
+        return self.optimizer.grad_norms()
+
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of ``loss / engine.accumulate``; called engine.accumulate times before :meth:`step`."""

@@ -76,11 +76,13 @@ class Optimizer(torch.optim.Optimizer):
         self.index = torch.cat([group["index"] for group in self.param_groups])
         parts = [name.split(".")[0] for name in names] + [""]  # backbone, head, patch_head; padding is for itself
         self.modules = torch.tensor([[part == module for part in parts] for module in parts], device=device)
+        self.module_rows = {part: parts.index(part) for part in parts if part}
         self.counters = {
             key: torch.zeros((), dtype=torch.long, device=device) for key in ("steps", "skipped", "skipped_in_row")
         }
         self.counters["last_skipped"] = torch.full((), -1, device=device)
         self.grad_norm = torch.zeros((), device=device)  # of the newest step, over all parameters, before clipping
+        self.squares = torch.zeros(len(names) + 1, device=device)  # of the same by parameter; where a graph writes too
 
     @torch.no_grad()
     def prepare(self, now: Now, grads: list[Tensor], loss: Tensor) -> Tensor:
@@ -97,7 +99,7 @@ class Optimizer(torch.optim.Optimizer):
             group["lr"] = 0.0 if frozen and self.config.freeze_how == "lr" else now.lr
             group["weight_decay"] = now.weight_decay if group["group"].regularized else 0.0
             group["frozen"] = frozen and self.config.freeze_how == "skip"
-        squares = self.grad_norm.new_zeros(self.num_params + 1)
+        squares = self.squares.zero_()
         segments = [group["segments"] for group in self.param_groups]
         found = [segment_squares(grad, of_grad) for grad, of_grad in zip(grads, segments, strict=True)]
         squares.index_add_(0, self.index, torch.cat(found))
@@ -121,9 +123,18 @@ class Optimizer(torch.optim.Optimizer):
             case "tensor":
                 return squares.sqrt()
             case "module":
-                return torch.where(self.modules, squares, 0.0).sum(dim=1).sqrt()
+                return self._by_module(squares)
             case "global":
                 return self.grad_norm.expand_as(squares)
+
+    def _by_module(self, squares: Tensor) -> Tensor:
+        """(parameters + 1,) norm of the module that each parameter is in."""
+        return torch.where(self.modules, squares, 0.0).sum(dim=1).sqrt()
+
+    def grad_norms(self) -> dict[str, Tensor]:
+        """0-d norms of the newest step's gradient before clipping: of all, and of each module of the network."""
+        norms = self._by_module(self.squares)
+        return {"grad_norm": self.grad_norm} | {f"grad_norm_{part}": norms[i] for part, i in self.module_rows.items()}
 
     def _count(self, applied: Tensor) -> None:
         skipped = (~applied).long()

@@ -132,6 +132,23 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # where Linux did not, it counts the parent's too
 
 
+def memory(device: torch.device) -> dict[str, float]:
+    """Figures by name, in GB of 1e9 bytes; none of them waits for the device.
+
+    ``memory_gb`` and ``peak_memory_gb``, now and at most, of a GPU's tensors, without one of the process. Of a GPU also
+    ``reserved_memory_gb``, which tensors and the allocator's free blocks take, and ``alloc_retries``, how often memory
+    was short and free blocks were given back: each waits for the device.
+    """
+    found = {"peak_memory_gb": peak_memory(device) / 1e9}
+    if device.type == "cuda":
+        stats = torch.cuda.memory_stats(device)
+        for name, key in (("memory_gb", "allocated_bytes"), ("reserved_memory_gb", "reserved_bytes")):
+            found[name] = stats.get(f"{key}.all.current", 0) / 1e9
+        return found | {"alloc_retries": stats.get("num_alloc_retries", 0)}
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return found | {"memory_gb": pages * resource.getpagesize() / 1e9}
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Lets :func:`peak_memory` begin anew; on a CPU where the system is Linux."""
     if device.type == "cuda":
@@ -159,7 +176,7 @@ class Meter:
         return cls(ranks.device, ranks.world_size, step_flops(config) / images if peak else 0.0, peak)
 
     def __call__(self, images_per_second: float) -> dict[str, float]:
-        """Figures by name: ``images_per_second_per_device``, ``peak_memory_gb`` (1e9 bytes) and, if known, ``mfu``."""
+        """Figures by name: ``images_per_second_per_device``, those of :func:`memory` and, if known, ``mfu``."""
         each = images_per_second / self.world_size
-        found = {"images_per_second_per_device": each, "peak_memory_gb": peak_memory(self.device) / 1e9}
+        found = {"images_per_second_per_device": each, **memory(self.device)}
         return found | ({"mfu": each * self.flops / self.peak} if self.peak else {})

@@ -275,6 +275,7 @@ class Trainer:
     def _report(self, figures: dict[str, Tensor], metrics: Metrics | None, health: Health) -> float:
         """The one place that waits for the device: figures, counters and alarms of a logging step."""
         now = self.schedules(self.step - 1)
+        figures = {**figures, **self.engine.grad_norms()}
         packed = torch.stack([value.float() for value in figures.values()])
         self.ranks.mean_(packed)
         values = dict(zip(figures, packed.tolist(), strict=True))
@@ -283,10 +284,9 @@ class Trainer:
         if metrics:
             epoch = self.step / self.steps_per_epoch
             schedule = {name: float(getattr(now, name)) for name in Now.NUMBERS}
-            more = {"grad_norm": float(self.engine.grad_norm)}
             failed = self.folder.failed_saves if self.folder else 0
             counts = {"skipped_steps": skipped, "bad_images": self.batches.num_bad, "failed_saves": failed}
-            pace = metrics.report(self.step, values, epoch=epoch, **schedule, **more, **counts)
+            pace = metrics.report(self.step, values, epoch=epoch, **schedule, **counts)
             if self.folder:
                 self.folder.tell(**pace)
             for alarm in health.check(values, first_epoch=epoch < 1):

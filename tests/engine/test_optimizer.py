@@ -206,3 +206,14 @@ def test_gradient_norm_is_that_before_clipping() -> None:
     engine.step(now(0), loss)
     want = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]).norm()
     torch.testing.assert_close(engine.grad_norm, want)
+    grads: dict[str, list[Tensor]] = {}
+    for name, param in network.named_parameters():
+        if param.grad is not None:
+            grads.setdefault(name.split(".")[0], []).append(param.grad.flatten())
+    parts = {name: torch.cat(of).norm() for name, of in grads.items()}
+    assert len(parts) > 1
+    found = engine.grad_norms()
+    torch.testing.assert_close(found.pop("grad_norm"), want)
+    for name, norm in parts.items():
+        torch.testing.assert_close(found[f"grad_norm_{name}"], norm)
+    assert sum(norm**2 for norm in found.values()).item() == pytest.approx(want.item() ** 2)

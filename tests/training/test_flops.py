@@ -170,7 +170,8 @@ def test_the_peak_is_that_of_the_device_and_of_the_precision(
 def test_a_meter_says_what_a_device_makes_of_a_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     config = changed(engine={"accumulate": 2})
     unknown = Meter.of(config, Ranks(0, 4, 0, CPU))(100.0)
-    assert unknown.keys() == {"images_per_second_per_device", "peak_memory_gb"}, "no MFU, not one of 0"
+    figures = {"images_per_second_per_device", "memory_gb", "peak_memory_gb"}
+    assert unknown.keys() == figures, "no MFU, not one of 0"
     monkeypatch.setattr(flops, "published_peak", lambda config, device: 1e12)
     known = Meter.of(config, Ranks(0, 4, 0, CPU))(100.0)
     assert known["images_per_second_per_device"] == 25.0
@@ -180,6 +181,25 @@ def test_a_meter_says_what_a_device_makes_of_a_pace(monkeypatch: pytest.MonkeyPa
 def test_the_rate_of_products_is_that_of_the_clock() -> None:
     times = iter([9.0, 9.0, 4.0, 2.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0])
     assert matmul_flops(CPU, torch.float32, lambda work: next(times)) == 2 * 1024**3 / 2.0
+
+
+def test_memory_of_a_process_is_now_and_at_most() -> None:
+    before, kept = flops.memory(CPU)["memory_gb"], torch.ones(2**25)  # 134 MB
+    now = flops.memory(CPU)
+    assert now["memory_gb"] - before == pytest.approx(kept.nbytes / 1e9, abs=0.02)
+    del kept
+    assert flops.memory(CPU)["memory_gb"] < now["memory_gb"] - 0.1
+    assert flops.memory(CPU)["peak_memory_gb"] >= now["memory_gb"] - 0.02
+
+
+@pytest.mark.gpu
+def test_memory_of_a_gpu_has_what_the_allocator_holds() -> None:
+    device = torch.device("cuda", 0)
+    kept = torch.ones(2**20, device=device)
+    found = flops.memory(device)
+    assert kept.nbytes / 1e9 <= found["memory_gb"] <= found["peak_memory_gb"]
+    assert found["memory_gb"] <= found["reserved_memory_gb"]
+    assert found["alloc_retries"] >= 0
 
 
 def test_peak_memory_begins_anew() -> None:
