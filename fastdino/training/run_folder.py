@@ -20,6 +20,7 @@ from fastdino.distributed import Ranks
 from fastdino.engine.schedules import Schedules
 from fastdino.engine.shards import Fragment
 from fastdino.host import may_live, this_process
+from fastdino.model.weights import settled
 from fastdino.status import Status
 from fastdino.training import checkpoint
 from fastdino.training.checkpoint import CheckpointError, Manifest
@@ -56,6 +57,19 @@ def read_config(folder: Path) -> Config:
         raise ConfigError(f"{folder} is not a run folder: it has no config.json") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {_reason(error)}") from error
+
+
+def settled_config(config: Config) -> Config:
+    """``config`` with the form of model.weights: from the run that is resumed, whose file may be gone, or that file."""
+    before = read_config(config.run.dir) if os.path.exists(config.run.dir / "config.json") else None
+    if before is None or before.model.weights is None:
+        return settled(config)
+    model = config.model
+    decided = {name: getattr(before.model, name) for name in ("layer_scale", "pos_embed", "interpolation")}
+    for name in ("weights", "registers", "image_size"):
+        asked = getattr(model, name)
+        decided[name] = getattr(before.model, name) if asked is None else asked
+    return dataclasses.replace(config, model=dataclasses.replace(model, **decided))
 
 
 class RunFolder:

@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -25,13 +24,13 @@ from fastdino.method.dino import Dino
 from fastdino.method.health import Health
 from fastdino.method.targets import build_targets
 from fastdino.model import Network, build_network
-from fastdino.model.weights import settled
 from fastdino.training import checkpoint
 from fastdino.training.checkpoint import Manifest
 from fastdino.training.flops import Meter
 from fastdino.training.metrics import Metrics
+from fastdino.training.monitoring.stragglers import Stragglers
 from fastdino.training.preemption import Interrupted, Preempted, PreemptionNotice
-from fastdino.training.run_folder import RunFolder, read_config
+from fastdino.training.run_folder import RunFolder, settled_config
 from fastdino.training.watchdog import FOREVER, SLOW, Pulse, Watchdog
 
 log = logging.getLogger(__name__)
@@ -62,25 +61,12 @@ def train(config: Config) -> Result:
     BadData when too many images are unreadable, TrainingDiverged, and Preempted after SIGTERM or SIGUSR1.
     """
     with distributed.init(config.engine.device) as ranks, Watchdog(config.run, ranks) as watchdog:
-        config = ranks.on_main(lambda: _settled(config))
+        config = ranks.on_main(lambda: settled_config(config))
         with RunFolder(config, ranks) as folder:
             watchdog.last_words = folder.end
             for line in config.ignored() if ranks.is_main else ():
                 log.warning(line)
             return Trainer(config, ranks, folder, watchdog.pulse).run()
-
-
-def _settled(config: Config) -> Config:
-    """``config`` with the form of model.weights: from the run that is resumed, whose file may be gone, or that file."""
-    before = read_config(config.run.dir) if os.path.exists(config.run.dir / "config.json") else None
-    if before is None or before.model.weights is None:
-        return settled(config)
-    model = config.model
-    decided = {name: getattr(before.model, name) for name in ("layer_scale", "pos_embed", "interpolation")}
-    for name in ("weights", "registers", "image_size"):
-        asked = getattr(model, name)
-        decided[name] = getattr(before.model, name) if asked is None else asked
-    return replace(config, model=replace(model, **decided))
 
 
 class Trainer:
@@ -109,6 +95,9 @@ class Trainer:
         teacher = build_network(config, teacher=True, load=False)  # the engine gives it the student's values
         self.shapes = {name: list(p.shape) for name, p in student.named_parameters()}
         self.engine = build_engine(config, student, teacher, ranks)
+        networks = {"teacher": self.engine.teacher, "student": self.engine.student}
+        gathers = config.engine.name == "deepspeed" and zero_stage(config, ranks) == 3
+        self.stragglers = Stragglers(ranks, networks, gathers, self.captures)
         self.compiled = graphs.compiles(config, ranks.device)
         self.waits_for_compilers = self.compiled or ranks.device.type == "cuda"  # our own kernels are compiled too
         if self.waits_for_compilers:
@@ -153,13 +142,15 @@ class Trainer:
         figures: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.ranks.device))
         for batch in batches:
             loss, parts = self.method.loss(self._normalized(batch), now)
-            self.engine.backward(loss)
+            with self.stragglers("backward"):
+                self.engine.backward(loss)
             figures["loss"] += loss.detach() / len(batches)
             for name, part in parts.items() if logs else ():
                 figures[f"loss_{name}"] += part / len(batches)
         if logs:
             figures.update(self.method.statistics())
-        applied = self.engine.step(now, figures["loss"])
+        with self.stragglers("update"):
+            applied = self.engine.step(now, figures["loss"])
         self.method.after_step(applied)
         return figures
 
@@ -240,6 +231,7 @@ class Trainer:
             ) from None
         waited = time.perf_counter() - started
         figures = self.train_step(batches)
+        self.stragglers.step(data=waited, host=time.perf_counter() - started - waited)
         if metrics:
             if metrics.times(self.step):
                 figures["loss"].item()  # waits for the device, so that the time is the step's
@@ -276,9 +268,11 @@ class Trainer:
         """The one place that waits for the device: figures, counters and alarms of a logging step."""
         now = self.schedules(self.step - 1)
         figures = {**figures, **self.engine.grad_norms()}
+        told = self.stragglers.tell()  # before this host waits for its device, so that it does not wait for the others
         packed = torch.stack([value.float() for value in figures.values()])
         self.ranks.mean_(packed)
         values = dict(zip(figures, packed.tolist(), strict=True))
+        parts, slow = told()
         counters = self.engine.counters()
         skipped, in_row, last = (int(counters[k]) for k in ("skipped", "skipped_in_row", "last_skipped"))
         if metrics:
@@ -286,10 +280,10 @@ class Trainer:
             schedule = {name: float(getattr(now, name)) for name in Now.NUMBERS}
             failed = self.folder.failed_saves if self.folder else 0
             counts = {"skipped_steps": skipped, "bad_images": self.batches.num_bad, "failed_saves": failed}
-            pace = metrics.report(self.step, values, epoch=epoch, **schedule, **counts)
+            pace = metrics.report(self.step, {**values, **parts}, epoch=epoch, **schedule, **counts)
             if self.folder:
                 self.folder.tell(**pace)
-            for alarm in health.check(values, first_epoch=epoch < 1):
+            for alarm in [*health.check(values, first_epoch=epoch < 1), *slow]:
                 metrics.say(f"step {self.step}: {alarm}")
             if in_row:
                 metrics.say(f"step {last} was skipped: its loss or a gradient was not finite ({skipped} so far)")

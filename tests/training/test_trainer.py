@@ -131,6 +131,8 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     last = json.loads((result.dir / "metrics.jsonl").read_text().splitlines()[-2])
     assert {"epoch", "lr", "momentum", "grad_norm", "images_per_second", "data_wait", "teacher_entropy"} <= last.keys()
     assert last["loss_dino"] == last["loss"]
+    assert {f"seconds_{part}" for part in ("host", "teacher", "student", "backward", "update")} <= last.keys()
+    assert "slowest_rank" not in last, "there is one"
     assert last["grad_norm"] ** 2 == pytest.approx(last["grad_norm_backbone"] ** 2 + last["grad_norm_head"] ** 2)
     assert not {"loss_ibot", "loss_koleo", "patch_cos"} & last.keys()
 
