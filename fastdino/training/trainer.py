@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdino import distributed
+from fastdino.agreement import check_ranks
 from fastdino.config import Config, UserError
 from fastdino.data import Batch, normalize, open_source, train_batches
 from fastdino.distributed import Ranks
@@ -61,6 +62,7 @@ def train(config: Config) -> Result:
     BadData when too many images are unreadable, TrainingDiverged, and Preempted after SIGTERM or SIGUSR1.
     """
     with distributed.init(config.engine.device) as ranks, Watchdog(config.run, ranks) as watchdog:
+        check_ranks(ranks)
         config = ranks.on_main(lambda: settled_config(config))
         with RunFolder(config, ranks) as folder:
             watchdog.last_words = folder.end

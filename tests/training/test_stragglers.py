@@ -166,3 +166,19 @@ def test_a_training_names_its_slow_rank_and_no_other(trainings):
     assert warned[0]["slow"] == [f"step 4: slowest rank 1 ({socket.gethostname()}): forward 1.25 x median"]
     assert warned[0]["equal"] == warned[0]["once"] == []
     assert warned[1]["slow"] == warned[1]["equal"] == []
+
+
+@pytest.mark.parametrize(("case", "differs"), [("version", "torch 2.10.0, not 2."), ("code", "code another, not ")])
+def test_a_rank_with_another_version_or_code_is_refused(trainings, case, differs):
+    """One message, which rank 0 says, and exit code 2."""
+    first, other = (of[case]["error"] for of in trainings)
+    assert first.startswith(f"2: rank 1 ({socket.gethostname()}) runs {differs}")
+    assert "All ranks need one commit of fastdino and the same packages" in first
+    assert other == "2: rank 0 refused the run: its message says why"
+
+
+def test_a_clock_that_is_off_is_warned_of_and_the_run_goes_on(trainings):
+    (line,) = trainings[0]["clock"]["said"]
+    assert line.startswith(f"the clock of rank 1 ({socket.gethostname()}) is ")
+    assert 29 < float(line.split(" is ")[1].split(" s ahead of")[0]) <= 30
+    assert [of["clock"]["error"] for of in trainings] == ["", ""]

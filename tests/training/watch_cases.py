@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from unittest import mock
 import torch
 
 import fastdino
+from fastdino import agreement
 from fastdino.config import UserError
 from fastdino.model import Network
 from fastdino.training.monitoring import stragglers
@@ -52,10 +54,15 @@ def clocks(longer: float, since: int) -> Iterator[None]:
 
 def cases(rank: int) -> dict[str, Any]:
     """By name what is different on a rank."""
+    now, runs = time.time, agreement.what_runs()
+    old, changed = ({**runs, **other} if rank else runs for other in ({"torch": "2.10.0"}, {"code": "another"}))
     return {
         "equal": clocks(0.0, 1),
         "slow": clocks(0.5 * rank, 2),
         "once": clocks(0.5 * rank, 9),  # the last two steps of ten
+        "version": mock.patch.object(agreement, "what_runs", return_value=old),
+        "code": mock.patch.object(agreement, "what_runs", return_value=changed),
+        "clock": mock.patch.object(time, "time", side_effect=lambda: now() + 30 * rank),
     }
 
 
