@@ -66,6 +66,11 @@ setup(
             "tifffile>=2026.3",
             "imagecodecs>=2026.3",
         ],  # images of data.channels other than 1 and 3, and of floats
+        "monitoring": [  # run.prometheus, run.wandb, clocks of GPUs
+            "nvidia-ml-py>=12",
+            "prometheus-client>=0.20",
+            "wandb>=0.18",
+        ],
         "http": ["fsspec[http]>=2024.6"],  # --data.root https://...; other stores name their package when they are used
         "dev": [
             "datasets>=4",  # what writes the folders that are read
@@ -74,6 +79,7 @@ setup(
             "kornia>=0.8",  # peers that bench/ measures beside us
             "lightly>=1.6",
             "mypy",
+            "prometheus-client>=0.20",
             "pyarrow>=16",
             "pytest",
             "pytest-benchmark[histogram]>=5.2",
@@ -83,6 +89,7 @@ setup(
             "tifffile>=2026.3",
             "torchvision>=0.26",  # DINO v1's own augmentation, which the views are compared with
             "transformers>=5,<6",  # Hugging Face's classes, whose weights are read and written
+            "wandb>=0.18",
         ],
     },
     entry_points={"console_scripts": ["fastdino = fastdino.cli:main"]},

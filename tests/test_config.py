@@ -143,6 +143,7 @@ def test_defaults_are_those_of_dino_v1(option):
         ),
         (lambda: RunConfig(epochs=0), "run.epochs=0"),
         (lambda: RunConfig(hang_after=-1.0), "run.hang_after=-1.0 must be 0 or more"),
+        (lambda: RunConfig(prometheus=65536), "run.prometheus=65536 must be a port, 1 to 65535, or 0 for none"),
         (lambda: Config(model=ModelConfig(patch_size=15)), "global_size=224 .* model.patch_size=15: use 210 or 225"),
         (lambda: Config(views=ViewsConfig(local_size=90)), "local_size=90 .* use 80 or 96"),
         (lambda: Config(run=RunConfig(epochs=5)), "warmup_epochs=10 is longer than run.epochs=5"),
@@ -401,7 +402,7 @@ def test_settings_are_few_and_each_is_explained():
         f.name for f in dataclasses.fields(HeadConfig)
     }
     settings = [(kind, f.name) for kind in kinds.values() for f in dataclasses.fields(kind)]
-    assert len(settings) == 104
+    assert len(settings) == 106
     for kind, name in settings:
         after = inspect.getsource(kind).split(f"    {name}: ")[1].split("\n", 1)[1].lstrip()
         assert after.startswith('"""'), f"{name} has no docstring, so --help does not explain it"

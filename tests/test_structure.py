@@ -21,6 +21,8 @@ HOME = {
     "fsspec": ["fastdino/data/sources/remote.py"],
     "tifffile": ["fastdino/data/sources/formats/tiff.py"],
     "imagecodecs": ["fastdino/data/sources/formats/tiff.py"],
+    "prometheus_client": ["fastdino/training/monitoring/monitors.py"],
+    "wandb": ["fastdino/training/monitoring/monitors.py"],
     "pynvml": ["fastdino/training/monitoring/nvml.py"],
 }
 MAY_IMPORT = {  # rooms of fastdino, or files in them, that a room may import, besides itself, config and distributed

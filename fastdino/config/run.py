@@ -41,9 +41,16 @@ class RunConfig(Group):
     """Seconds without a step after which the run counts as hung: all ranks write their stacks to stacks/ and end with
     exit code 86. 20 median steps are no hang; start, first steps and checkpoints have 15 minutes. 0: never."""
 
+    prometheus: int = 0
+    """A port where rank 0 tells Prometheus what metrics.jsonl says; needs fastdino[monitoring]. 0: none."""
+    wandb: str = ""
+    """A project of Weights & Biases that is told the same; needs fastdino[monitoring]. WANDB_MODE=offline keeps it in
+    wandb/ in the run folder."""
+
     def check(self) -> None:
         for name in ("epochs", "local_batch", "save_every", "keep", "log_every", "max_nonfinite"):
             self.require(getattr(self, name) >= 1, name, "at least 1")
         for name in ("save_every_steps", "keep_every", "knn_every", "hang_after"):
             self.require(getattr(self, name) >= 0, name, "0 or more")
+        self.require(0 <= self.prometheus < 2**16, "prometheus", "a port, 1 to 65535, or 0 for none")
         self.require(0 <= self.seed < 2**64, "seed", "in [0, 2**64)", "a generator's seed has 64 bits")

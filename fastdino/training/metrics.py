@@ -12,6 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fastdino.training.monitoring.monitors import Monitors
+
 log = logging.getLogger(__name__)
 
 SILENCE = 60.0  # seconds after which a log file gets a line, however far the next report is
@@ -31,6 +33,7 @@ class Metrics:
         global_batch: images per step over all ranks.
         compiles: the first step compiles kernels, so its time says nothing about those after it.
         meter: what a pace in images/s means for a device, by name; see :class:`fastdino.training.flops.Meter`.
+        monitors: are told the same.
 
     Attributes:
         last: the newest value of each name in metrics.jsonl.
@@ -44,8 +47,9 @@ class Metrics:
         global_batch: int,
         compiles: bool = False,
         meter: Callable[[float], dict[str, float]] = lambda images_per_second: {},
+        monitors: Monitors | None = None,
     ) -> None:
-        self.path, self._meter = folder / "metrics.jsonl", meter
+        self.path, self._meter, self._monitors = folder / "metrics.jsonl", meter, monitors
         self._warned: set[str] = set()
         self.last: dict[str, Any] = {}
         self._drop_after(start_step)
@@ -95,12 +99,14 @@ class Metrics:
         return values
 
     def write(self, step: int, values: dict[str, float | int | str]) -> None:
-        """Writes ``values`` as one line and to TensorBoard, and keeps them in ``last``."""
+        """Writes ``values`` as one line and to TensorBoard, keeps them in ``last`` and tells the monitors."""
         self.last |= values
         try:
             _append(self.path, json.dumps({"step": step, **values}).encode() + b"\n")
         except OSError as error:
             self._warn(str(self.path), error, "lines are missing there")
+        if self._monitors:
+            self._monitors.write(step, values)
         if self._board is None:
             return
         try:

@@ -37,6 +37,7 @@ MAY_CHANGE = {
     "data.label_column", "data.views", "data.num_workers", "data.max_bad", "data.eval_crop", "run.dir", "run.cache",
     "run.epochs", "run.local_batch", "run.save_every", "run.save_every_steps", "run.keep", "run.keep_every",
     "run.log_every", "run.knn_every", "run.knn_root", "run.max_nonfinite", "run.hang_after",
+    "run.prometheus", "run.wandb",
 }  # fmt: skip
 MAX_FAILED_SAVES = 3  # in a row, after which a run whose disk refuses checkpoints ends
 

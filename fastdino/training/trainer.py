@@ -29,6 +29,7 @@ from fastdino.training import checkpoint
 from fastdino.training.checkpoint import Manifest
 from fastdino.training.flops import Meter
 from fastdino.training.metrics import Metrics
+from fastdino.training.monitoring.monitors import Monitors
 from fastdino.training.monitoring.stragglers import Stragglers
 from fastdino.training.preemption import Interrupted, Preempted, PreemptionNotice
 from fastdino.training.run_folder import RunFolder, settled_config
@@ -64,11 +65,11 @@ def train(config: Config) -> Result:
     with distributed.init(config.engine.device) as ranks, Watchdog(config.run, ranks) as watchdog:
         check_ranks(ranks)
         config = ranks.on_main(lambda: settled_config(config))
-        with RunFolder(config, ranks) as folder:
+        with Monitors(config, ranks) as monitors, RunFolder(config, ranks) as folder:
             watchdog.last_words = folder.end
             for line in config.ignored() if ranks.is_main else ():
                 log.warning(line)
-            return Trainer(config, ranks, folder, watchdog.pulse).run()
+            return Trainer(config, ranks, folder, watchdog.pulse).run(monitors)
 
 
 class Trainer:
@@ -181,8 +182,8 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ the run
 
-    def run(self) -> Result:
-        """Trains to the end; checkpoints, logs and evaluates on the way."""
+    def run(self, monitors: Monitors | None = None) -> Result:
+        """Trains to the end; checkpoints, logs, tells ``monitors`` and evaluates on the way."""
         assert self.folder is not None, "a run needs a folder"
         self.folder.write_config()
         self.folder.begin(self.step, self.total_steps)
@@ -191,7 +192,7 @@ class Trainer:
             self._introduce()
             place, meter = self.folder.path, Meter.of(self.config, self.ranks)
             steps = self.step, self.total_steps
-            metrics = Metrics(place, *steps, self.global_batch, self.waits_for_compilers, meter)
+            metrics = Metrics(place, *steps, self.global_batch, self.waits_for_compilers, meter, monitors)
         head = self.config.head
         health = Health(head.num_prototypes, (self.config.patch_head or head).num_prototypes)
         loss, knn = self.ranks.gather(metrics and (metrics.last.get("loss", float("nan")), metrics.last.get("knn")))[0]
