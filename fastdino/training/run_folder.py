@@ -22,7 +22,7 @@ from fastdino.engine.shards import Fragment
 from fastdino.host import may_live, this_process
 from fastdino.status import Status
 from fastdino.training import checkpoint
-from fastdino.training.checkpoint import CheckpointError, Manifest
+from fastdino.training.checkpoint import CheckpointError, Folder, Manifest
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class RunFolder:
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
-        self.path, self.checkpoints = config.run.dir, config.run.dir / "checkpoints"
+        self.path, self.store = config.run.dir, Folder(config.run.dir / "checkpoints")
         self.failed_saves = self._failed_in_row = 0
         self.config_before: Config | None = None
         self._newest_step: int | None = None
@@ -125,10 +125,10 @@ class RunFolder:
         if self._status:
             self._status.end(code, reason)
 
-    def newest(self) -> tuple[Path, Manifest] | None:
-        """The newest whole checkpoint; see :func:`fastdino.training.checkpoint.newest`."""
-        found = checkpoint.newest(self.checkpoints, self.ranks)
-        self._newest_step = found[1].step if found else None
+    def newest(self) -> Manifest | None:
+        """Of the newest whole checkpoint; see :func:`fastdino.training.checkpoint.newest`."""
+        found = checkpoint.newest(self.store, self.ranks)
+        self._newest_step = found.step if found else None
         return found
 
     def save(
@@ -150,9 +150,7 @@ class RunFolder:
         if step == self._newest_step:
             return
         try:
-            checkpoint.save(
-                self.checkpoints, step, self.ranks, fragments=fragments, shared=shared, shapes=shapes, meta=meta
-            )
+            checkpoint.save(self.store, step, self.ranks, fragments=fragments, shared=shared, shapes=shapes, meta=meta)
         except CheckpointError as error:
             self.failed_saves += 1
             self._failed_in_row += 1
@@ -165,35 +163,35 @@ class RunFolder:
         self._newest_step, self._failed_in_row = step, 0
         self.tell(checkpoint=step)
         if self.ranks.is_main:
-            checkpoint.prune(self.checkpoints, self.config.run.keep, keep_for_good)
+            self.store.prune(self.config.run.keep, keep_for_good)
 
-    def check_images(self, path: Path, manifest: Manifest, meta: dict[str, Any]) -> None:
-        """Raises ConfigError when checkpoint ``path`` was written for another global batch or other images.
+    def check_images(self, manifest: Manifest, meta: dict[str, Any]) -> None:
+        """Raises ConfigError when a checkpoint was written for another global batch or other images.
 
         Args:
             meta: what this run would write into a checkpoint. What an older checkpoint lacks is not compared.
         """
-        was = manifest.meta
-        for name in ("global_batch", "num_images"):
-            if was[name] != meta[name]:
+        name, was = self.store.name(manifest.step), manifest.meta
+        for fact in ("global_batch", "num_images"):
+            if was[fact] != meta[fact]:
                 raise ConfigError(
-                    f"{path} was written with {name} {was[name]}, now it is {meta[name]}: the run would not go on "
+                    f"{name} was written with {fact} {was[fact]}, now it is {meta[fact]}: the run would not go on "
                     "as it began. Keep local batch * ranks * engine.accumulate, and the images, as they were"
                 )
         if was.get("images", meta.get("images")) != meta.get("images"):
             raise ConfigError(
-                f"{path} was written for other images: data.root={self.config.data.root!r} holds as many, but under "
+                f"{name} was written for other images: data.root={self.config.data.root!r} holds as many, but under "
                 "other names. Point data.root at the images that the run began with, or give this run its own folder"
             )
 
-    def check_length(self, path: Path, step: int, steps_per_epoch: int, global_batch: int) -> None:
-        """A run may be made longer, which bends its cosines; not shorter than ``path``, its checkpoint of ``step``."""
+    def check_length(self, step: int, steps_per_epoch: int, global_batch: int) -> None:
+        """A run may be made longer, which bends its cosines; not shorter than its checkpoint of ``step``."""
         epochs = self.config.run.epochs
         total = epochs * steps_per_epoch
         if step > total:
             raise ConfigError(
-                f"run.epochs={epochs} ends at step {total}, but {path} is of step {step}: let the run be at least as "
-                "long as it already is"
+                f"run.epochs={epochs} ends at step {total}, but {self.store.name(step)} is of step {step}: let the run "
+                "be at least as long as it already is"
             )
         before = self.config_before  # known to rank 0, which says it
         if before and before.run.epochs != epochs and before.optim.schedule != "constant":
@@ -220,7 +218,7 @@ class RunFolder:
             )
         self._check()
         (self.path / ".config.json").unlink(missing_ok=True)
-        checkpoint.clear(self.checkpoints)
+        self.store.clear()
 
     def _check(self) -> None:
         """Raises ConfigError when the folder holds another config, or files that are no run's."""

@@ -122,7 +122,7 @@ class Trainer:
         if self.captures:
             self._take = graphs.StepGraphs(self._update, self._abandon, ranks.device)
         self.global_batch = config.run.local_batch * ranks.world_size * config.engine.accumulate
-        self.step = self._restore(*newest) if newest else 0
+        self.step = self._restore(newest) if newest else 0
         self.batches = train_batches(
             config, self.source, rank=ranks.rank, world_size=ranks.world_size, start_step=self.step, device=ranks.device
         )
@@ -130,7 +130,7 @@ class Trainer:
         self.total_steps = self.steps_per_epoch * config.run.epochs
         self.schedules = Schedules(config, self.steps_per_epoch, self.global_batch)
         if folder and newest:
-            folder.check_length(newest[0], self.step, self.steps_per_epoch, self.global_batch)
+            folder.check_length(self.step, self.steps_per_epoch, self.global_batch)
 
     # ------------------------------------------------------------------------------------------------ one step
 
@@ -381,14 +381,14 @@ class Trainer:
                 last=last,
             )
 
-    def _restore(self, path: Path, manifest: Manifest) -> int:
+    def _restore(self, manifest: Manifest) -> int:
         """Loads a checkpoint; returns the step at which the run goes on."""
         assert self.folder is not None
-        self.folder.check_images(path, manifest, self._meta)
-        saved = checkpoint.load(path, manifest, self.engine.fragments(), self.shapes)
+        self.folder.check_images(manifest, self._meta)
+        saved = checkpoint.load(self.folder.store, manifest, self.engine.fragments(), self.shapes)
         for name, live in self._shared().items():
             live.copy_(saved[name])
         self.engine.after_load()
         if self.ranks.is_main:
-            log.info("resumed from %s", path)
+            log.info("resumed from %s", self.folder.store.name(manifest.step))
         return manifest.step

@@ -20,7 +20,7 @@ import torch
 from fastdino.config import Config, ConfigError, RunConfig
 from fastdino.distributed import Ranks
 from fastdino.training import checkpoint
-from fastdino.training.checkpoint import CheckpointError
+from fastdino.training.checkpoint import CheckpointError, Store
 from fastdino.training.run_folder import Lock, RunFolder
 from fastdino.training.throughput.ablation import SWITCHES
 from tests.children import environment
@@ -140,9 +140,9 @@ def test_hidden_leftovers_are_no_strangers(tmp_path):
 def test_leftovers_of_a_killed_save_are_cleared(tmp_path):
     with folder(tmp_path / "run") as run:
         run.write_config()
-        (run.checkpoints / ".writing-00000001-abc").mkdir(parents=True)
+        (run.store.path / ".writing-00000001-abc").mkdir(parents=True)
     with folder(tmp_path / "run"):
-        assert not any(run.checkpoints.iterdir())
+        assert not any(run.store.path.iterdir())
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
@@ -167,9 +167,8 @@ class Disk:
         self.written: list[int] = []
         self.bad = bad
         monkeypatch.setattr(checkpoint, "save", self.save)
-        monkeypatch.setattr(checkpoint, "prune", lambda *_: None)
 
-    def save(self, path: Path, step: int, ranks: Ranks, **_: Any) -> None:
+    def save(self, store: Store, step: int, ranks: Ranks, **_: Any) -> None:
         if step in self.bad:
             raise CheckpointError(f"could not write checkpoint {step}")
         self.written.append(step)

@@ -196,11 +196,11 @@ def test_resumes_with_other_ranks_and_stage(tmp_path):
     expected, found = losses(tmp_path / "straight"), losses(tmp_path / "moved")
     for step in expected:
         assert found[step] == pytest.approx(expected[step], rel=1e-5), step
-    paths = [tmp_path / run / "checkpoints/step-00000010" for run in ("straight", "moved")]
-    manifests = [checkpoint.read_manifest(path) for path in paths]
+    stores = [checkpoint.Folder(tmp_path / run / "checkpoints") for run in ("straight", "moved")]
+    manifests = [checkpoint.read_manifest(store, 10) for store in stores]
     teacher, moved = (
-        checkpoint.read_weights(path, manifest, manifests[0].shapes)[0]
-        for path, manifest in zip(paths, manifests, strict=True)
+        checkpoint.read_weights(store, manifest, manifests[0].shapes)[0]
+        for store, manifest in zip(stores, manifests, strict=True)
     )
     for name, weight in teacher.items():
         torch.testing.assert_close(moved[name], weight, atol=2e-5, rtol=1e-4)
