@@ -8,21 +8,17 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from torch import Tensor
-
 from fastdino.config import Config, ConfigError, UserError, group_kinds
 from fastdino.distributed import Ranks
 from fastdino.engine.schedules import Schedules
-from fastdino.engine.shards import Fragment
 from fastdino.host import may_live, this_process
 from fastdino.status import Status
 from fastdino.training import checkpoint
-from fastdino.training.checkpoint import CheckpointError, Folder, Manifest
+from fastdino.training.checkpoint import Folder, Manifest, Saves
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +33,6 @@ MAY_CHANGE = {
     "run.epochs", "run.local_batch", "run.save_every", "run.save_every_steps", "run.keep", "run.keep_every",
     "run.log_every", "run.knn_every", "run.knn_root", "run.max_nonfinite", "run.hang_after",
 }  # fmt: skip
-MAX_FAILED_SAVES = 3  # in a row, after which a run whose disk refuses checkpoints ends
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -68,16 +63,16 @@ class RunFolder:
     another process is training in it.
 
     Attributes:
-        failed_saves: checkpoints that the disk refused.
+        store: where its checkpoints are.
+        saves: writes them.
         config_before: the config of the run when it was last started; None on other ranks than 0 and for a new run.
     """
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         self.path, self.store = config.run.dir, Folder(config.run.dir / "checkpoints")
-        self.failed_saves = self._failed_in_row = 0
+        self.saves = Saves(self.store, ranks, config.run.keep, lambda step: self.tell(checkpoint=step))
         self.config_before: Config | None = None
-        self._newest_step: int | None = None
         self._lock = Lock(self.path / ".lock")
         self._made: list[Path] = []
         self._status: Status | None = None  # of rank 0, once the run has begun
@@ -93,6 +88,7 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.saves.leave()
         if self._status:
             self._status.__exit__(kind, error, trace)
         self._let_go()
@@ -113,7 +109,7 @@ class RunFolder:
         """Begins the run's status.json, which is kept until the folder is left; rank 0's."""
         if self.ranks.is_main:
             self._status = Status(self.path, step, steps, self.ranks.world_size).__enter__()
-            self._status.tell(checkpoint=self._newest_step)
+            self._status.tell(checkpoint=self.saves.newest_step)
 
     def tell(self, **values: Any) -> None:
         """What is new for the status; nothing waits for the disk."""
@@ -128,42 +124,8 @@ class RunFolder:
     def newest(self) -> Manifest | None:
         """Of the newest whole checkpoint; see :func:`fastdino.training.checkpoint.newest`."""
         found = checkpoint.newest(self.store, self.ranks)
-        self._newest_step = found.step if found else None
+        self.saves.newest_step = found.step if found else None
         return found
-
-    def save(
-        self,
-        step: int,
-        *,
-        fragments: Iterable[Fragment],
-        shared: dict[str, Tensor],
-        shapes: dict[str, list[int]],
-        meta: dict[str, Any],
-        keep_for_good: Iterable[int],
-        last: bool,
-    ) -> None:
-        """Writes a checkpoint and removes those that need not be kept; every rank calls it at the same step.
-
-        A disk that refuses is an error in the log; the next save tries again. Raises CheckpointError the third time in
-        a row, and when this is the ``last`` save of the process: what was trained would be lost without a word.
-        """
-        if step == self._newest_step:
-            return
-        try:
-            checkpoint.save(self.store, step, self.ranks, fragments=fragments, shared=shared, shapes=shapes, meta=meta)
-        except CheckpointError as error:
-            self.failed_saves += 1
-            self._failed_in_row += 1
-            if last or self._failed_in_row >= MAX_FAILED_SAVES:
-                raise
-            left = MAX_FAILED_SAVES - self._failed_in_row
-            if self.ranks.is_main:
-                log.error("%s. Training goes on; the run ends when %d more saves in a row fail", error, left)
-            return
-        self._newest_step, self._failed_in_row = step, 0
-        self.tell(checkpoint=step)
-        if self.ranks.is_main:
-            self.store.prune(self.config.run.keep, keep_for_good)
 
     def check_images(self, manifest: Manifest, meta: dict[str, Any]) -> None:
         """Raises ConfigError when a checkpoint was written for another global batch or other images.

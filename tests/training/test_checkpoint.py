@@ -14,7 +14,8 @@ import torch
 from fastdino.distributed import Ranks
 from fastdino.engine.shards import Fragment
 from fastdino.training import checkpoint
-from fastdino.training.checkpoint import CheckpointError, Folder, Manifest, storage, tensors
+from fastdino.training.checkpoint import About, CheckpointError, Folder, Manifest, Saves, Store, storage, tensors
+from fastdino.training.checkpoint.snapshot import Source
 from tests.children import environment
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
@@ -38,9 +39,15 @@ def random_flat() -> dict[str, torch.Tensor]:
     return {kind: torch.randn(46) for kind in ("param", "exp_avg", "exp_avg_sq", "ema")}
 
 
+def save(store: Store, about: About, fragments: Source, shared: dict[str, torch.Tensor], keep: int = 99) -> None:
+    """Writes a checkpoint, whole or not at all."""
+    Saves(store, ALONE, keep, lambda step: None).save(about, fragments, shared, last=True)
+
+
 def write(folder: Path, step: int, flat: dict[str, torch.Tensor], bounds: list[int]) -> Path:
     shared, meta = {"center": torch.arange(3.0)}, {"epoch": 2, "note": "x"}
-    checkpoint.save(Folder(folder), step, ALONE, fragments=parts(flat, bounds), shared=shared, shapes=SHAPES, meta=meta)
+    about = About(step, SHAPES, meta)
+    save(Folder(folder), about, lambda copy: parts({kind: copy(x) for kind, x in flat.items()}, bounds), shared)
     return folder / f"step-{step:08d}"
 
 
@@ -108,9 +115,7 @@ def test_other_model_is_refused_before_anything_changes(tmp_path):
 
 def test_missing_piece_is_named(tmp_path):
     flat = random_flat()
-    checkpoint.save(
-        Folder(tmp_path), 1, ALONE, fragments=parts(flat, [35])[:1], shared={"c": torch.ones(1)}, shapes=SHAPES, meta={}
-    )
+    save(Folder(tmp_path), About(1, SHAPES, {}), lambda copy: parts(flat, [35])[:1], {"c": torch.ones(1)})
     with pytest.raises(CheckpointError, match=r"0 of 11 values of head.b"):
         checkpoint.load(Folder(tmp_path), newest(tmp_path), parts(flat, []), SHAPES)
 
@@ -128,16 +133,12 @@ def test_full_disk_leaves_older_checkpoints_and_says_so(tmp_path):
     script = f"""
 import resource, signal, torch
 from pathlib import Path
-from fastdino.distributed import Ranks
 from fastdino.engine.shards import Fragment
-from fastdino.training import checkpoint
-ALONE = Ranks(0, 1, 0, torch.device('cpu'))
+from tests.training.test_checkpoint import About, Folder, save
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
 part = Fragment("w", 0, 100000, tensors={{"param": torch.ones(100000)}})
-shared, shapes = {{"c": torch.ones(1)}}, {{"w": [100000]}}
-store = checkpoint.Folder(Path({str(tmp_path)!r}))
-checkpoint.save(store, 2, ALONE, fragments=[part], shared=shared, shapes=shapes, meta={{}})
+save(Folder(Path({str(tmp_path)!r})), About(2, {{"w": [100000]}}, {{}}), lambda copy: [part], {{"c": torch.ones(1)}})
 """
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=False
@@ -159,11 +160,9 @@ def test_kill_at_any_point_leaves_the_newest_whole_checkpoint(tmp_path, point, w
     script = f"""
 import os, signal, torch
 from pathlib import Path
-from fastdino.distributed import Ranks
 from fastdino.engine.shards import Fragment
-from fastdino.training import checkpoint
 from fastdino.training.checkpoint import storage
-ALONE = Ranks(0, 1, 0, torch.device('cpu'))
+from tests.training.test_checkpoint import About, Folder, save
 home = os if {point!r} == "fsync" else storage if {point!r} in ("copied", "_sync") else Path
 original = getattr(home, {point!r})
 def killed(*args, **kwargs):
@@ -171,9 +170,8 @@ def killed(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 setattr(home, {point!r}, killed)
 part = Fragment("head.v", 0, 35, tensors={{"param": torch.ones(35)}})
-shared, shapes = {{"c": torch.ones(1)}}, {{"head.v": [7, 5]}}
-store = checkpoint.Folder(Path({str(tmp_path)!r}))
-checkpoint.save(store, 2, ALONE, fragments=[part], shared=shared, shapes=shapes, meta={{}})
+about = About(2, {{"head.v": [7, 5]}}, {{}})
+save(Folder(Path({str(tmp_path)!r})), about, lambda copy: [part], {{"c": torch.ones(1)}})
 """
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=False

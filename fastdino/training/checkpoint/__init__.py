@@ -8,20 +8,22 @@ neither the number of ranks nor the ZeRO stage has to be the same. Nothing is ev
 
 from fastdino.training.checkpoint.manifest import FORMAT, MANIFEST, CheckpointError, Manifest, NewerFormatError
 from fastdino.training.checkpoint.reading import load, newest, read_manifest, read_weights
-from fastdino.training.checkpoint.saving import save
+from fastdino.training.checkpoint.saves import Saves
+from fastdino.training.checkpoint.saving import About
 from fastdino.training.checkpoint.storage import Folder, Store
 
 __all__ = [
     "FORMAT",
     "MANIFEST",
+    "About",
     "CheckpointError",
     "Folder",
     "Manifest",
     "NewerFormatError",
+    "Saves",
     "Store",
     "load",
     "newest",
     "read_manifest",
     "read_weights",
-    "save",
 ]
