@@ -105,18 +105,18 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """True on every rank when ``flag`` is true on any. Waits for the other ranks' hosts, never for a GPU."""
-        return self.ask(flag)()
+        return self.ask(flag)()[0]
 
-    def ask(self, flag: bool) -> Callable[[], bool]:
-        """:meth:`any` begun: the hosts talk while this one goes on, and what is returned waits for the answer."""
+    def ask(self, *flags: bool) -> Callable[[], list[bool]]:
+        """:meth:`any` of each flag, begun: the hosts talk while this one goes on; what is returned waits for them."""
         if self.world_size == 1:
-            return lambda: flag
-        told = torch.tensor(int(flag))
+            return lambda: [*flags]
+        told = torch.tensor(flags, dtype=torch.uint8)
         work = dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._host_group, async_op=True)
 
-        def answer() -> bool:
+        def answer() -> list[bool]:
             work.wait()
-            return bool(told)
+            return [bool(flag) for flag in told.tolist()]
 
         return answer
 

@@ -1,7 +1,7 @@
 """The engine's interface: student, teacher and optimizer of one rank, whatever shards and reduces them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -87,21 +87,23 @@ class Engine(ABC):
         """The teacher, for rank 0 to call alone while the others wait; None on those. Every rank calls this."""
         return self.teacher if self.ranks.is_main else None
 
-    def fragments(self) -> Iterator[Fragment]:
+    def fragments(self, copy: Callable[[Tensor], Tensor] = lambda flat: flat) -> Iterator[Fragment]:
         """Every fragment of every parameter that this rank holds; the ranks that save cover each element once.
 
-        Writing into their tensors and calling :meth:`after_load` loads them.
+        Their tensors are views of what ``copy`` makes of each flat tensor; by default, of the flat tensors themselves:
+        writing into those and calling :meth:`after_load` loads them.
         """
         for group in self.optimizer.param_groups:
             shard: Shard = group["shard"]
             state = self.optimizer.state[shard.param]
             flats = {"param": shard.param.detach(), "ema": shard.ema, **{k: state[k] for k in self.optimizer.moments}}
-            views = {kind: shard.views(flat) for kind, flat in flats.items()}
+            views = {kind: shard.views(copy(flat)) for kind, flat in flats.items()}
             for i, fragment in enumerate(shard.fragments):
                 yield replace(fragment, tensors={kind: parts[i] for kind, parts in views.items()})
         if not self.sharded or self.ranks.is_main:
             for name, values in self._untrained.items():
-                yield Fragment(name, 0, values.numel(), tensors={"param": values, "ema": values})
+                same = copy(values)
+                yield Fragment(name, 0, values.numel(), tensors={"param": same, "ema": same})
 
     def counters(self) -> dict[str, Tensor]:
         """Small live tensors, equal on all ranks.

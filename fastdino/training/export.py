@@ -11,7 +11,7 @@ from fastdino.model import Backbone, build_network, export_backbone, restore_bac
 from fastdino.model.network import check_arch
 from fastdino.model.weights import Format, is_weights_folder
 from fastdino.training import checkpoint
-from fastdino.training.checkpoint import CheckpointError, Manifest
+from fastdino.training.checkpoint import CheckpointError, Folder, Manifest, Store
 from fastdino.training.run_folder import read_config
 
 log = logging.getLogger(__name__)
@@ -30,11 +30,12 @@ def run_backbone(run: Path, step: int | None = None, role: Role = "teacher") -> 
     """
     run = run.expanduser()
     config = read_config(run)
-    path, manifest = _checkpoint(run, step)
+    store = Folder(run / "checkpoints")
+    manifest = _checkpoint(run, store, step)
     bare = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
     network = build_network(bare, teacher=True, load=False)
     shapes = {name: list(p.shape) for name, p in network.named_parameters()}
-    state, shared = checkpoint.read_weights(path, manifest, shapes, "ema" if role == "teacher" else "param")
+    state, shared = checkpoint.read_weights(store, manifest, shapes, "ema" if role == "teacher" else "param")
     prefix, own = f"{role}.", network.state_dict().keys()
     buffers = {name.removeprefix(prefix): tensor for name, tensor in shared.items() if name.startswith(prefix)}
     # older checkpoints also hold buffers that are no state, but made anew with the network
@@ -43,20 +44,18 @@ def run_backbone(run: Path, step: int | None = None, role: Role = "teacher") -> 
     return network.backbone.eval(), config, manifest.step
 
 
-def _checkpoint(run: Path, step: int | None) -> tuple[Path, Manifest]:
-    """A run's checkpoint of ``step``, or its newest."""
-    folder = run / "checkpoints"
+def _checkpoint(run: Path, store: Store, step: int | None) -> Manifest:
+    """Of a run's checkpoint of ``step``, or of its newest."""
     if step is None:
-        found = checkpoint.newest(folder)
+        found = checkpoint.newest(store)
         if found is None:
             raise CheckpointError(f"{run} has no checkpoint yet: the first is written after run.save_every epochs")
         return found
-    if step not in (there := checkpoint.steps(folder)):
+    if step not in (there := store.steps()):
         raise CheckpointError(
             f"{run} has no checkpoint of step {step}; there are: {', '.join(map(str, there)) or 'none'}"
         )
-    path = checkpoint.path_of(folder, step)
-    return path, checkpoint.read_manifest(path)
+    return checkpoint.read_manifest(store, step)
 
 
 def export_run(

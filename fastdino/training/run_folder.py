@@ -8,22 +8,18 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from torch import Tensor
-
 from fastdino.config import Config, ConfigError, UserError, group_kinds
 from fastdino.distributed import Ranks
 from fastdino.engine.schedules import Schedules
-from fastdino.engine.shards import Fragment
 from fastdino.host import may_live, this_process
 from fastdino.model.weights import settled
 from fastdino.status import Status
 from fastdino.training import checkpoint
-from fastdino.training.checkpoint import CheckpointError, Manifest
+from fastdino.training.checkpoint import Folder, Manifest, Saves
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +35,6 @@ MAY_CHANGE = {
     "run.log_every", "run.knn_every", "run.knn_root", "run.max_nonfinite", "run.hang_after",
     "run.prometheus", "run.wandb",
 }  # fmt: skip
-MAX_FAILED_SAVES = 3  # in a row, after which a run whose disk refuses checkpoints ends
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -83,16 +78,16 @@ class RunFolder:
     another process is training in it.
 
     Attributes:
-        failed_saves: checkpoints that the disk refused.
+        store: where its checkpoints are.
+        saves: writes them.
         config_before: the config of the run when it was last started; None on other ranks than 0 and for a new run.
     """
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
-        self.path, self.checkpoints = config.run.dir, config.run.dir / "checkpoints"
-        self.failed_saves = self._failed_in_row = 0
+        self.path, self.store = config.run.dir, Folder(config.run.dir / "checkpoints")
+        self.saves = Saves(self.store, ranks, config.run.keep, lambda step: self.tell(checkpoint=step))
         self.config_before: Config | None = None
-        self._newest_step: int | None = None
         self._lock = Lock(self.path / ".lock")
         self._made: list[Path] = []
         self._status: Status | None = None  # of rank 0, once the run has begun
@@ -108,6 +103,7 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.saves.leave()
         if self._status:
             self._status.__exit__(kind, error, trace)
         self._let_go()
@@ -128,7 +124,7 @@ class RunFolder:
         """Begins the run's status.json, which is kept until the folder is left; rank 0's."""
         if self.ranks.is_main:
             self._status = Status(self.path, step, steps, self.ranks.world_size).__enter__()
-            self._status.tell(checkpoint=self._newest_step)
+            self._status.tell(checkpoint=self.saves.newest_step)
 
     def tell(self, **values: Any) -> None:
         """What is new for the status; nothing waits for the disk."""
@@ -140,75 +136,39 @@ class RunFolder:
         if self._status:
             self._status.end(code, reason)
 
-    def newest(self) -> tuple[Path, Manifest] | None:
-        """The newest whole checkpoint; see :func:`fastdino.training.checkpoint.newest`."""
-        found = checkpoint.newest(self.checkpoints, self.ranks)
-        self._newest_step = found[1].step if found else None
+    def newest(self) -> Manifest | None:
+        """Of the newest whole checkpoint; see :func:`fastdino.training.checkpoint.newest`."""
+        found = checkpoint.newest(self.store, self.ranks)
+        self.saves.newest_step = found.step if found else None
         return found
 
-    def save(
-        self,
-        step: int,
-        *,
-        fragments: Iterable[Fragment],
-        shared: dict[str, Tensor],
-        shapes: dict[str, list[int]],
-        meta: dict[str, Any],
-        keep_for_good: Iterable[int],
-        last: bool,
-    ) -> None:
-        """Writes a checkpoint and removes those that need not be kept; every rank calls it at the same step.
-
-        A disk that refuses is an error in the log; the next save tries again. Raises CheckpointError the third time in
-        a row, and when this is the ``last`` save of the process: what was trained would be lost without a word.
-        """
-        if step == self._newest_step:
-            return
-        try:
-            checkpoint.save(
-                self.checkpoints, step, self.ranks, fragments=fragments, shared=shared, shapes=shapes, meta=meta
-            )
-        except CheckpointError as error:
-            self.failed_saves += 1
-            self._failed_in_row += 1
-            if last or self._failed_in_row >= MAX_FAILED_SAVES:
-                raise
-            left = MAX_FAILED_SAVES - self._failed_in_row
-            if self.ranks.is_main:
-                log.error("%s. Training goes on; the run ends when %d more saves in a row fail", error, left)
-            return
-        self._newest_step, self._failed_in_row = step, 0
-        self.tell(checkpoint=step)
-        if self.ranks.is_main:
-            checkpoint.prune(self.checkpoints, self.config.run.keep, keep_for_good)
-
-    def check_images(self, path: Path, manifest: Manifest, meta: dict[str, Any]) -> None:
-        """Raises ConfigError when checkpoint ``path`` was written for another global batch or other images.
+    def check_images(self, manifest: Manifest, meta: dict[str, Any]) -> None:
+        """Raises ConfigError when a checkpoint was written for another global batch or other images.
 
         Args:
             meta: what this run would write into a checkpoint. What an older checkpoint lacks is not compared.
         """
-        was = manifest.meta
-        for name in ("global_batch", "num_images"):
-            if was[name] != meta[name]:
+        name, was = self.store.name(manifest.step), manifest.meta
+        for fact in ("global_batch", "num_images"):
+            if was[fact] != meta[fact]:
                 raise ConfigError(
-                    f"{path} was written with {name} {was[name]}, now it is {meta[name]}: the run would not go on "
+                    f"{name} was written with {fact} {was[fact]}, now it is {meta[fact]}: the run would not go on "
                     "as it began. Keep local batch * ranks * engine.accumulate, and the images, as they were"
                 )
         if was.get("images", meta.get("images")) != meta.get("images"):
             raise ConfigError(
-                f"{path} was written for other images: data.root={self.config.data.root!r} holds as many, but under "
+                f"{name} was written for other images: data.root={self.config.data.root!r} holds as many, but under "
                 "other names. Point data.root at the images that the run began with, or give this run its own folder"
             )
 
-    def check_length(self, path: Path, step: int, steps_per_epoch: int, global_batch: int) -> None:
-        """A run may be made longer, which bends its cosines; not shorter than ``path``, its checkpoint of ``step``."""
+    def check_length(self, step: int, steps_per_epoch: int, global_batch: int) -> None:
+        """A run may be made longer, which bends its cosines; not shorter than its checkpoint of ``step``."""
         epochs = self.config.run.epochs
         total = epochs * steps_per_epoch
         if step > total:
             raise ConfigError(
-                f"run.epochs={epochs} ends at step {total}, but {path} is of step {step}: let the run be at least as "
-                "long as it already is"
+                f"run.epochs={epochs} ends at step {total}, but {self.store.name(step)} is of step {step}: let the run "
+                "be at least as long as it already is"
             )
         before = self.config_before  # known to rank 0, which says it
         if before and before.run.epochs != epochs and before.optim.schedule != "constant":
@@ -235,7 +195,7 @@ class RunFolder:
             )
         self._check()
         (self.path / ".config.json").unlink(missing_ok=True)
-        checkpoint.clear(self.checkpoints)
+        self.store.clear()
 
     def _check(self) -> None:
         """Raises ConfigError when the folder holds another config, or files that are no run's."""

@@ -114,7 +114,7 @@ class Trainer:
         if self.captures:
             self._take = graphs.StepGraphs(self._update, self._abandon, ranks.device)
         self.global_batch = config.run.local_batch * ranks.world_size * config.engine.accumulate
-        self.step = self._restore(*newest) if newest else 0
+        self.step = self._restore(newest) if newest else 0
         self.batches = train_batches(
             config, self.source, rank=ranks.rank, world_size=ranks.world_size, start_step=self.step, device=ranks.device
         )
@@ -122,7 +122,7 @@ class Trainer:
         self.total_steps = self.steps_per_epoch * config.run.epochs
         self.schedules = Schedules(config, self.steps_per_epoch, self.global_batch)
         if folder and newest:
-            folder.check_length(newest[0], self.step, self.steps_per_epoch, self.global_batch)
+            folder.check_length(self.step, self.steps_per_epoch, self.global_batch)
 
     # ------------------------------------------------------------------------------------------------ one step
 
@@ -136,6 +136,8 @@ class Trainer:
             batches: engine.accumulate micro batches. Nothing in here waits for the device.
         """
         self._seed_step()
+        if self.folder and self.captures:  # a graph is one launch: all of it comes after what is being copied
+            self.folder.saves.hold()
         figures = self._take(batches, self.schedules(self.step), self._logs(self.step + 1))
         self.step += 1
         return figures
@@ -152,6 +154,8 @@ class Trainer:
                 figures[f"loss_{name}"] += part / len(batches)
         if logs:
             figures.update(self.method.statistics())
+        if self.folder and not self.captures:
+            self.folder.saves.hold()
         with self.stragglers("update"):
             applied = self.engine.step(now, figures["loss"])
         self.method.after_step(applied)
@@ -196,7 +200,7 @@ class Trainer:
         head = self.config.head
         health = Health(head.num_prototypes, (self.config.patch_head or head).num_prototypes)
         loss, knn = self.ranks.gather(metrics and (metrics.last.get("loss", float("nan")), metrics.last.get("knn")))[0]
-        noticed = self.ranks.ask(False)  # whether any rank was given notice, a step ago
+        asked = self.ranks.ask(False, *self.folder.saves.flags)  # whether any rank was given notice, or writes
         try:
             with PreemptionNotice() as notice:
                 while self.step < self.total_steps:
@@ -205,11 +209,13 @@ class Trainer:
                         loss = self._report(figures, metrics, health)
                     # Asked at every step, because a launcher that was told to stop kills soon (torchrun after 30
                     # seconds); what is answered was asked a step before, so that no host waits.
-                    if noticed() and self.step < self.total_steps:
+                    noticed, *saving = asked()
+                    self.folder.saves.advance(*saving)
+                    if noticed and self.step < self.total_steps:
                         self._preempt()
                     knn = self._end_of_epoch(metrics, knn, notice)
-                    noticed = self.ranks.ask(notice.given)
-                noticed()  # nothing may be on its way when this rank leaves the others
+                    asked = self.ranks.ask(notice.given, *self.folder.saves.flags)
+                asked()  # nothing may be on its way when this rank leaves the others
                 self.engine.wait_teacher()
         except KeyboardInterrupt:
             log.warning("stopped at step %d; the same command resumes from the newest checkpoint", self.step)
@@ -258,9 +264,10 @@ class Trainer:
         last = self.step == self.total_steps
         by_epoch = rest == 0 and epoch % run.save_every == 0
         by_step = run.save_every_steps and self.step % run.save_every_steps == 0
+        evaluates = rest == 0 and run.knn_every and (last or epoch % run.knn_every == 0)
         if last or by_epoch or by_step:
-            self._save(last)
-        if rest == 0 and run.knn_every and (last or epoch % run.knn_every == 0):
+            self._save(last, wait=bool(evaluates))
+        if evaluates:
             with self.pulse.section("the k-NN", SLOW if self.ranks.is_main else FOREVER):  # rank 0 has a beat a batch
                 knn = self._knn(metrics, epoch, knn, notice)
         if metrics and (rest == 0 or by_step or metrics.compiled(self.step)):
@@ -269,6 +276,7 @@ class Trainer:
 
     def _report(self, figures: dict[str, Tensor], metrics: Metrics | None, health: Health) -> float:
         """The one place that waits for the device: figures, counters and alarms of a logging step."""
+        assert self.folder is not None
         now = self.schedules(self.step - 1)
         figures = {**figures, **self.engine.grad_norms()}
         told = self.stragglers.tell()  # before this host waits for its device, so that it does not wait for the others
@@ -281,16 +289,16 @@ class Trainer:
         if metrics:
             epoch = self.step / self.steps_per_epoch
             schedule = {name: float(getattr(now, name)) for name in Now.NUMBERS}
-            failed = self.folder.failed_saves if self.folder else 0
-            counts = {"skipped_steps": skipped, "bad_images": self.batches.num_bad, "failed_saves": failed}
+            counts = {"skipped_steps": skipped, "bad_images": self.batches.num_bad, **self.folder.saves.figures()}
             pace = metrics.report(self.step, {**values, **parts}, epoch=epoch, **schedule, **counts)
-            if self.folder:
-                self.folder.tell(**pace)
+            self.folder.tell(**pace)
             for alarm in [*health.check(values, first_epoch=epoch < 1), *slow]:
                 metrics.say(f"step {self.step}: {alarm}")
             if in_row:
                 metrics.say(f"step {last} was skipped: its loss or a gradient was not finite ({skipped} so far)")
         if in_row >= self.config.run.max_nonfinite:
+            with self.pulse.section("the checkpoint"):
+                self.folder.saves.finish()
             raise TrainingDiverged(
                 f"{in_row} steps in a row up to step {last} had a loss or gradient that is not finite "
                 f"(run.max_nonfinite={self.config.run.max_nonfinite}). The newest checkpoint is from before: lower "
@@ -363,29 +371,24 @@ class Trainer:
         images = self.source.fingerprint()
         return {"global_batch": self.global_batch, "num_images": len(self.source), "images": images}
 
-    def _save(self, last: bool) -> None:
-        """Writes a checkpoint of the present step; the ``last`` one of this process has to succeed."""
+    def _save(self, last: bool, wait: bool = False) -> None:
+        """Begins a checkpoint of the present step; waits for the ``last`` of this process, which has to succeed."""
         assert self.folder is not None
-        stride = self.config.run.keep_every * self.steps_per_epoch
+        stride, meta = self.config.run.keep_every * self.steps_per_epoch, {"epoch": self.step / self.steps_per_epoch}
+        for_good = range(stride, self.total_steps + 1, stride) if stride else ()
+        about = checkpoint.About(self.step, self.shapes, {**self._meta, **meta}, for_good)
+        fragments = self.engine.fragments if self.engine.saves else lambda copy: ()
         with self.pulse.section("the checkpoint"):
-            self.folder.save(
-                self.step,
-                fragments=self.engine.fragments() if self.engine.saves else (),
-                shared=self._shared(),
-                shapes=self.shapes,
-                meta={**self._meta, "epoch": self.step / self.steps_per_epoch},
-                keep_for_good=range(stride, self.total_steps + 1, stride) if stride else (),
-                last=last,
-            )
+            self.folder.saves.save(about, fragments, self._shared(), last=last, wait=wait)
 
-    def _restore(self, path: Path, manifest: Manifest) -> int:
+    def _restore(self, manifest: Manifest) -> int:
         """Loads a checkpoint; returns the step at which the run goes on."""
         assert self.folder is not None
-        self.folder.check_images(path, manifest, self._meta)
-        saved = checkpoint.load(path, manifest, self.engine.fragments(), self.shapes)
+        self.folder.check_images(manifest, self._meta)
+        saved = checkpoint.load(self.folder.store, manifest, self.engine.fragments(), self.shapes)
         for name, live in self._shared().items():
             live.copy_(saved[name])
         self.engine.after_load()
         if self.ranks.is_main:
-            log.info("resumed from %s", path)
+            log.info("resumed from %s", self.folder.store.name(manifest.step))
         return manifest.step

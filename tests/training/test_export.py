@@ -25,9 +25,11 @@ from fastdino.config import (
     ViewsConfig,
 )
 from fastdino.model.weights import exports
-from fastdino.training import checkpoint, export
-from fastdino.training.checkpoint import CheckpointError
+from fastdino.training import export
+from fastdino.training.checkpoint import MANIFEST, CheckpointError, reading
+from fastdino.training.checkpoint.saving import SHARED
 from fastdino.training.export import any_backbone, export_run, run_backbone
+from tests.training.test_checkpoint import size
 
 NAME = "backbone.safetensors"
 
@@ -91,8 +93,8 @@ def test_a_file_that_cannot_be_written_is_one_message(run, tmp_path, monkeypatch
 
 
 def test_a_checkpoint_is_checksummed_once(run, tmp_path, monkeypatch):
-    measured, original = [], checkpoint._measure
-    monkeypatch.setattr(checkpoint, "_measure", lambda path: measured.append(path.name) or original(path))
+    measured, original = [], reading.blocks
+    monkeypatch.setattr(reading, "blocks", lambda file: measured.append(Path(file.name).name) or original(file))
     export_run(run, tmp_path / "x.safetensors")
     assert sorted(measured) == ["rank-00000.safetensors", "shared.safetensors"]
 
@@ -115,11 +117,11 @@ def test_a_checkpoint_with_buffers_that_are_no_state(run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     path = folder / "checkpoints/step-00000001"
-    shared = load_file(path / checkpoint.SHARED)
-    save_file({**shared, "teacher.backbone.index": torch.ones(3)}, path / checkpoint.SHARED)
-    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
-    manifest["files"][checkpoint.SHARED] = checkpoint._measure(path / checkpoint.SHARED)
-    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    shared = load_file(path / SHARED)
+    save_file({**shared, "teacher.backbone.index": torch.ones(3)}, path / SHARED)
+    manifest = json.loads((path / MANIFEST).read_text())
+    manifest["files"][SHARED] = size(path / SHARED)
+    (path / MANIFEST).write_text(json.dumps(manifest))
     assert run_backbone(folder)[2] == 1
     settings = config(folder, "vit_nano", 32)
     longer = dataclasses.replace(settings, run=dataclasses.replace(settings.run, epochs=2))

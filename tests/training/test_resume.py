@@ -29,7 +29,8 @@ from fastdino.config import (
     ViewsConfig,
 )
 from fastdino.data.sources.shapes import ShapesSource
-from fastdino.training import checkpoint, preemption, trainer
+from fastdino.training import preemption, trainer
+from fastdino.training.checkpoint import CheckpointError, Folder, storage
 from fastdino.training.preemption import Preempted
 
 
@@ -235,7 +236,7 @@ def test_a_step_that_waits_for_images_is_given_up(tmp_path, monkeypatch):
     with pytest.raises(Preempted, match="step 3"):
         fastdino.train(config(tmp_path))
     assert time.monotonic() - started < preemption.GRACE + 60
-    assert checkpoint.steps(tmp_path / "run/checkpoints") == [2, 3]
+    assert Folder(tmp_path / "run/checkpoints").steps() == [2, 3]
     monkeypatch.undo()
     assert fastdino.train(config(tmp_path)).steps == 4
 
@@ -256,25 +257,25 @@ def test_an_evaluation_is_given_up(tmp_path, monkeypatch, caplog):
     assert len(calls) == 1
     assert time.monotonic() - started < 300
     assert "a signal ended the k-NN" in caplog.text
-    assert checkpoint.steps(tmp_path / "run/checkpoints") == [2, 3]
+    assert Folder(tmp_path / "run/checkpoints").steps() == [2, 3]
 
 
 @pytest.mark.parametrize("failing", [{3}, {3, 4}])
 def test_a_run_goes_on_when_a_checkpoint_cannot_be_written(tmp_path, monkeypatch, failing):
-    original = checkpoint._write
+    original = storage.copied
 
-    def write(path: Path, tensors: Any) -> Any:
-        if int(path.parent.name.split("-")[1]) in failing:
+    def copied(content: Any, file: Any) -> Any:
+        if int(Path(file.name).parent.name.split("-")[1]) in failing:
             raise OSError(28, "No space left on device")
-        return original(path, tensors)
+        return original(content, file)
 
-    monkeypatch.setattr(checkpoint, "_write", write)
+    monkeypatch.setattr(storage, "copied", copied)
     settings = config(tmp_path, run__save_every_steps=1, run__keep=9)
     if 4 in failing:  # the last
-        with pytest.raises(checkpoint.CheckpointError, match="step-00000004"):
+        with pytest.raises(CheckpointError, match="step-00000004"):
             fastdino.train(settings)
     else:
         fastdino.train(settings)
-        assert checkpoint.steps(tmp_path / "run/checkpoints") == [1, 2, 4]
+        assert Folder(tmp_path / "run/checkpoints").steps() == [1, 2, 4]
         lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
         assert [line["failed_saves"] for line in lines] == [0, 0, 0, 1]

@@ -19,8 +19,6 @@ import torch
 
 from fastdino.config import Config, ConfigError, RunConfig
 from fastdino.distributed import Ranks
-from fastdino.training import checkpoint
-from fastdino.training.checkpoint import CheckpointError
 from fastdino.training.run_folder import Lock, RunFolder
 from fastdino.training.throughput.ablation import SWITCHES
 from tests.children import environment
@@ -140,9 +138,9 @@ def test_hidden_leftovers_are_no_strangers(tmp_path):
 def test_leftovers_of_a_killed_save_are_cleared(tmp_path):
     with folder(tmp_path / "run") as run:
         run.write_config()
-        (run.checkpoints / ".writing-00000001-abc").mkdir(parents=True)
+        (run.store.path / ".writing-00000001-abc").mkdir(parents=True)
     with folder(tmp_path / "run"):
-        assert not any(run.checkpoints.iterdir())
+        assert not any(run.store.path.iterdir())
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
@@ -158,52 +156,6 @@ def test_a_folder_that_cannot_be_written_is_one_message(tmp_path, monkeypatch, n
             run.write_config()
     monkeypatch.undo()
     assert not (tmp_path / "run").exists()
-
-
-class Disk:
-    """checkpoint.save on a disk that refuses at the steps named."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> None:
-        self.written: list[int] = []
-        self.bad = bad
-        monkeypatch.setattr(checkpoint, "save", self.save)
-        monkeypatch.setattr(checkpoint, "prune", lambda *_: None)
-
-    def save(self, path: Path, step: int, ranks: Ranks, **_: Any) -> None:
-        if step in self.bad:
-            raise CheckpointError(f"could not write checkpoint {step}")
-        self.written.append(step)
-
-
-def save(run: RunFolder, step: int, last: bool = False) -> None:
-    run.save(step, fragments=(), shared={}, shapes={}, meta={}, keep_for_good=(), last=last)
-
-
-def test_a_failed_save_is_told_and_the_next_one_tried(tmp_path, monkeypatch, caplog):
-    disk = Disk(monkeypatch, bad={2, 3, 5, 6, 7})
-    with folder(tmp_path / "run") as run:
-        for step in range(1, 7):
-            save(run, step)
-        assert disk.written == [1, 4]
-        assert run.failed_saves == 4
-        assert "could not write checkpoint 3. Training goes on; the run ends when 1 more" in caplog.text
-        with pytest.raises(CheckpointError, match="checkpoint 7"):
-            save(run, 7)
-
-
-def test_the_last_save_has_to_succeed(tmp_path, monkeypatch):
-    Disk(monkeypatch, bad={1})
-    with folder(tmp_path / "run") as run, pytest.raises(CheckpointError, match="checkpoint 1"):
-        save(run, 1, last=True)
-
-
-def test_a_step_is_saved_once(tmp_path, monkeypatch):
-    """A notice right after a checkpoint: writing it again would take it away for a moment."""
-    disk = Disk(monkeypatch, bad=set())
-    with folder(tmp_path / "run") as run:
-        save(run, 1)
-        save(run, 1, last=True)
-    assert disk.written == [1]
 
 
 def test_a_run_goes_on_with_steps_that_are_computed_another_way(tmp_path):

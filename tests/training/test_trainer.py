@@ -82,17 +82,22 @@ def state(folder: Path, step: int) -> dict[str, torch.Tensor]:
 def launch(
     config: Config, processes: int = 1, kill_at: int | None = None, signal_number: int = signal.SIGKILL
 ) -> subprocess.CompletedProcess:
-    """Trains ``config`` in processes of their own; rank 0 sends itself the signal when step ``kill_at`` is done."""
+    """Trains ``config`` in processes of their own; rank 0 sends itself the signal when step ``kill_at`` is done.
+
+    A checkpoint of four steps before, or more, is there by then.
+    """
     config.run.dir.parent.mkdir(parents=True, exist_ok=True)
     script = config.run.dir.parent / f"{config.run.dir.name}.py"
     script.write_text(f"""
-import logging, os, signal
+import logging, os, signal, time
 logging.basicConfig(level=logging.INFO)
 from fastdino.config import Config
 from fastdino.training.trainer import Trainer, train
 original = Trainer.train_step
 def train_step(self, batches):
     loss = original(self, batches)
+    if {kill_at} and self.step >= {kill_at} - 2:
+        time.sleep(0.3)  # so that a checkpoint is written, then committed
     if self.step == {kill_at} and self.ranks.is_main:
         os.kill(os.getpid(), {int(signal_number)})
     return loss
@@ -167,11 +172,11 @@ def test_patches_that_become_the_cls_token_raise_an_alarm_within_the_first_epoch
     {"engine__zero_stage": 3},
 ], ids=["deepspeed", "torch", "patches", "zero3"])  # fmt: skip
 def test_resume_after_kill_is_bit_exact(tmp_path, overrides):
-    """Train 10 = train 5, save, go on to 7, kill -9, resume: every tensor and every loss."""
+    """Train 10 = train 5, save, go on to 9, kill -9, resume: every tensor and every loss."""
     straight = launch(tiny(tmp_path / "straight", **overrides))
     assert straight.returncode == 0, straight.stderr
     killed = tiny(tmp_path / "killed", **overrides)
-    assert launch(killed, kill_at=7).returncode == -signal.SIGKILL
+    assert launch(killed, kill_at=9).returncode == -signal.SIGKILL
     assert [p.name for p in (killed.run.dir / "checkpoints").iterdir()] == ["step-00000005"]
     resumed = launch(killed)
     assert resumed.returncode == 0, resumed.stderr
@@ -190,7 +195,7 @@ def test_resumes_with_other_ranks_and_stage(tmp_path):
     straight = launch(tiny(tmp_path / "straight", **same))
     assert straight.returncode == 0, straight.stderr
     two = tiny(tmp_path / "moved", run__local_batch=4, engine__zero_stage=3, run__knn_every=1, **same)
-    stopped = launch(two, processes=2, kill_at=7)
+    stopped = launch(two, processes=2, kill_at=9)
     assert stopped.returncode != 0
     assert "epoch 1: k-NN of the teacher" in stopped.stderr
     one = tiny(tmp_path / "moved", run__local_batch=4, engine__accumulate=2, **same)
@@ -199,11 +204,11 @@ def test_resumes_with_other_ranks_and_stage(tmp_path):
     expected, found = losses(tmp_path / "straight"), losses(tmp_path / "moved")
     for step in expected:
         assert found[step] == pytest.approx(expected[step], rel=1e-5), step
-    paths = [tmp_path / run / "checkpoints/step-00000010" for run in ("straight", "moved")]
-    manifests = [checkpoint.read_manifest(path) for path in paths]
+    stores = [checkpoint.Folder(tmp_path / run / "checkpoints") for run in ("straight", "moved")]
+    manifests = [checkpoint.read_manifest(store, 10) for store in stores]
     teacher, moved = (
-        checkpoint.read_weights(path, manifest, manifests[0].shapes)[0]
-        for path, manifest in zip(paths, manifests, strict=True)
+        checkpoint.read_weights(store, manifest, manifests[0].shapes)[0]
+        for store, manifest in zip(stores, manifests, strict=True)
     )
     for name, weight in teacher.items():
         torch.testing.assert_close(moved[name], weight, atol=2e-5, rtol=1e-4)

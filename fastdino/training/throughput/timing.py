@@ -53,5 +53,5 @@ def _repeat(step: Callable[[], object], ranks: Ranks, seconds: float, most: int 
         over = ranks.ask(taken + 1 >= most or time.perf_counter() - started > seconds)
         step()
         taken += 1
-        if over():  # asked before the step, so that no host waits for another
+        if over()[0]:  # asked before the step, so that no host waits for another
             return taken
