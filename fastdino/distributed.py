@@ -143,18 +143,35 @@ class Ranks:
             return None
         return dist.PrefixStore("board", self._store.clone())  # type: ignore[attr-defined]
 
-    def on_main(self, work: Callable[[], T]) -> T:
-        """What ``work`` on rank 0 returns, on every rank; a UserError that it raises ends them all."""
+    def rows(self, x: Tensor) -> Tensor:
+        """(n, ...) on the CPU, n of each rank its own -> on rank 0 the rows of all ranks in their order, else none.
+
+        Waits for the other ranks' hosts, never for a GPU.
+        """
+        if self.world_size == 1:
+            return x
+        counts = self.gather(len(x))
+        padded = torch.cat([x, x.new_zeros(max(counts) - len(x), *x.shape[1:])])
+        parts = [torch.empty_like(padded) for _ in counts] if self.is_main else None
+        dist.gather(padded, parts, group=self._host_group)
+        return torch.cat([part[:count] for part, count in zip(parts or [], counts, strict=False)] or [x[:0]])
+
+    def everywhere(self, work: Callable[[], T]) -> T:
+        """What ``work`` returns on this rank; a UserError that it raises on any of them ends them all."""
         problem: UserError | None = None
         done: T | None = None
-        if self.is_main:
-            try:
-                done = work()
-            except UserError as error:
-                problem = error
+        try:
+            done = work()
+        except UserError as error:
+            problem = error
         if self.any(problem is not None):
-            raise problem or UserError("rank 0 refused the run: its message says why")
-        return cast(T, self.gather(done)[0])
+            refused = self.gather(problem is not None).index(True)
+            raise problem or UserError(f"rank {refused} refused the run: its message says why")
+        return cast(T, done)
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """What ``work`` on rank 0 returns, on every rank; a UserError that it raises ends them all."""
+        return cast(T, self.gather(self.everywhere(lambda: work() if self.is_main else None))[0])
 
     def leave_with(self, release: Callable[[], None], destroy: Callable[[], None]) -> None:
         """On leaving, ``release`` lets go of the group, then ``destroy`` ends it and forgets more than torch's own."""

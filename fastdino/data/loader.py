@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from functools import lru_cache
 
 import torch
@@ -182,14 +182,21 @@ def _shares(num_workers: int, threads: int) -> tuple[int, int]:
 
 
 def labelled_batches(
-    source: Source, size: int, batch_size: int, num_workers: int, crop: float = 0.875, channels: int = 3
-) -> Iterator[tuple[Tensor, Tensor]]:
+    source: Source,
+    size: int,
+    batch_size: int,
+    num_workers: int,
+    crop: float = 0.875,
+    channels: int = 3,
+    indices: range | None = None,
+) -> Generator[tuple[Tensor, Tensor], None, None]:
     """Every image of ``source`` once, in order: uint8 (B, channels, size, size) views on the CPU and int64 (B,) labels.
 
-    DINO v1's evaluation transform, which shows ``crop`` of the shorter side. Images that cannot be read are left out,
-    with a warning that names them.
+    DINO v1's evaluation transform, which shows ``crop`` of the shorter side. ``indices``: these images alone. Images
+    that cannot be read are left out, with a warning that names them.
     """
-    keys = (list(range(start, min(start + batch_size, len(source)))) for start in range(0, len(source), batch_size))
+    images = range(len(source)) if indices is None else indices
+    keys = (list(images[start : start + batch_size]) for start in range(0, len(images), batch_size))
     batches = MadeAhead(Labelled(source, size, batch_size, crop, channels), keys, affordable(num_workers))
     try:
         for made in batches:

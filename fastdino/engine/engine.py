@@ -83,10 +83,6 @@ class Engine(ABC):
         """Those of the networks' regions that a compiler may have under this engine."""
         return regions
 
-    def whole_teacher(self) -> nn.Module | None:
-        """The teacher, for rank 0 to call alone while the others wait; None on those. Every rank calls this."""
-        return self.teacher if self.ranks.is_main else None
-
     def fragments(self, copy: Callable[[Tensor], Tensor] = lambda flat: flat) -> Iterator[Fragment]:
         """Every fragment of every parameter that this rank holds; the ranks that save cover each element once.
 

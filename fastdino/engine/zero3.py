@@ -1,11 +1,9 @@
 """ZeRO 3: weights are cut into parts as well, parameter by parameter, and gathered while their module runs."""
 
-import copy
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastdino.config import Config
@@ -32,7 +30,6 @@ class PartitionedEngine(DeepSpeedEngine):
         # All that is read of whole parameters comes before they are cut, which leaves them without shape and elements.
         held = [partitions(group, ranks.world_size, ranks.rank) for group in self.groups]
         exact = [_parts(fragments, student, size) for fragments, size in held]
-        self._template = _without_values(teacher, self.dtype)
         settings = deepspeed_config(config, STAGE, self.dtype == torch.bfloat16, **self._mark_units(deepspeed))
         self._deepspeed = initialize(ranks, student, settings, self.optimizer)
         self._keep_local_rank(deepspeed)
@@ -59,21 +56,6 @@ class PartitionedEngine(DeepSpeedEngine):
     def compilable(self, regions: list[Region]) -> list[Region]:
         """The blocks: within any other region hooks gather weights, where no graph may be cut."""
         return [region for region in regions if region[0] in self._units]
-
-    @torch.no_grad()
-    def whole_teacher(self) -> nn.Module | None:
-        whole = copy.deepcopy(self._template).to_empty(device=self.ranks.device) if self.ranks.is_main else None
-        for name, param in self.teacher.named_parameters():
-            part, parts = param.ds_tensor, self.ranks.world_size  # type: ignore[attr-defined]
-            gathered = part.new_empty(part.numel() * parts)
-            dist.all_gather_into_tensor(gathered, part)
-            if whole is not None:
-                values = whole.get_parameter(name)
-                values.copy_(gathered[: values.numel()].view_as(values))
-        if whole is not None:
-            for name, buffer in self.teacher.named_buffers():
-                whole.get_buffer(name).copy_(buffer)
-        return whole
 
     @torch.no_grad()
     def _update(self, closure: None = None) -> None:
@@ -174,14 +156,6 @@ def _parts(fragments: list[Fragment], network: nn.Module, size: int) -> Tensor:
     for fragment, param in zip(fragments, params, strict=True):
         fragment.view(flat).copy_(param.flatten()[fragment.start : fragment.stop])
     return flat
-
-
-def _without_values(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy on the meta device, its parameters in ``dtype``."""
-    memo: dict[int, Any] = {id(b): b.to("meta") for b in network.buffers()}
-    for param in network.parameters():
-        memo[id(param)] = nn.Parameter(torch.empty_like(param, dtype=dtype, device="meta"), requires_grad=False)
-    return copy.deepcopy(network, memo)
 
 
 def _untrained_settings(settings: dict[str, Any]) -> dict[str, Any]:

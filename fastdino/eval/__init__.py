@@ -3,7 +3,7 @@
 from fastdino.eval.attention_maps import AttentionMaps, best_head_iou, draw_sheet, head_maps, keep_mass
 from fastdino.eval.evaluation import Evaluation, Subject
 from fastdino.eval.features import EvaluationError, Features, Reading, extract
-from fastdino.eval.knn import KNeighbors, Knn, OnlineKnn, knn_root
+from fastdino.eval.knn import KNeighbors, Knn
 from fastdino.eval.patches import PatchProbe
 
 EVALUATIONS: dict[str, type[Evaluation]] = {"knn": Knn, "attention": AttentionMaps, "patches": PatchProbe}
@@ -17,7 +17,6 @@ __all__ = [
     "Features",
     "KNeighbors",
     "Knn",
-    "OnlineKnn",
     "PatchProbe",
     "Reading",
     "Subject",
@@ -26,5 +25,4 @@ __all__ = [
     "extract",
     "head_maps",
     "keep_mass",
-    "knn_root",
 ]

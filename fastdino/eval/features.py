@@ -1,7 +1,8 @@
 """Images become features: one pass of a backbone over a labelled source."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -14,6 +15,9 @@ from fastdino.data.loader import labelled_batches
 from fastdino.data.sources.source import Source
 from fastdino.data.views import normalize
 from fastdino.model.vit import ViT
+
+Images = tuple[Tensor, Tensor]
+"""Of a batch: uint8 (B, C, s, s) and labels, int64 (B,)."""
 
 
 class EvaluationError(UserError, ValueError):
@@ -59,17 +63,53 @@ def extract(
     are left out.
     """
     check_size(backbone, reading.size, reading.channels)
+    features = extract_part(backbone, source, reading, batch, num_workers)
+    check_any(features)
+    return features
+
+
+def extract_part(
+    backbone: nn.Module,
+    source: Source,
+    reading: Reading,
+    batch: int,
+    num_workers: int,
+    *,
+    part: tuple[int, int] = (0, 1),
+    take: Callable[[Callable[[], Images]], Images] = lambda read: read(),
+) -> Features:
+    """:func:`extract` for one of several equal parts of the source, which may be of no image.
+
+    The backbone is called as often for each part, whatever can be read of it, because ranks that hold parts of the
+    backbone's weights have to call it together. Where there are no images left, it sees a black one.
+
+    Args:
+        part: r of n; the parts one after the other are the source.
+        take: calls what it is given, which reads a batch, and returns that.
+    """
     device, dtype = device_and_dtype(backbone)
-    batches = labelled_batches(source, reading.size, batch, num_workers, reading.crop, reading.channels)
+    rank, num_parts = part
+    mine = range(len(source) * rank // num_parts, len(source) * (rank + 1) // num_parts)
+    num_calls = max(1, math.ceil(math.ceil(len(source) / num_parts) / batch))
+    batches = labelled_batches(source, reading.size, batch, num_workers, reading.crop, reading.channels, mine)
+    black = torch.zeros(1, reading.channels, reading.size, reading.size, dtype=torch.uint8)
+    nothing = black[:0], torch.zeros(0, dtype=torch.int64)
     vectors, labels = [], []
-    with evaluating(backbone), torch.autocast(device.type, torch.bfloat16, enabled=reading.precision == "bf16"):
-        for images, batch_labels in tqdm(batches, desc="features", unit="batch", leave=False, disable=None):
-            x = normalize(images.to(device, non_blocking=True), reading.normalize)
-            vectors.append(backbone(x.to(dtype)).float())
+    calls = tqdm(range(num_calls), desc="features", unit="batch", leave=False, disable=rank > 0 or None)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=reading.precision == "bf16")
+    with closing(batches), evaluating(backbone), autocast:
+        for _ in calls:
+            images, batch_labels = take(lambda: next(batches, nothing))
+            x = normalize((images if len(images) else black).to(device, non_blocking=True), reading.normalize)
+            vectors.append(backbone(x.to(dtype))[: len(images)].float())
             labels.append(batch_labels.to(device))
-    if not vectors:
-        raise EvaluationError("none of the images could be read: there is nothing to evaluate")
     return Features(torch.cat(vectors), torch.cat(labels))
+
+
+def check_any(features: Features) -> None:
+    """Raises EvaluationError where there are none."""
+    if not len(features.labels):
+        raise EvaluationError("none of the images could be read: there is nothing to evaluate")
 
 
 def check_size(backbone: nn.Module, size: int, channels: int = 3) -> None:

@@ -6,16 +6,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastdino.config import Config, ConfigError, DataConfig
+from fastdino.config import ConfigError
 from fastdino.config.errors import require
 from fastdino.eval.evaluation import Evaluation, Subject
-from fastdino.eval.features import EvaluationError, Features, Reading, extract
+from fastdino.eval.features import EvaluationError, Features, extract
 from fastdino.eval.splits import bank_and_test
 
 DEFAULT_NEIGHBORS = (10, 20, 100, 200)
-PUBLISHED = 20  # the k that DINO v1 reports
 MAX_ELEMENTS = 2**27  # of one block of similarities or votes: 0.5 GB of fp32
 
 
@@ -138,39 +137,3 @@ class Knn(Evaluation):
                 f"--neighbors {max(self.neighbors)} of a bank of {num_bank} images: choose k <= {num_bank}"
             )
         return list(self.neighbors)
-
-
-def knn_root(config: Config) -> str:
-    """The images of a run's k-NN; empty where it has none."""
-    own = "shapes" if config.data.root == "shapes" else ""
-    return (config.run.knn_root or own) if config.run.knn_every else ""
-
-
-class OnlineKnn:
-    """k-NN accuracy of the teacher while it trains. The two sets are opened and checked here, once.
-
-    Args:
-        root: the word shapes or a folder of class folders, see :func:`fastdino.eval.splits.bank_and_test`.
-        data: how images are opened, normalised and decoded in training.
-        size: side in pixels that the teacher sees.
-        batch: images per forward pass.
-
-    Raises ConfigError for whatever an evaluation of these sets would refuse.
-    """
-
-    def __init__(self, root: str, data: DataConfig, *, size: int, batch: int) -> None:
-        self.bank, self.test, _ = bank_and_test(root, data)
-        self.reading = Reading(size=size, crop=data.eval_crop, normalize=data.normalize, channels=data.channels)
-        self.batch, self.num_workers = batch, data.num_workers
-
-    def __call__(self, backbone: nn.Module) -> dict[str, float]:
-        """{"knn": percent, "knn_neighbors": k}; k is 20, or the number of readable images in the bank if less.
-
-        ``backbone`` is the teacher's, where it is and in the dtype that it has.
-        """
-        bank, test = (
-            extract(backbone, source, self.reading, batch=self.batch, num_workers=self.num_workers)
-            for source in (self.bank, self.test)
-        )
-        k = min(PUBLISHED, len(bank.labels))
-        return {"knn": 100 * Knn(neighbors=(k,)).accuracy(bank, test)[f"knn_{k}"], "knn_neighbors": k}

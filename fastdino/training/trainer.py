@@ -20,7 +20,6 @@ from fastdino.data import Batch, normalize, open_source, train_batches
 from fastdino.distributed import Ranks
 from fastdino.engine import build_engine, graphs, zero_stage
 from fastdino.engine.schedules import Now, Schedules
-from fastdino.eval import OnlineKnn, knn_root
 from fastdino.method.dino import Dino
 from fastdino.method.health import Health
 from fastdino.method.targets import build_targets
@@ -31,9 +30,10 @@ from fastdino.training.flops import Meter
 from fastdino.training.metrics import Metrics
 from fastdino.training.monitoring.monitors import Monitors
 from fastdino.training.monitoring.stragglers import Stragglers
+from fastdino.training.online_knn import OnlineKnn, knn_root
 from fastdino.training.preemption import Interrupted, Preempted, PreemptionNotice
 from fastdino.training.run_folder import RunFolder, settled_config
-from fastdino.training.watchdog import FOREVER, SLOW, Pulse, Watchdog
+from fastdino.training.watchdog import Pulse, Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -88,9 +88,8 @@ class Trainer:
         self.config, self.ranks, self.folder, self.pulse = config, ranks, folder, pulse or Pulse(0.0)
         self.captures = graphs.captures(config, ranks)
         self.source = open_source(config.data.root, config.data)
-        self.online_knn: OnlineKnn | None = None  # on rank 0, where one was asked for
-        if folder:
-            ranks.on_main(self._open_knn)  # what is wrong with its images is said now, not in hours
+        # What is wrong with its images is said now, not in hours.
+        self.online_knn = OnlineKnn(config, ranks, self.pulse) if folder and knn_root(config) else None
         newest = folder.newest() if folder else None
         torch.manual_seed(config.run.seed)
         load = newest is None  # a checkpoint holds all weights: those that the run started from may be gone
@@ -264,12 +263,18 @@ class Trainer:
         last = self.step == self.total_steps
         by_epoch = rest == 0 and epoch % run.save_every == 0
         by_step = run.save_every_steps and self.step % run.save_every_steps == 0
-        evaluates = rest == 0 and run.knn_every and (last or epoch % run.knn_every == 0)
+        evaluates = self.online_knn is not None and rest == 0 and (last or epoch % run.knn_every == 0)
         if last or by_epoch or by_step:
-            self._save(last, wait=bool(evaluates))
-        if evaluates:
-            with self.pulse.section("the k-NN", SLOW if self.ranks.is_main else FOREVER):  # rank 0 has a beat a batch
-                knn = self._knn(metrics, epoch, knn, notice)
+            self._save(last, wait=evaluates)
+        if self.online_knn and evaluates:
+            backbone = self.engine.teacher.backbone
+            assert isinstance(backbone, nn.Module)
+            score, said = self.online_knn(backbone, notice)
+            knn = score.get("knn", knn)
+            if metrics and score:
+                metrics.write(self.step, {"epoch": epoch, **score})
+            if metrics:
+                metrics.say(f"epoch {epoch}: {said}")
         if metrics and (rest == 0 or by_step or metrics.compiled(self.step)):
             metrics.restart_clock(self.step)
         return knn
@@ -305,34 +310,6 @@ class Trainer:
                 "optim.lr or use engine.precision=fp32"
             )
         return values["loss"]
-
-    def _knn(self, metrics: Metrics | None, epoch: int, before: float | None, notice: PreemptionNotice) -> float | None:
-        """Weighted k-NN of the teacher on rank 0, while the others wait. One that fails is an alarm, not the end."""
-        teacher = self.engine.whole_teacher() if knn_root(self.config) else None
-        if self.online_knn and metrics and teacher is not None:
-            backbone = teacher.backbone
-            assert isinstance(backbone, nn.Module)
-            beats = backbone.register_forward_hook(lambda *_: self.pulse.beat())
-            try:
-                with notice.interruptible(grace=0), torch.compiler.set_stance("force_eager"):  # other shapes
-                    score = self.online_knn(backbone)
-            except Interrupted:
-                metrics.say(f"epoch {epoch}: a signal ended the k-NN")
-            except Exception as error:  # files that are gone, a worker that died, memory: none of it concerns the step
-                metrics.say(f"epoch {epoch}: the k-NN failed, training goes on: {type(error).__name__}: {error}")
-            else:
-                before = score["knn"]
-                metrics.write(self.step, {"epoch": epoch, **score})
-                metrics.say(f"epoch {epoch}: k-NN of the teacher {before:.1f} %")
-            finally:
-                beats.remove()
-        self.ranks.barrier()
-        return before
-
-    def _open_knn(self) -> None:
-        if root := knn_root(self.config):
-            size, batch = self.config.views.global_size, self.config.run.local_batch
-            self.online_knn = OnlineKnn(root, self.config.data, size=size, batch=batch)
 
     # ------------------------------------------------------------------------------------------------ its folder
 

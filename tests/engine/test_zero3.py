@@ -114,15 +114,6 @@ def test_compiled_blocks_take_the_same_steps(results: Any, world_size: int) -> N
 
 
 @WORLD_SIZES
-def test_rank_0_may_call_the_teacher_alone(results: Any, world_size: int) -> None:
-    found = results[world_size]["whole teacher"]
-    assert found["same"]
-    assert found["made"]
-    watched, plain = found["undisturbed"]
-    assert all(torch.equal(x, plain[name]) for name, x in watched.items())
-
-
-@WORLD_SIZES
 def test_blocks_are_gathered_at_once_where_they_run_once(results: Any, world_size: int) -> None:
     assert results[world_size]["units"] == {"packed": 8, "apart": 0, "timm": 0}
     assert "ran twice before one backward pass" in results[world_size]["twice"]

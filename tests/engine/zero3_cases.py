@@ -133,26 +133,6 @@ def collectives(ranks: Ranks, config: Config) -> dict[str, Any]:
     return {**count.found, "all": sum(padded.values()), "trained": trained}
 
 
-def whole_teacher(ranks: Ranks) -> dict[str, Any]:
-    """The teacher that rank 0 calls alone in between, the one in parts, and whether the training felt it."""
-    made, alone = trainer(ranks, V1, "zero3"), None
-    for step in range(STEPS):
-        made.train_step([random_batch(V1, CPU, 10 * step + ranks.rank)])
-        if step == 2:
-            teacher = made.engine.whole_teacher()
-            gathered = whole(made.engine.teacher)
-            if teacher is not None:
-                with torch.no_grad():
-                    alone = teacher.backbone(torch.zeros(2, 3, 32, 32))
-                same = all(torch.equal(p, gathered[n]) for n, p in teacher.named_parameters())
-                assert teacher.state_dict().keys() == made.engine.teacher.state_dict().keys()
-    plain = trainer(ranks, V1, "zero3")
-    for step in range(STEPS):
-        plain.train_step([random_batch(V1, CPU, 10 * step + ranks.rank)])
-    after = [whole(t.engine.student_network) for t in (made, plain)]
-    return {"same": alone is None or same, "made": alone is not None, "undisturbed": after}
-
-
 OTHERWISE = {
     "communication_data_type": "fp32",
     "zero_optimization": {
@@ -239,7 +219,6 @@ def run_cases(ranks: Ranks, others: dict[str, Any] | None) -> dict[str, Any]:
         if others is not None:
             case(f"reshard {precision}", resume, "zero3", others[f"three {precision}"], precision=precision)
     case("collectives", collectives, V1)
-    case("whole teacher", whole_teacher)
     case("compiled", compiled)
     case("units", units)
     case("twice", twice)

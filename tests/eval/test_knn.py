@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdino.config import Config, ConfigError, DataConfig, ViewsConfig
-from fastdino.data.sources.decode import BadImage
-from fastdino.eval import Features, KNeighbors, Knn, OnlineKnn, Subject
+from fastdino.eval import Features, KNeighbors, Knn, Subject
 from fastdino.eval import knn as room
 from fastdino.eval.splits import Sets
 
@@ -167,10 +166,8 @@ def test_the_evaluation(sets: list[object], tmp_path: Path) -> None:
 
 
 def test_a_run_is_evaluated_on_as_much_of_an_image_as_it_says(sets: list[object]) -> None:
-    """By the command, and while it trains."""
     whole = replace(CONFIG, data=replace(CONFIG.data, eval_crop=1.0))
     assert Knn().reading(whole).crop == 1.0
-    assert OnlineKnn("colours", whole.data, size=32, batch=4).reading.crop == 1.0
 
 
 def test_the_default_ks_fit_the_bank() -> None:
@@ -198,37 +195,3 @@ def test_the_default_ks_fit_the_bank() -> None:
 def test_flags_that_cannot_work(flags: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         Knn(**flags)
-
-
-def online(root: str = "anywhere") -> OnlineKnn:
-    return OnlineKnn(root, CONFIG.data, size=32, batch=4)
-
-
-def test_online_knn(sets: list[object]) -> None:
-    """The sets are opened once; each evaluation reads them as the teacher is shown its global views."""
-    sizes: list[tuple[int, int]] = []
-
-    class Watch(Means):
-        def forward(self, x: Tensor) -> Tensor:
-            sizes.append((len(x), x.shape[-1]))
-            return super().forward(x)
-
-    evaluation = online()
-    for _ in range(2):
-        assert evaluation(Watch()) == {"knn": 100.0, "knn_neighbors": 20}
-    assert sets == [("anywhere", CONFIG.data)]
-    assert {size for _, size in sizes} == {32}
-    assert max(count for count, _ in sizes) == 4
-
-
-def test_k_is_what_can_be_read(sets: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files that go bad while the run trains leave fewer than 20 of the bank: k follows, and no evaluation fails."""
-    evaluation, read = online(), Colours.read
-
-    def worn(self: Colours, index: int) -> tuple[np.ndarray, int]:
-        if index >= 15:
-            raise BadImage(str(index), "worn")
-        return read(self, index)
-
-    monkeypatch.setattr(Colours, "read", worn)
-    assert evaluation(Means()) == {"knn": 100.0, "knn_neighbors": 15}

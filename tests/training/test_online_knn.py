@@ -1,55 +1,56 @@
-"""The k-NN of a run: what is wrong with its images is said before the first step, and never ends a run that goes on."""
+"""The k-NN of a run: the same at every world size and stage, never the end of a run, refused before the run begins."""
 
+import dataclasses
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor, nn
 
 import fastdino
-from fastdino.config import (
-    Config,
-    ConfigError,
-    DataConfig,
-    EngineConfig,
-    HeadConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    ViewsConfig,
-)
+from fastdino import status
+from fastdino.config import ConfigError
+from fastdino.distributed import Ranks
+from fastdino.training import checkpoint
+from fastdino.training.online_knn import OnlineKnn
+from fastdino.training.preemption import PreemptionNotice
+from fastdino.training.watchdog import Pulse
 from tests.children import environment
+from tests.engine.engine_cases import ENGINES
+from tests.training.knn_cases import GOING_ON, config
+
+CASES = Path(__file__).with_name("knn_cases.py")
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 def images(folder: Path, count: int) -> None:
     folder.mkdir(parents=True)
-    pixels = np.random.default_rng(0).integers(0, 255, (count, 32, 32, 3), dtype=np.uint8)
+    seed = [*f"{folder.parent.name} {folder.name}".encode()]
+    pixels = np.random.default_rng(seed).integers(0, 255, (count, 32, 32, 3), dtype=np.uint8)
     for i in range(count):
         Image.fromarray(pixels[i]).save(folder / f"{i}.png")
 
 
+def make(root: Path) -> Path:
+    """25 and 9 images, of which one in the last part cannot be read: at no world size as many for each rank."""
+    for split, counts in {"train": (12, 13), "val": (4, 5)}.items():
+        for name, count in zip(("cat", "kitten"), counts, strict=True):
+            images(root / split / name, count)
+    (root / "train/kitten/7.png").write_bytes(b"")
+    return root
+
+
 @pytest.fixture
 def knn_root(tmp_path: Path) -> Path:
-    for split, count in (("train", 12), ("val", 4)):
-        for name in ("cat", "dog"):
-            images(tmp_path / "knn" / split / name, count)
-    return tmp_path / "knn"
-
-
-def config(folder: Path, knn_root: Path) -> Config:
-    """Four steps of 8 images, a k-NN after every second."""
-    return Config(
-        model=ModelConfig(arch="vit_nano", patch_size=8, drop_path=0.0),
-        head=HeadConfig(num_prototypes=32, hidden_dim=16, bottleneck_dim=8),
-        views=ViewsConfig(global_size=32, local_size=16, num_local=1),
-        data=DataConfig(root="shapes", num_images=16, image_size=32, num_workers=0),
-        optim=OptimConfig(warmup_epochs=0),
-        engine=EngineConfig(device="cpu", name="torch"),
-        run=RunConfig(dir=folder, epochs=2, local_batch=4, log_every=1, knn_every=1, knn_root=str(knn_root)),
-    )
+    return make(tmp_path / "knn")
 
 
 def scores(folder: Path) -> list[float]:
@@ -58,7 +59,7 @@ def scores(folder: Path) -> list[float]:
 
 
 def test_a_folder_of_classes(tmp_path: Path, knn_root: Path) -> None:
-    result = fastdino.train(config(tmp_path / "run", knn_root))
+    result = fastdino.train(config(tmp_path / "run", knn_root, world_size=1))
     assert len(scores(result.dir)) == 2
     assert result.knn == scores(result.dir)[-1]
 
@@ -79,43 +80,134 @@ def test_refused_before_the_run_begins(tmp_path: Path, knn_root: Path, fault: st
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-SCRIPT = """
-import shutil, sys
-from pathlib import Path
-import fastdino
-from fastdino.eval import knn
-from fastdino.training.trainer import Trainer
+def test_the_teacher_sees_what_a_run_says_and_k_is_what_can_be_read(tmp_path: Path, knn_root: Path) -> None:
+    """As much of an image as in training, as many at a time; and files that go bad meanwhile are no fault."""
+    shown: list[tuple[int, ...]] = []
 
-config = fastdino.Config.from_json(Path(sys.argv[1]).read_text())
-step, opened = Trainer.train_step, []
-bank_and_test = knn.bank_and_test
+    class Means(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            shown.append(tuple(x.shape))
+            return x.mean((-2, -1))
 
-def train_step(self, batches):
-    assert bool(opened) == (self.ranks.rank == 0), "one rank alone opens the images"
-    if self.step == 2:  # after the first evaluation
-        shutil.rmtree(config.run.knn_root, ignore_errors=True)
-    return step(self, batches)
-
-def noted(*arguments):
-    opened.append(arguments)
-    return bank_and_test(*arguments)
-
-Trainer.train_step, knn.bank_and_test = train_step, noted
-found = f"steps {fastdino.train(config).steps} openings {len(opened)}\\n"
-sys.stdout.write(found)  # in one piece, because two ranks share a pipe
-"""
+    settings = config(tmp_path / "run", knn_root, world_size=1)
+    settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, eval_crop=1.0))
+    online = OnlineKnn(settings, Ranks(0, 1, 0, torch.device("cpu")), Pulse(0.0))
+    assert online.reading.crop == 1.0
+    assert online(Means(), PreemptionNotice())[0]["knn_neighbors"] == 20
+    assert shown == [(count, 3, 32, 32) for count in (8, 8, 7, 1, 8, 1)]
+    for i in range(4, 13):
+        (knn_root / f"train/kitten/{i}.png").write_bytes(b"")
+    assert online(Means(), PreemptionNotice())[0]["knn_neighbors"] == 16
 
 
-def test_images_that_vanish_are_an_alarm_on_one_rank_and_the_end_of_none(tmp_path: Path, knn_root: Path) -> None:
-    settings = config(tmp_path / "run", knn_root)
-    (tmp_path / "config.json").write_text(settings.to_json())
-    (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "script.py"), str(tmp_path / "config.json")],
-        env=environment(), capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.split("\n")) == ["", "steps 4 openings 0", "steps 4 openings 1"]
-    assert "the k-NN failed, training goes on: EvaluationError: none of the images could be read" in done.stderr
-    assert len(scores(tmp_path / "run")) == 1
+def launch(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command], env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    """Figures of knn_cases.py by world size."""
+    folder, found = tmp_path_factory.mktemp("knn"), {}
+    make(folder / "images")
+    for size, launcher in {1: [], 2: TORCHRUN}.items():
+        done = launch([*launcher, str(CASES), str(folder), str(folder / "images")])
+        assert done.returncode == 0, done.stderr[-6000:]
+        found[size] = torch.load(folder / f"{size}.pt")
+    return found
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("size", [1, 2])
+def test_scores_do_not_depend_on_ranks_and_engines(results: Any, size: int, engine: str) -> None:
+    """Nor on the batch, which is 8 of one process and 4 of each of two."""
+    got, want = results[size][engine], results[1]["torch"]
+    assert got["score"] == want["score"] != {}
+    assert got["score"]["knn_neighbors"] == 20
+    assert got["said"] == f"k-NN of the teacher {got['score']['knn']:.1f} %"
+    for mine, theirs, count in zip(got["features"], want["features"], (24, 9), strict=True):
+        assert torch.equal(mine[1], theirs[1])
+        assert mine[0].shape == (count, 96)
+        torch.testing.assert_close(mine[0], theirs[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", [*ENGINES, "timm"])
+def test_every_rank_calls_the_teacher_as_often(results: Any, case: str) -> None:
+    """Of 12 and 13 images, of which one cannot be read, in batches of 4; of 4 and 5."""
+    assert results[2][case]["calls"] == [4 + 2] * 2
+
+
+@pytest.mark.parametrize("case", [*GOING_ON, "timm"])
+def test_training_goes_on_as_without_a_score(results: Any, case: str) -> None:
+    assert results[2][case]["undisturbed"]
+
+
+GOES_ON = {
+    "vanish:torch": "EvaluationError: none of the images could be read",
+    "mistaken:zero3": "ValueError: a mistake of the source",
+    "dies:zero3": "WorkerDied: a process that makes views was ended by exit status 3",
+    "forward:zero2": "RuntimeError: no memory for it",
+    "score:zero3": "MemoryError: no memory for it",
+}
+STOPS = ["noticed:zero3", "hangs:torch"]
+
+
+REFUSED = {
+    "refused:torch": ("UserError: rank 1 refused the run: its message says why", "ConfigError: no such folder here"),
+    "differs:torch": ("ConfigError: run.knn_root=.* holds other images for rank 1 than for rank 0",) * 2,
+}
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """Runs with faults in one pair of processes; with the last they end."""
+    folder = tmp_path_factory.mktemp("faults")
+    shutil.copytree(make(folder / "images"), folder / "gone")
+    cases = [*REFUSED, *GOES_ON, *STOPS, "unreadable:zero3", "forward:zero3"]
+    return folder, launch([*TORCHRUN, str(CASES), str(folder), str(folder / "images"), *cases])
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_one_rank_refuses_ends_all_before_the_run_begins(faults: Any, case: str) -> None:
+    folder, done = faults
+    for rank, says in enumerate(REFUSED[case]):
+        assert re.search(f"^{rank} {case} {says}$", done.stdout, re.MULTILINE), done.stdout + done.stderr
+    assert not (folder / case.replace(":", "-")).exists()
+
+
+@pytest.mark.parametrize("case", GOES_ON)
+def test_a_fault_of_one_rank_is_an_alarm_and_the_end_of_none(faults: Any, case: str) -> None:
+    folder, done = faults
+    for rank in range(2):
+        assert f"{rank} {case} steps 4\n" in done.stdout, done.stderr
+    where = 0 if case.startswith(("vanish", "score")) else 1
+    says = f"^rank 0 epoch 2: the k-NN failed, training goes on: {GOES_ON[case]}.*\\(rank {where}\\)$"
+    assert re.search(says, done.stderr, re.MULTILINE), done.stderr
+    assert len(scores(folder / case.replace(":", "-"))) == 1
+
+
+@pytest.mark.parametrize("case", STOPS)
+def test_a_signal_to_one_rank_ends_the_evaluation_on_all(faults: Any, case: str) -> None:
+    """Between batches, or in a read that hangs: all take the step at hand, save and leave."""
+    folder, done = faults
+    for rank in range(2):
+        assert f"{rank} {case} Preempted: stopped by a signal at step 5" in done.stdout, done.stderr
+    run = folder / case.replace(":", "-")
+    assert checkpoint.steps(run / "checkpoints")[-1] == 5
+    told = status.read(run)
+    assert (told["state"], told["exit"]) == ("preempted", 85)
+
+
+def test_images_that_one_rank_cannot_read_are_left_out(faults: Any) -> None:
+    folder, done = faults
+    assert "1 unreadable:zero3 steps 4\n" in done.stdout, done.stderr
+    assert len(scores(folder / "unreadable-zero3")) == 2
+
+
+def test_a_forward_pass_that_fails_where_others_wait_in_it_ends_the_run(faults: Any) -> None:
+    """And none hangs."""
+    _, done = faults
+    assert done.returncode == 1
+    assert "RuntimeError: no memory for it" in done.stderr
+    assert "forward:zero3" not in done.stdout

@@ -29,6 +29,7 @@ from fastdino.config import (
     ViewsConfig,
 )
 from fastdino.data.sources.shapes import ShapesSource
+from fastdino.eval import Knn
 from fastdino.training import preemption, trainer
 from fastdino.training.checkpoint import CheckpointError, Folder, storage
 from fastdino.training.preemption import Preempted
@@ -242,15 +243,15 @@ def test_a_step_that_waits_for_images_is_given_up(tmp_path, monkeypatch):
 
 
 def test_an_evaluation_is_given_up(tmp_path, monkeypatch, caplog):
-    """SIGTERM in a k-NN of hours: the run stops at the next steps, saved, without the score."""
+    """SIGTERM in a comparison of hours: the run stops at the next steps, saved, without the score."""
     calls = []
 
-    def forever(self: Any, backbone: Any) -> Any:
+    def forever(self: Any, *sets: Any) -> Any:
         calls.append(1)
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
         time.sleep(600)
 
-    monkeypatch.setattr(trainer.OnlineKnn, "__call__", forever)
+    monkeypatch.setattr(Knn, "accuracy", forever)
     started = time.monotonic()
     with pytest.raises(Preempted, match="stopped by a signal at step 3"):
         fastdino.train(config(tmp_path, run__knn_every=1, run__epochs=5))
