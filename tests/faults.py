@@ -1,12 +1,13 @@
 """Trainings that are struck by a fault at a seeded moment, and then started again by the same command.
 
 ``python -m tests.faults --seeds 200`` trains two ranks, forked from a process that has imported everything, with the
-torch engine and at ZeRO 1, 2 and 3. An undisturbed run of each lists the calls of every rank to collectives and to the
-disk. A seed chooses a rank, one of these calls, and whether a signal strikes before, after or, of a write, in the midst
-of it. What must hold: the other rank ends by itself; every checkpoint is whole; the same command then trains
-to the end, where the checkpoint, the config and the losses are those of the undisturbed run in every byte, and nothing
-else is left. SIGTERM and SIGUSR1 end all ranks with 85, or in the start, before anything was trained. A disk that is
-full within a checkpoint ends nothing but the last one; NaN on one rank is a step that no rank takes.
+torch engine and at ZeRO 1, 2 and 3. An undisturbed run of each lists the calls of every rank to collectives and to
+the disk. A seed chooses a rank, one of these calls, and whether a signal strikes before, after or, of a write, in the
+midst of it. What must hold: the other rank ends by itself; every checkpoint is whole; the same command then trains to
+the end, where the checkpoint, the config and the losses are those of the undisturbed run in every byte, and nothing
+else is left. ``fastdino status --requeue`` says so too. SIGTERM and SIGUSR1 end all ranks with 85, or in the start,
+before anything was trained. A disk that is full within a checkpoint ends nothing but the last one; NaN on one rank is
+a step that no rank takes.
 
 The file of results is written after every case; the same command goes on with those that are missing.
 """
@@ -215,7 +216,7 @@ def case(job: tuple[int, str, str, Reference, Path]) -> dict[str, Any]:
         steps, broken = _checkpoints(folder)
         found["faults"].append({"what": str(fault), "struck": ended.struck, "newest": max(steps, default=None)})
         found["codes"].append(ended.codes)
-        found["wrong"] += broken + _wrong_end(fault, ended, steps)
+        found["wrong"] += broken + _wrong_end(fault, ended, steps) + _wrong_answer(folder, ended)
         found["hung"] = found.get("hung", False) or ended.hung
         said.append(ended.said)
     want = _final_of_nan(engine, folder, fault) if kind == "nan" else expected.final
@@ -228,7 +229,8 @@ def case(job: tuple[int, str, str, Reference, Path]) -> dict[str, Any]:
     got = final(folder)
     differ = [name for name in {**want, **got} if want.get(name) != got.get(name)]
     found["wrong"] += [f"differs from the undisturbed run: {', '.join(differ)}"] if differ else []
-    left = [str(p.relative_to(folder)) for p in folder.rglob(".*")]
+    found["wrong"] += _wrong_answer(folder, ended)
+    left = [str(p.relative_to(folder)) for p in folder.rglob(".*") if not p.name.startswith(".restarts-")]
     found["wrong"] += [f"left: {', '.join(left)}"] if left else []
     found |= {"exact": not differ, "seconds": round(time.monotonic() - begun, 1)}
     if found["wrong"]:
@@ -278,6 +280,17 @@ def _wrong_end(fault: Fault, ended: Ended, steps: list[int]) -> list[str]:
     noticed = codes == [85] * WORLD or codes == [0] * WORLD or (killed and newest in (0, STEPS))
     well = fine.get(fault.kind, noticed) if ended.struck else codes == [0] * WORLD
     return [] if well else [f"ended with {codes} at step {newest} after {fault}"]
+
+
+def _wrong_answer(folder: Path, ended: Ended) -> list[str]:
+    """What is wrong with whether a job script is told to start the run again."""
+    from fastdino import status
+
+    if not (folder / "config.json").exists():  # nothing was begun
+        return []
+    again, why = status.requeue(folder)
+    over = ended.codes in ([0] * WORLD, [2] * WORLD) or status.read(folder)["state"] == "finished"
+    return [] if again != over else [f"after {ended.codes} the run is {'' if again else 'not '}started again: {why}"]
 
 
 def _final_of_nan(engine: str, folder: Path, fault: Fault) -> dict[str, str]:
