@@ -274,19 +274,28 @@ def show_recipes(name: Annotated[str, tyro.conf.Positional] = "", /) -> None:
 
 
 def status(
-    run: Path_, /, json_: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    run: Path_,
+    /,
+    json_: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False,
+    requeue: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
 ) -> None:
     """Says where a run stands: state, step, pace, newest checkpoint, host and process, and how it ended.
 
     Args:
         run: the run folder; any host that sees it will do.
         json_: the same as JSON, with the fields of status.json, `state` as found and `age` in seconds.
+        requeue: for a job script whose processes have ended: exits with 0 if the run should be started again, with 1 if
+            not, and says why. A run that was preempted should; others three times until there is a newer checkpoint.
     """
-    from fastdino.status import describe, read
+    from fastdino import status
 
     folder = run.expanduser()
-    found = read(folder)
-    print(json.dumps(found, indent=2) if json_ else describe(folder, found))
+    if requeue:
+        again, why = status.requeue(folder)
+        print(f"{folder}: {'start it again' if again else 'do not start it again'}: {why}")
+        sys.exit(0 if again else 1)
+    found = status.read(folder)
+    print(json.dumps(found, indent=2) if json_ else status.describe(folder, found))
 
 
 def export(

@@ -53,8 +53,16 @@ def this_process() -> dict[str, Any]:
 
 def may_live(process: Mapping[str, Any]) -> bool:
     """False when what :func:`this_process` returned is known to be dead: a process of this host that has ended."""
-    here = process.get("host") == socket.gethostname() and process.get("namespace", _namespace()) == _namespace()
-    return not here or process.get("started") == _started(process.get("pid"))
+    return not _is_here(process) or lives(process)
+
+
+def lives(process: Mapping[str, Any]) -> bool:
+    """True when what :func:`this_process` returned is known to be alive, which only a process of this host can be."""
+    return _is_here(process) and process.get("started") == _started(process.get("pid"))
+
+
+def _is_here(process: Mapping[str, Any]) -> bool:
+    return process.get("host") == socket.gethostname() and process.get("namespace", _namespace()) == _namespace()
 
 
 def _namespace() -> int:

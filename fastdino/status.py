@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from fastdino.config import ConfigError, UserError
-from fastdino.host import may_live, this_process
+from fastdino.host import lives, may_live, this_process
 
 NAME = "status.json"
 EVERY = 15.0  # seconds between two writings of a run that goes on
@@ -21,6 +22,7 @@ FIELDS = (
     "reason", "ranks", "host", "pid", "namespace", "started", "start_time", "time",
 )  # fmt: skip
 ENDS = {0: "finished", 85: "preempted", 86: "hung", 130: "stopped"}  # by exit code; any other is a failure
+RESTARTS = 3  # of a run that fails, hangs or is killed, until it has a newer checkpoint
 
 
 class Status:
@@ -109,7 +111,7 @@ def read(folder: Path, clock: Callable[[], float] = time.time) -> dict[str, Any]
     holder = _holder(folder)
     if holder and any(holder.get(name) != found[name] for name in ("host", "pid", "started")):
         found |= {"state": "starting", "reason": f"since {holder.get('since')}"}
-        found |= {name: holder.get(name) for name in ("host", "pid", "started")}
+        found |= {name: holder.get(name) for name in ("host", "pid", "namespace", "started")}
     elif found["state"] == "running" and not may_live(found):
         found["state"] = "killed"
     elif found["state"] == "running" and found["age"] > SILENT:
@@ -124,6 +126,56 @@ def _holder(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return holder if isinstance(holder, dict) and may_live(holder) else None
+
+
+def requeue(folder: Path) -> tuple[bool, str]:
+    """Whether to start the run in ``folder`` again, and why: for who started it and saw its processes end.
+
+    Yes after a notice (exit code 85). No when it is finished, was stopped by Ctrl-C, or ended with 2, which has to be
+    mended first. Anything else is worth RESTARTS starts until there is a newer checkpoint: a failure, a hang, a kill,
+    an end that came before the run wrote a status. This host counts them in a file in the run folder.
+
+    Raises ConfigError as :func:`read` does, and when they cannot be counted.
+    """
+    found = read(folder)
+    state, saved, code = found["state"], found["checkpoint"], found["exit"]
+    if state in ("starting", "running", "silent") and lives(found):
+        return False, f"it goes on: process {found['pid']}"
+    told = [found[name] for name in ("host", "pid", "started", "time")]
+    why = " ".join([state, *([f"({code})"] if code else []), *(found["reason"] or "").splitlines()[:1]])
+    if state in ("finished", "stopped") or code == 2:
+        return False, why
+    path = folder / f".restarts-{socket.gethostname()}.json"
+    before = _counted(path)
+    if before.get("told") == told:  # what the status says is of the start before
+        state = why = "ended before it began to train"
+    starts = before.get("starts", 0) if before.get("checkpoint") == saved else 0
+    again = state == "preempted" or starts < RESTARTS
+    if state != "preempted":
+        since = "at the start" if saved is None else f"at the checkpoint of step {saved}"
+        why += (
+            f"; start {starts + 1} of {RESTARTS} {since}" if again else f"; {RESTARTS} starts {since} came no further"
+        )
+        starts += again
+    _count(path, {"checkpoint": saved, "starts": starts, "told": told})
+    return again, why
+
+
+def _counted(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):  # no restart yet
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _count(path: Path, values: dict[str, Any]) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_text(json.dumps(values))
+        os.replace(partial, path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}. Restarts are counted there") from error
 
 
 def describe(folder: Path, found: dict[str, Any]) -> str:

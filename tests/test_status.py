@@ -180,3 +180,103 @@ def test_a_full_disk_leaves_the_file_before_alone(folder, monkeypatch):
         kept.tell(step=4)
     assert written(folder) == before
     assert not (folder / ".status.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- requeue
+
+
+def ended(folder: Path, code: int, checkpoint: int | None = 40, reason: str = "") -> None:
+    """The file of a start of its own that came to an end; of one that was killed where ``code`` is -9."""
+    kept = Status(folder, 50, 200, 4)
+    kept.tell(checkpoint=checkpoint)
+    kept._write()
+    if code != -9:
+        kept.end(code, reason)
+    gone = {} if code != -9 else {"pid": 2**22 + 1, "started": "1"}
+    change(folder, time=written(folder)["time"] + code, **gone)
+
+
+def asked(folder: Path, capsys: Any) -> tuple[int, str]:
+    """Exit code of the command, and the line that it prints."""
+    with pytest.raises(SystemExit) as exited:
+        cli.main(["status", "--requeue", str(folder)])
+    (line,) = capsys.readouterr().out.splitlines()
+    return exited.value.code, line.removeprefix(f"{folder}: ")
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [(0, "finished"), (2, "failed (2) data.root holds 7 images"), (130, "stopped (130)")],
+)
+def test_a_run_that_is_done_or_has_to_be_mended_is_left_alone(folder, capsys, code, says):
+    for _ in range(2):
+        ended(folder, code, reason="data.root holds 7 images\nand more" if code == 2 else "")
+        assert asked(folder, capsys) == (1, f"do not start it again: {says}")
+    assert not list(folder.glob(".restarts*"))
+
+
+def test_a_run_that_was_preempted_is_started_again_and_again(folder, capsys):
+    for number in range(8):
+        ended(folder, 85, reason="stopped by a signal at step 50")
+        change(folder, time=number)
+        assert asked(folder, capsys) == (0, "start it again: preempted (85) stopped by a signal at step 50")
+
+
+@pytest.mark.parametrize("code", [1, 86, 143, -9])
+def test_what_fails_is_started_three_times_at_a_checkpoint(folder, capsys, code):
+    state = {1: "failed (1) boom", 86: "hung (86) boom", 143: "failed (143) boom", -9: "killed"}[code]
+    for checkpoint in (None, 40, 60):
+        since = "at the start" if checkpoint is None else f"at the checkpoint of step {checkpoint}"
+        for start in range(1, 5):
+            ended(folder, code, checkpoint, "boom")
+            change(folder, time=start)
+            what = f"{state}; start {start} of 3 {since}" if start < 4 else f"{state}; 3 starts {since} came no further"
+            assert asked(folder, capsys) == (
+                (0, f"start it again: {what}") if start < 4 else (1, f"do not start it again: {what}")
+            )
+
+
+@pytest.mark.parametrize("code", [85, 1])
+def test_a_start_that_never_begins_is_not_taken_for_the_one_before(folder, capsys, code):
+    """It ends, with any code, before it writes a status: the file goes on saying what was."""
+    ended(folder, code)
+    found = [asked(folder, capsys) for _ in range(6)]
+    assert [code for code, _ in found].count(0) == (4 if code == 85 else 3)
+    assert found[-1] == (
+        1,
+        "do not start it again: ended before it began to train; 3 starts at the checkpoint of step 40 came no further",
+    )
+
+
+def test_a_run_without_a_status_is_started_three_times(folder, capsys):
+    assert [asked(folder, capsys)[0] for _ in range(5)] == [0, 0, 0, 1, 1]
+
+
+def test_a_run_that_goes_on_is_left_alone(folder, capsys):
+    with Status(folder, 10, 200, 4):
+        assert asked(folder, capsys) == (1, f"do not start it again: it goes on: process {os.getpid()}")
+
+
+def test_hosts_count_on_their_own_and_believe_who_saw_the_end(folder, capsys, monkeypatch):
+    """Each host of a torchrun has a loop: rank 0 of another one cannot be asked, and one end is one start for each."""
+    ended(folder, -9)
+    change(folder, host="gpu001")
+    for host in ("gpu002", "gpu003"):
+        monkeypatch.setattr(status.socket, "gethostname", lambda host=host: host)
+        assert asked(folder, capsys) == (0, "start it again: running; start 1 of 3 at the checkpoint of step 40")
+
+
+def test_what_cannot_be_counted_is_not_started(folder, capsys):
+    ended(folder, 1)
+    (folder / f".restarts-{status.socket.gethostname()}.json.partial").mkdir()
+    with pytest.raises(SystemExit) as exited:
+        cli.main(["status", str(folder), "--requeue"])
+    assert exited.value.code == 2
+    assert "cannot be written: Is a directory. Restarts are counted there" in capsys.readouterr().err
+
+
+def test_a_count_that_is_none_begins_anew(folder, capsys):
+    ended(folder, 1)
+    for text in ("", "[]", "{"):
+        (folder / f".restarts-{status.socket.gethostname()}.json").write_text(text)
+        assert "start 1 of 3" in asked(folder, capsys)[1]

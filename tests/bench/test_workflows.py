@@ -19,7 +19,7 @@ from tests.bench.test_visit import Parsed, parsed
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 PAGE = ROOT / "docs" / "ci.md"
-PLAIN = {"git", "echo", "export", "tee", "nvidia-smi", "sudo", "./config.sh"}
+PLAIN = {"git", "echo", "export", "tee", "nvidia-smi", "sudo", "apt-get", "./config.sh"}
 ENDS = {"|", ">", ">>", "&&", ";"}  # of a command
 FROM_OUTSIDE = re.compile(r"\$\{\{.*(github\.event|github\.head_ref|inputs)")
 
