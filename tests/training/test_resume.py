@@ -261,7 +261,7 @@ def test_an_evaluation_is_given_up(tmp_path, monkeypatch, caplog):
     assert Folder(tmp_path / "run/checkpoints").steps() == [2, 3]
 
 
-@pytest.mark.parametrize("failing", [{3}, {3, 4}])
+@pytest.mark.parametrize("failing", [{2}, {3, 4}])
 def test_a_run_goes_on_when_a_checkpoint_cannot_be_written(tmp_path, monkeypatch, failing):
     original = storage.copied
 
@@ -277,6 +277,6 @@ def test_a_run_goes_on_when_a_checkpoint_cannot_be_written(tmp_path, monkeypatch
             fastdino.train(settings)
     else:
         fastdino.train(settings)
-        assert Folder(tmp_path / "run/checkpoints").steps() == [1, 2, 4]
+        assert Folder(tmp_path / "run/checkpoints").steps() == [1, 3, 4]
         lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
         assert [line["failed_saves"] for line in lines] == [0, 0, 0, 1]
