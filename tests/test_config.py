@@ -283,6 +283,7 @@ def test_values_as_notebooks_and_sweeps_give_them(made, equal):
         (lambda: RunConfig(seed=2**64), r"run.seed=18446744073709551616 must be in \[0, 2\*\*64\)"),
         (lambda: RunConfig(seed=-1), "run.seed=-1 must be in"),
         (lambda: RunConfig(dir=""), "run.dir='' must be a path"),
+        (lambda: RunConfig(checkpoints=""), "run.checkpoints='' must be a folder or a URL"),
         (lambda: RunConfig(dir=None), "run.dir=None must be a path"),
         (lambda: RunConfig(knn_root=None), "run.knn_root=None must be text"),
         (lambda: OptimConfig(lr=float("nan")), "optim.lr=nan must be a finite number"),
@@ -402,7 +403,7 @@ def test_settings_are_few_and_each_is_explained():
         f.name for f in dataclasses.fields(HeadConfig)
     }
     settings = [(kind, f.name) for kind in kinds.values() for f in dataclasses.fields(kind)]
-    assert len(settings) == 106
+    assert len(settings) == 107
     for kind, name in settings:
         after = inspect.getsource(kind).split(f"    {name}: ")[1].split("\n", 1)[1].lstrip()
         assert after.startswith('"""'), f"{name} has no docstring, so --help does not explain it"

@@ -18,7 +18,7 @@ HOME = {
     "simplejpeg": ["fastdino/data/sources/decode.py"],
     "timm": ["fastdino/model/"],
     "pyarrow": ["fastdino/data/sources/packed/arrow.py"],
-    "fsspec": ["fastdino/data/sources/remote.py"],
+    "fsspec": ["fastdino/data/sources/remote.py", "fastdino/training/checkpoint/objects.py"],
     "tifffile": ["fastdino/data/sources/formats/tiff.py"],
     "imagecodecs": ["fastdino/data/sources/formats/tiff.py"],
     "prometheus_client": ["fastdino/training/monitoring/monitors.py"],

@@ -11,7 +11,10 @@ class RunConfig(Group):
     """Length of the run, where it is kept, what it reports."""
 
     dir: Path = Path("runs/default")
-    """The run folder: config.json, metrics.jsonl, TensorBoard events, checkpoints/."""
+    """The run folder: config.json, metrics.jsonl, TensorBoard events."""
+    checkpoints: str = "checkpoints"
+    """Where checkpoints go: a folder, in run.dir unless its path is absolute, or a URL of any store that fsspec knows
+    (s3://bucket/run, gs://...). All hosts have to see it."""
     cache: Path = Path("~/.cache/fastdino/compiled")
     """What compilers made, so that a run that is resumed need not wait for it; TORCHINDUCTOR_CACHE_DIR and
     TRITON_CACHE_DIR go before it."""
@@ -53,4 +56,5 @@ class RunConfig(Group):
         for name in ("save_every_steps", "keep_every", "knn_every", "hang_after"):
             self.require(getattr(self, name) >= 0, name, "0 or more")
         self.require(0 <= self.prometheus < 2**16, "prometheus", "a port, 1 to 65535, or 0 for none")
+        self.require(bool(self.checkpoints), "checkpoints", "a folder or a URL")
         self.require(0 <= self.seed < 2**64, "seed", "in [0, 2**64)", "a generator's seed has 64 bits")

@@ -11,7 +11,7 @@ from fastdino.model import Backbone, build_network, export_backbone, restore_bac
 from fastdino.model.network import check_arch
 from fastdino.model.weights import Format, is_weights_folder
 from fastdino.training import checkpoint
-from fastdino.training.checkpoint import CheckpointError, Folder, Manifest, Store
+from fastdino.training.checkpoint import CheckpointError, Manifest, Store
 from fastdino.training.run_folder import read_config
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def run_backbone(run: Path, step: int | None = None, role: Role = "teacher") -> 
     """
     run = run.expanduser()
     config = read_config(run)
-    store = Folder(run / "checkpoints")
+    store = checkpoint.at(config.run.checkpoints, run)
     manifest = _checkpoint(run, store, step)
     bare = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
     network = build_network(bare, teacher=True, load=False)

@@ -6,22 +6,27 @@ import functools
 import json
 import logging
 import os
+import socket
 import time
+import uuid
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
-from fastdino.config import Config, ConfigError, UserError, group_kinds
+from fastdino.config import Config, ConfigError, RunConfig, UserError, group_kinds
 from fastdino.distributed import Ranks
 from fastdino.engine.schedules import Schedules
 from fastdino.host import may_live, this_process
 from fastdino.model.weights import settled
 from fastdino.status import Status
 from fastdino.training import checkpoint
-from fastdino.training.checkpoint import Folder, Manifest, Saves
+from fastdino.training.checkpoint import Manifest, Saves
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # What may change between a run and its resumption: none of it changes what is computed, but for rounding; masks,
 # Sinkhorn and KoLeo look at a micro batch, however. Images are known by their names and count, and the weights that a
@@ -33,7 +38,7 @@ MAY_CHANGE = {
     "data.label_column", "data.views", "data.num_workers", "data.max_bad", "data.eval_crop", "run.dir", "run.cache",
     "run.epochs", "run.local_batch", "run.save_every", "run.save_every_steps", "run.keep", "run.keep_every",
     "run.log_every", "run.knn_every", "run.knn_root", "run.max_nonfinite", "run.hang_after",
-    "run.prometheus", "run.wandb",
+    "run.prometheus", "run.wandb", "run.checkpoints",
 }  # fmt: skip
 
 
@@ -85,7 +90,7 @@ class RunFolder:
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
-        self.path, self.store = config.run.dir, Folder(config.run.dir / "checkpoints")
+        self.path, self.store = config.run.dir, checkpoint.at(config.run.checkpoints, config.run.dir)
         self.saves = Saves(self.store, ranks, config.run.keep, lambda step: self.tell(checkpoint=step))
         self.config_before: Config | None = None
         self._lock = Lock(self.path / ".lock")
@@ -95,6 +100,8 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         try:
             self.ranks.on_main(self._take)
+            if self.config.run.checkpoints != RunConfig.checkpoints:
+                self._try_store()
         except UserError:
             self._let_go()
             raise
@@ -139,6 +146,8 @@ class RunFolder:
     def newest(self) -> Manifest | None:
         """Of the newest whole checkpoint; see :func:`fastdino.training.checkpoint.newest`."""
         found = checkpoint.newest(self.store, self.ranks)
+        if found is None:
+            self.ranks.on_main(self._check_moved)
         self.saves.newest_step = found.step if found else None
         return found
 
@@ -220,6 +229,18 @@ class RunFolder:
         elif strangers:
             raise ConfigError(f"run.dir={str(folder)!r} has files but no config.json: choose an empty or a new folder")
 
+    def _check_moved(self) -> None:
+        """Raises ConfigError when checkpoints are to go elsewhere, and those that there are have not gone with them."""
+        now, before = self.config.run.checkpoints, self.config_before
+        if before is None or before.run.checkpoints == now:
+            return
+        was = before.run.checkpoints
+        if checkpoint.at(was, self.path).steps():
+            raise ConfigError(
+                f"run.checkpoints was {was!r} and is {now!r}, where there is no checkpoint: the run would begin anew. "
+                "Copy what is there, or leave the setting as it was"
+            )
+
     def _write_config(self) -> None:
         if self.config == self.config_before:
             return
@@ -230,6 +251,30 @@ class RunFolder:
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise self._cannot_write(error) from error
+
+    def _try_store(self) -> None:
+        """Raises ConfigError when checkpoints cannot be written where they are to be, or a rank does not see them."""
+        place = f"run.checkpoints={self.config.run.checkpoints!r}"
+
+        def attempt(work: Callable[[str], T]) -> T:
+            try:
+                return work(name)
+            except OSError as error:
+                raise ConfigError(
+                    f"{place} cannot be written: {_reason(error)}. Check the address, the network and your access to "
+                    "it, or leave out --run.checkpoints"
+                ) from error
+
+        name = self.ranks.gather(f".fastdino-{uuid.uuid4().hex[:8]}")[0]
+        self.ranks.on_main(lambda: attempt(self.store.mark))
+        seen = self.ranks.gather((self.store.marked(name), socket.gethostname()))
+        self.ranks.on_main(lambda: attempt(self.store.unmark))
+        blind = [f"rank {rank} on {host}" for rank, (sees, host) in enumerate(seen) if not sees]
+        if blind:
+            raise ConfigError(
+                f"{place} is not one place for all ranks: {blind[0]} does not see what rank 0 wrote there. Give a "
+                "store or a folder that all hosts share"
+            )
 
     def _cannot_write(self, error: OSError) -> ConfigError:
         return ConfigError(

@@ -13,11 +13,13 @@ import pytest
 import torch
 
 import fastdino
+from fastdino.config import Config, ConfigError, RunConfig
 from fastdino.distributed import Ranks
 from fastdino.engine.shards import Fragment
 from fastdino.training import checkpoint, trainer
 from fastdino.training.checkpoint import About, CheckpointError, Folder, Saves, storage
 from fastdino.training.checkpoint import saves as saves_module
+from fastdino.training.run_folder import RunFolder
 from tests.children import environment, wait_for
 from tests.training.test_resume import config
 from tests.training.test_trainer import losses, state
@@ -258,6 +260,10 @@ def two(ranks: Ranks, folder: Path) -> dict[str, Any]:
     if ranks.rank == 1:  # as one that a signal ends, alone
         saves.leave()
     found["ends"] = ends
+    try:
+        RunFolder(Config(run=RunConfig(dir=folder.parent / "run", checkpoints="memory://run")), ranks).__enter__()
+    except ConfigError as error:
+        found["memory"] = str(error)
     ranks.barrier()
     if ranks.rank == 0:
         saves.leave()
@@ -310,6 +316,12 @@ def test_three_in_a_row_end_the_run_of_all_ranks(ranks: list[dict[str, Any]]) ->
     assert step == 8
     assert "could not write checkpoint" in message
     assert "rank 1: " in message
+
+
+def test_a_store_that_the_ranks_do_not_share_is_refused(ranks: list[dict[str, Any]]) -> None:
+    """The memory of a process, or a folder of one host."""
+    for found in ranks:
+        assert "'memory://run' is not one place for all ranks: rank 1 on " in found["memory"]
 
 
 def test_a_rank_that_leaves_alone_leaves_no_draft(ranks: list[dict[str, Any]]) -> None:

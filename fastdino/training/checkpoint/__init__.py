@@ -10,7 +10,7 @@ from fastdino.training.checkpoint.manifest import FORMAT, MANIFEST, CheckpointEr
 from fastdino.training.checkpoint.reading import load, newest, read_manifest, read_weights
 from fastdino.training.checkpoint.saves import Saves
 from fastdino.training.checkpoint.saving import About
-from fastdino.training.checkpoint.storage import Folder, Store
+from fastdino.training.checkpoint.storage import Folder, Store, at
 
 __all__ = [
     "FORMAT",
@@ -22,6 +22,7 @@ __all__ = [
     "NewerFormatError",
     "Saves",
     "Store",
+    "at",
     "load",
     "newest",
     "read_manifest",

@@ -65,8 +65,8 @@ def read_manifest(store: Store, step: int) -> Manifest:
                 found = copied(blocks(opened))
         except FileNotFoundError:
             raise CheckpointError(f"{name} is incomplete: {file} is missing. Use an older checkpoint") from None
-        except OSError as error:
-            reason = error.strerror or error
+        except Exception as error:  # a store's library has its own
+            reason = getattr(error, "strerror", None) or error
             raise CheckpointError(f"{name}: {file} cannot be read: {reason}. Use an older checkpoint") from error
         if found != expected:
             raise CheckpointError(

@@ -45,8 +45,8 @@ class Outcome(NamedTuple):
     """From its copies to its commit."""
 
 
-class _GivenUpError(Exception):
-    """Raised in a write that has become useless."""
+class _GivenUp(BaseException):
+    """Raised in a write that has become useless. No Exception: no store's library may take it for one of its own."""
 
 
 class _Work:
@@ -69,7 +69,7 @@ class _Work:
     def _run(self, work: Callable[[], Any]) -> None:
         try:
             self.result = work()
-        except _GivenUpError:
+        except _GivenUp:
             pass
         except OSError as error:
             self.failure = str(error)
@@ -187,7 +187,7 @@ class Saver:
         def content() -> Iterator[memoryview]:
             for piece in pieces(tensors):
                 if self._given_up.is_set():
-                    raise _GivenUpError
+                    raise _GivenUp
                 yield piece
 
         return content

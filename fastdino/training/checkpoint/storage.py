@@ -1,4 +1,4 @@
-"""Where checkpoints are kept: in a folder, one below it for each step."""
+"""Where checkpoints are kept: in a folder, one below it for each step, or behind a URL (objects.py)."""
 
 import contextlib
 import logging
@@ -71,6 +71,18 @@ class Store(ABC):
     @abstractmethod
     def clear(self) -> None:
         """Removes what a killed process did not finish; only for who alone writes here."""
+
+    @abstractmethod
+    def mark(self, name: str) -> None:
+        """Leaves a small file, to find out whether it can; makes the place where there is none."""
+
+    @abstractmethod
+    def marked(self, name: str) -> bool:
+        """Whether such a file is to be seen from here."""
+
+    @abstractmethod
+    def unmark(self, name: str) -> None:
+        """Removes it."""
 
     def prune(self, keep: int, keep_for_good: Iterable[int]) -> None:
         """Removes all but the newest ``keep`` checkpoints and the steps in ``keep_for_good``; rank 0 only.
@@ -145,11 +157,33 @@ class Folder(Store):
         for stale in (*self.path.glob(".writing-*"), *self.path.glob(".removing-*")):
             _remove(stale)
 
+    def mark(self, name: str) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / name).write_text("fastdino")
+
+    def marked(self, name: str) -> bool:
+        return (self.path / name).exists()
+
+    def unmark(self, name: str) -> None:
+        (self.path / name).unlink()
+
     def _of(self, step: int) -> Path:
         return self.path / f"step-{step:08d}"
 
     def _draft(self, draft: Draft) -> Path:
         return self.path / f".writing-{draft.step:08d}-{draft.attempt}"
+
+
+def at(place: str, run: Path) -> Store:
+    """What ``run.checkpoints`` names: a URL, or a folder, which is in the folder ``run`` unless its path is absolute.
+
+    Raises ConfigError for a URL of a kind that is not known here.
+    """
+    if "://" not in place or place.startswith("file://"):
+        return Folder(run / place.removeprefix("file://"))
+    from fastdino.training.checkpoint.objects import Objects  # fsspec, which a folder needs not
+
+    return Objects(place)
 
 
 def _sync(path: Path) -> None:

@@ -93,8 +93,8 @@ class TensorFile:
         try:
             self._file.seek(offset + start * values.element_size())
             read = self._file.readinto(_bytes(values))  # type: ignore[attr-defined]
-        except OSError as error:
-            raise CheckpointError(f"{self._name} cannot be read: {error.strerror or error}") from error
+        except Exception as error:  # a store's library has its own
+            raise CheckpointError(f"{self._name} cannot be read: {error}") from error
         if read != values.numel() * values.element_size():
             raise CheckpointError(f"{self._name} ends within {key}")
         return values
