@@ -72,6 +72,7 @@ setup(
             "wandb>=0.18",
         ],
         "http": ["fsspec[http]>=2024.6"],  # --data.root https://...; other stores name their package when they are used
+        "onnx": ["onnx>=1.19", "onnxscript>=0.5"],  # fastdino export --format onnx
         "dev": [
             "datasets>=4",  # what writes the folders that are read
             "fsspec[http]>=2024.6",
@@ -79,6 +80,9 @@ setup(
             "kornia>=0.8",  # peers that bench/ measures beside us
             "lightly>=1.6",
             "mypy",
+            "onnx>=1.19",
+            "onnxruntime>=1.22",  # what judges the graphs that are written
+            "onnxscript>=0.5",
             "prometheus-client>=0.20",
             "pyarrow>=16",
             "pytest",

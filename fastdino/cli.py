@@ -11,7 +11,7 @@ commands:
   eval knn PATH          weighted k-NN accuracy of a run's teacher, or of a file of weights
   eval attention PATH    pictures of where each head of the last block looks
   eval patches PATH      patch mIoU of a linear probe on rendered shapes, and the tokens of patches as colours
-  export RUN             the teacher's backbone for timm, Hugging Face or DINO's own code
+  export RUN             the teacher's backbone for timm, Hugging Face, DINO's own code or ONNX
   demo                   learn to tell rendered shapes apart in minutes on a CPU
 
 The same train command runs on one device, and on many under torchrun, deepspeed, srun or mpirun:
@@ -304,18 +304,18 @@ def export(
     out: Path | None = None,
     step: int | None = None,
     role: Literal["teacher", "student"] = "teacher",
-    format: Literal["timm", "hf", "repository"] = "timm",
+    format: Literal["timm", "hf", "repository", "onnx"] = "timm",
 ) -> None:
-    """Writes the backbone of a run for timm, Hugging Face or the repositories of DINO, and says what loads it.
+    """Writes the backbone of a run for timm, Hugging Face, DINO's repositories or ONNX, and says what loads it.
 
     Args:
         run: the run folder.
         out: file to write, or folder for hf; default: RUN/backbone.safetensors, RUN/backbone.pth for repository,
-            RUN/backbone for hf.
+            RUN/backbone for hf, RUN/backbone.onnx.
         step: checkpoint to take; default: the newest.
         role: whose weights; the teacher is what DINO evaluates.
-        format: timm's names; model.safetensors and config.json for transformers' AutoModel; or the names of DINO v1 and
-            v2 (v3 with rotary positions).
+        format: timm's names; model.safetensors and config.json for transformers' AutoModel; the names of DINO v1 and
+            v2 (v3 with rotary positions); or a graph of ONNX, images (B, C, h, w) of views.global_size to features.
     """
     from fastdino.training.export import export_run
 

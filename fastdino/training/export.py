@@ -10,6 +10,7 @@ from fastdino.config import Config, ConfigError
 from fastdino.model import Backbone, build_network, export_backbone, restore_backbone
 from fastdino.model.network import check_arch
 from fastdino.model.weights import Format, is_weights_folder
+from fastdino.model.weights.onnx_graph import export_onnx
 from fastdino.training import checkpoint
 from fastdino.training.checkpoint import CheckpointError, Manifest, Store
 from fastdino.training.run_folder import read_config
@@ -69,7 +70,8 @@ def export_run(
             the run folder.
         step: which checkpoint; the newest by default.
         role: whose weights.
-        format: see :func:`fastdino.model.export_backbone`.
+        format: see :func:`fastdino.model.export_backbone`; "onnx": a graph of the features of images of
+            views.global_size.
 
     Raises what :func:`run_backbone` raises, and ConfigError for a file that cannot be written.
     """
@@ -77,12 +79,16 @@ def export_run(
     path = _place((out or run).expanduser(), format, out is None)
     backbone, config, step = run_backbone(run, step, role)
     texts = {"config": config.to_json(), "step": str(step), "role": role}
-    log.info("%s loads it", export_backbone(backbone, path, texts, format))
+    if format == "onnx":
+        loads = export_onnx(backbone, path, config.views.global_size, texts)
+    else:
+        loads = export_backbone(backbone, path, texts, format)
+    log.info("%s loads it", loads)
     return path
 
 
 SUFFIXES: dict[Format, tuple[str, ...]] = {
-    "timm": (".safetensors",), "repository": (".pth", ".safetensors"), "hf": ("",)
+    "timm": (".safetensors",), "repository": (".pth", ".safetensors"), "hf": ("",), "onnx": (".onnx",)
 }  # fmt: skip
 """What names of exported files end in, the default first; a folder's in nothing."""
 

@@ -24,7 +24,9 @@ from fastdino.config import (
     RunConfig,
     ViewsConfig,
 )
-from fastdino.model.weights import exports
+from fastdino.model import build_backbone
+from fastdino.model.weights import exports, onnx_graph
+from fastdino.model.weights.onnx_graph import export_onnx
 from fastdino.training import export
 from fastdino.training.checkpoint import MANIFEST, CheckpointError, reading
 from fastdino.training.checkpoint.saving import SHARED
@@ -199,3 +201,40 @@ def test_a_folder_that_cannot_be_written_is_one_message(run, tmp_path, monkeypat
             export_run(run, out, format="hf")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+VARIANTS = [{"registers": 2, "pos_embed": "rope", "layer_scale": 0.1}, {"image_size": 48}]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=["rotary", "resampled"])
+def test_a_graph_of_onnx_gives_torchs_features(tmp_path, options):
+    """Of any number of images."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    model = ModelConfig(**{"arch": "vit_nano", "patch_size": 8, "drop_path": 0.0, **options})
+    backbone = build_backbone(model, 32).eval().requires_grad_(False)
+    for param in backbone.parameters():
+        param.add_(0.02 * torch.randn_like(param))
+    assert str(tmp_path / "x.onnx") in export_onnx(backbone, tmp_path / "x.onnx", 32, {"step": "3"})
+    session = onnxruntime.InferenceSession(str(tmp_path / "x.onnx"), providers=["CPUExecutionProvider"])
+    assert session.get_modelmeta().custom_metadata_map["step"] == "3"
+    for images in (1, 2, 5):
+        x = torch.randn(images, 3, 32, 32)
+        (found,) = session.run(["features"], {"image": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), backbone(x), atol=2e-5, rtol=1e-4)
+
+
+def test_a_run_as_a_graph_of_onnx(run, tmp_path, monkeypatch):
+    written = export_run(run, tmp_path, format="onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["backbone.onnx"]
+    onnx = pytest.importorskip("onnx")
+    onnx.checker.check_model(str(written))
+    assert {entry.key for entry in onnx.load(written).metadata_props} == {"config", "step", "role"}
+    with pytest.raises(ConfigError, match=r"must end in \.onnx"):
+        export_run(run, tmp_path / "x.safetensors", format="onnx")
+    monkeypatch.setattr(onnx_graph, "LARGEST", 1000)
+    with pytest.raises(ConfigError, match="a file of ONNX holds 2 GB"):
+        export_run(run, tmp_path, format="onnx")
+    monkeypatch.setattr(onnx_graph, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs onnx and onnxscript: pip install 'fastdino\[onnx\]'"):
+        export_run(run, tmp_path, format="onnx")

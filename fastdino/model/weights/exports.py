@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Format = Literal["timm", "hf", "repository"]
+Format = Literal["timm", "hf", "repository", "onnx"]
 
 
 def export_backbone(
@@ -38,7 +38,8 @@ def export_backbone(
         path: a file, or the folder of "hf".
         metadata: texts to write beside the weights; a .pth has no place for them.
         format: "timm": safetensors under timm's names. "hf": model.safetensors and config.json of Hugging Face.
-            "repository": the names of DINO v1 and v2, those of v3 with rotary positions; .pth or safetensors.
+            "repository": the names of DINO v1 and v2, those of v3 with rotary positions; .pth or safetensors. A graph
+            of ONNX is :func:`fastdino.model.weights.onnx_graph.export_onnx`'s.
 
     What the format has no place for, and what its classes compute otherwise, goes to the log.
     Raises ConfigError when nothing can be written there, or the format has no such network.
