@@ -3,10 +3,18 @@
 import dataclasses
 import logging
 import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import torch
+from torch import Tensor, nn
+
 from fastdino.config import Config, ConfigError
+from fastdino.engine.shards import Fragment
 from fastdino.model import Backbone, build_network, export_backbone, restore_backbone
 from fastdino.model.network import check_arch
 from fastdino.model.weights import Format, is_weights_folder
@@ -20,12 +28,18 @@ log = logging.getLogger(__name__)
 Role = Literal["teacher", "student"]
 
 
-def run_backbone(run: Path, step: int | None = None, role: Role = "teacher") -> tuple[Backbone, Config, int]:
+def run_backbone(
+    run: Path, step: int | None = None, role: Role = "teacher", room: Callable[[int], Tensor] = torch.empty
+) -> tuple[Backbone, Config, int]:
     """Backbone of a run's checkpoint (fp32, CPU, evaluation mode), the run's config and the checkpoint's step.
+
+    Beside the backbone itself it takes the memory of the largest parameter: heads are not read.
 
     Args:
         run: the run folder.
         step: which checkpoint; the newest by default.
+        role: whose weights.
+        room: gives a flat fp32 tensor of so many elements, in which a parameter of a ViT is put.
 
     Raises ConfigError when it is no run folder, CheckpointError when it has no such checkpoint or one of another model.
     """
@@ -34,15 +48,49 @@ def run_backbone(run: Path, step: int | None = None, role: Role = "teacher") -> 
     store = checkpoint.at(config.run.checkpoints, run)
     manifest = _checkpoint(run, store, step)
     bare = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
-    network = build_network(bare, teacher=True, load=False)
-    shapes = {name: list(p.shape) for name, p in network.named_parameters()}
-    state, shared = checkpoint.read_weights(store, manifest, shapes, "ema" if role == "teacher" else "param")
-    prefix, own = f"{role}.", network.state_dict().keys()
-    buffers = {name.removeprefix(prefix): tensor for name, tensor in shared.items() if name.startswith(prefix)}
-    # older checkpoints also hold buffers that are no state, but made anew with the network
-    state |= {name: tensor for name, tensor in buffers.items() if name in own}
-    network.load_state_dict(state, strict=True)
-    return network.backbone.eval(), config, manifest.step
+    with torch.device("meta") if config.model.is_vit else nullcontext():
+        network = build_network(bare, teacher=True, load=False)
+    shapes, backbone = {name: [*p.shape] for name, p in network.named_parameters()}, network.backbone
+    if config.model.is_vit:
+        _make_room(backbone, room)
+    kind = "ema" if role == "teacher" else "param"
+    params = {name: param.detach() for name, param in backbone.named_parameters()}
+    wholes = [Fragment(f"backbone.{name}", 0, x.numel(), tensors={kind: x.view(-1)}) for name, x in params.items()]
+    shared = checkpoint.load(store, manifest, wholes, shapes)
+    for name, buffer in backbone.state_dict().items():
+        if name not in params:
+            buffer.copy_(shared[f"{role}.backbone.{name}"])
+    return backbone.eval(), config, manifest.step
+
+
+def _make_room(module: nn.Module, room: Callable[[int], Tensor]) -> None:
+    """Takes the parameters of a module from the meta device."""
+    for name, param in [*module.named_parameters()]:
+        owner, _, last = name.rpartition(".")
+        values = room(param.numel()).view(param.shape)
+        setattr(module.get_submodule(owner), last, nn.Parameter(values, requires_grad=False))
+
+
+@contextmanager
+def _room_beside(path: Path) -> Iterator[Callable[[int], Tensor]]:
+    """Room in a file beside ``path`` that is gone afterwards: the system keeps in memory what it has memory for.
+
+    Raises ConfigError where there is none.
+    """
+    folder = next(folder for folder in path.absolute().parents if folder.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            end = 0
+
+            def room(size: int) -> Tensor:
+                nonlocal end
+                start, end = end, end + 4 * size
+                os.posix_fallocate(file.fileno(), start, end - start)  # a full disk would kill who writes to memory
+                return torch.from_numpy(np.memmap(file, np.float32, "r+", start, (size,)))
+
+            yield room
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}. Name another file with --out") from error
 
 
 def _checkpoint(run: Path, store: Store, step: int | None) -> Manifest:
@@ -77,12 +125,13 @@ def export_run(
     """
     run = run.expanduser()
     path = _place((out or run).expanduser(), format, out is None)
-    backbone, config, step = run_backbone(run, step, role)
-    texts = {"config": config.to_json(), "step": str(step), "role": role}
-    if format == "onnx":
-        loads = export_onnx(backbone, path, config.views.global_size, texts)
-    else:
-        loads = export_backbone(backbone, path, texts, format)
+    with _room_beside(path) as room:
+        backbone, config, step = run_backbone(run, step, role, room)
+        texts = {"config": config.to_json(), "step": str(step), "role": role}
+        if format == "onnx":
+            loads = export_onnx(backbone, path, config.views.global_size, texts)
+        else:
+            loads = export_backbone(backbone, path, texts, format)
     log.info("%s loads it", loads)
     return path
 

@@ -44,6 +44,15 @@ def save(store: Store, about: About, fragments: Source, shared: dict[str, torch.
     Saves(store, ALONE, keep, lambda step: None).save(about, fragments, shared, last=True)
 
 
+def read_weights(
+    store: Store, manifest: Manifest, shapes: dict[str, list[int]], kind: str = "ema"
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A network's weights by name, and the tensors that all ranks share."""
+    weights = {name: torch.empty(shape) for name, shape in shapes.items()}
+    wholes = [Fragment(name, 0, x.numel(), tensors={kind: x.view(-1)}) for name, x in weights.items()]
+    return weights, checkpoint.load(store, manifest, wholes, shapes)
+
+
 def write(folder: Path, step: int, flat: dict[str, torch.Tensor], bounds: list[int]) -> Path:
     shared, meta = {"center": torch.arange(3.0)}, {"epoch": 2, "note": "x"}
     about = About(step, SHAPES, meta)
@@ -69,7 +78,7 @@ def test_loads_with_any_split(tmp_path, write_bounds, read_bounds):
     assert torch.equal(shared["center"], torch.arange(3.0))
     for kind in saved:
         assert torch.equal(saved[kind], loaded[kind]), kind
-    assert torch.equal(checkpoint.read_weights(store, manifest, SHAPES)[0]["head.v"], saved["ema"][:35].view(7, 5))
+    assert torch.equal(read_weights(store, manifest, SHAPES)[0]["head.v"], saved["ema"][:35].view(7, 5))
 
 
 def test_no_checkpoint(tmp_path):
@@ -197,7 +206,7 @@ def test_nothing_is_unpickled(tmp_path):
     manifest["files"]["rank-00000.safetensors"] = size(path / "rank-00000.safetensors")
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="rank-00000"):
-        checkpoint.read_weights(Folder(tmp_path), newest(tmp_path), SHAPES)
+        read_weights(Folder(tmp_path), newest(tmp_path), SHAPES)
     assert not trap.exists()
 
 

@@ -5,6 +5,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,16 @@ from fastdino.config import (
     RunConfig,
     ViewsConfig,
 )
-from fastdino.model import build_backbone
+from fastdino.engine.shards import Fragment
+from fastdino.model import build_backbone, build_network
 from fastdino.model.weights import exports, onnx_graph
 from fastdino.model.weights.onnx_graph import export_onnx
 from fastdino.training import export
-from fastdino.training.checkpoint import MANIFEST, CheckpointError, reading
+from fastdino.training.checkpoint import MANIFEST, About, CheckpointError, Folder, reading
 from fastdino.training.checkpoint.saving import SHARED
 from fastdino.training.export import any_backbone, export_run, run_backbone
-from tests.training.test_checkpoint import size
+from tests.children import environment
+from tests.training.test_checkpoint import save, size
 
 NAME = "backbone.safetensors"
 
@@ -238,3 +242,45 @@ def test_a_run_as_a_graph_of_onnx(run, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_graph, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs onnx and onnxscript: pip install 'fastdino\[onnx\]'"):
         export_run(run, tmp_path, format="onnx")
+
+
+MEASURE = """
+import logging, resource, sys
+from pathlib import Path
+import torch
+from fastdino.training import export
+run, out = Path(sys.argv[1]), Path(sys.argv[2])
+export.export_run(run / "small", out / "small.safetensors")  # imports what is needed
+used = 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmData")).split()[1])
+resource.setrlimit(resource.RLIMIT_DATA, (used + 48 * 2**20, resource.RLIM_INFINITY))
+for format, name in {"timm": "timm.safetensors", "hf": "hf", "repository": "repository.pth"}.items():
+    export.export_run(run / "large", out / name, format=format)
+try:
+    export.run_backbone(run / "large")
+except RuntimeError:
+    print("the limit holds")
+"""
+
+
+def test_an_export_takes_the_memory_of_the_largest_parameter(run, tmp_path):
+    """An 85 MB backbone where a process may have 48 MB more; file-backed memory is the system's to give."""
+    settings = config(tmp_path / "large", "vit_small", 32)
+    network = build_network(settings, teacher=True)
+    shapes = {name: [*p.shape] for name, p in network.named_parameters()}
+    wholes = [Fragment(name, 0, p.numel(), tensors={"ema": p.view(-1)}) for name, p in network.named_parameters()]
+    save(Folder(tmp_path / "large/checkpoints"), About(1, shapes, {}), lambda copy: wholes, {"c": torch.ones(1)})
+    (tmp_path / "large/config.json").write_text(settings.to_json())
+    (tmp_path / "small").symlink_to(run)
+    (tmp_path / "out").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path), str(tmp_path / "out")],
+        env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout == "the limit holds\n", done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "hf", "repository.pth", "small.safetensors", "timm.safetensors",
+    ]  # fmt: skip
+    for written in ("timm.safetensors", "hf", "repository.pth"):
+        found = any_backbone(tmp_path / "out" / written)[0].state_dict()
+        for name, value in network.backbone.state_dict().items():
+            assert torch.equal(found[name], value), name

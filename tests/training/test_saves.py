@@ -21,6 +21,7 @@ from fastdino.training.checkpoint import About, CheckpointError, Folder, Saves, 
 from fastdino.training.checkpoint import saves as saves_module
 from fastdino.training.run_folder import RunFolder
 from tests.children import environment, wait_for
+from tests.training.test_checkpoint import read_weights
 from tests.training.test_resume import config
 from tests.training.test_trainer import losses, state
 
@@ -38,7 +39,7 @@ def save(saves: Saves, step: int, values: torch.Tensor, **how: bool) -> None:
 
 def read(folder: Path, step: int) -> torch.Tensor:
     store = Folder(folder)
-    weights, shared = checkpoint.read_weights(store, checkpoint.read_manifest(store, step), {"w": [SIZE]})
+    weights, shared = read_weights(store, checkpoint.read_manifest(store, step), {"w": [SIZE]})
     assert torch.equal(shared["c"], weights["w"][:3])
     return weights["w"]
 

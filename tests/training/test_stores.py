@@ -21,7 +21,7 @@ from fastdino.training import checkpoint
 from fastdino.training.checkpoint import About, CheckpointError, Store, tensors
 from fastdino.training.checkpoint.storage import Draft, Folder
 from fastdino.training.export import export_run, run_backbone
-from tests.training.test_checkpoint import save
+from tests.training.test_checkpoint import read_weights, save
 from tests.training.test_resume import config, half
 
 FILES = ("rank-00000.safetensors", "rank-00001.safetensors", "shared.safetensors")
@@ -173,7 +173,7 @@ def test_a_store_without_ranges_is_read_through_a_file(monkeypatch: pytest.Monke
     values = torch.arange(100.0)
     fragment = Fragment("w", 0, 100, tensors={"ema": values})
     save(store, About(3, {"w": [100]}, {}), lambda copy: [fragment], {"c": torch.ones(2)})
-    weights, shared = checkpoint.read_weights(store, checkpoint.read_manifest(store, 3), {"w": [100]})
+    weights, shared = read_weights(store, checkpoint.read_manifest(store, 3), {"w": [100]})
     assert torch.equal(weights["w"], values)
     assert torch.equal(shared["c"], torch.ones(2))
     assert not any(tmp_path.iterdir())

@@ -37,6 +37,7 @@ from fastdino.training import checkpoint, metrics
 from fastdino.training.run_folder import read_config
 from fastdino.training.trainer import Trainer, TrainingDiverged
 from tests.children import environment
+from tests.training.test_checkpoint import read_weights
 
 STEPS_PER_EPOCH = 5
 
@@ -207,8 +208,7 @@ def test_resumes_with_other_ranks_and_stage(tmp_path):
     stores = [checkpoint.Folder(tmp_path / run / "checkpoints") for run in ("straight", "moved")]
     manifests = [checkpoint.read_manifest(store, 10) for store in stores]
     teacher, moved = (
-        checkpoint.read_weights(store, manifest, manifests[0].shapes)[0]
-        for store, manifest in zip(stores, manifests, strict=True)
+        read_weights(store, manifest, manifests[0].shapes)[0] for store, manifest in zip(stores, manifests, strict=True)
     )
     for name, weight in teacher.items():
         torch.testing.assert_close(moved[name], weight, atol=2e-5, rtol=1e-4)

@@ -222,7 +222,7 @@ def _write(path: Path, state: State, texts: dict[str, str]) -> None:
 def _save(path: Path, state: State, texts: dict[str, str], as_pickle: bool = False) -> None:
     try:
         if as_pickle:
-            torch.save({name: tensor.clone() for name, tensor in state.items()}, path)
+            torch.save({name: _alone(tensor) for name, tensor in state.items()}, path)
         else:
             path.touch()
             mode = path.stat().st_mode
@@ -230,3 +230,8 @@ def _save(path: Path, state: State, texts: dict[str, str], as_pickle: bool = Fal
             path.chmod(mode)  # safetensors makes a file that its owner alone may read
     except (SafetensorError, RuntimeError) as error:  # their words for what the disk refused
         raise OSError(str(error)) from error
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """Without what it may be a part of, which a pickle would hold whole."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

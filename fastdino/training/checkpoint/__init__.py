@@ -7,7 +7,7 @@ neither the number of ranks nor the ZeRO stage has to be the same. Nothing is ev
 """
 
 from fastdino.training.checkpoint.manifest import FORMAT, MANIFEST, CheckpointError, Manifest, NewerFormatError
-from fastdino.training.checkpoint.reading import load, newest, read_manifest, read_weights
+from fastdino.training.checkpoint.reading import load, newest, read_manifest
 from fastdino.training.checkpoint.saves import Saves
 from fastdino.training.checkpoint.saving import About
 from fastdino.training.checkpoint.storage import Folder, Store, at
@@ -26,5 +26,4 @@ __all__ = [
     "load",
     "newest",
     "read_manifest",
-    "read_weights",
 ]

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterable
 from contextlib import ExitStack
 
-import torch
 from torch import Tensor
 
 from fastdino.distributed import Ranks
@@ -140,20 +139,3 @@ class Reader:
                 raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from error
             self._files[name] = TensorFile(opened, where)
         return self._files[name]
-
-
-def read_weights(
-    store: Store, manifest: Manifest, shapes: dict[str, list[int]], kind: str = "ema"
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A network's weights by name, fp32 on the CPU, and the small tensors that all ranks share: center, buffers.
-
-    Args:
-        store, manifest: of the checkpoint, as :func:`newest` or :func:`read_manifest` gave it.
-        shapes: of every parameter by name.
-        kind: the teacher's weights (``ema``) or the student's (``param``).
-
-    Raises CheckpointError when the checkpoint is of a network of other ``shapes``.
-    """
-    weights = {name: torch.empty(shape) for name, shape in shapes.items()}
-    wholes = [Fragment(name, 0, x.numel(), tensors={kind: x.view(-1)}) for name, x in weights.items()]
-    return weights, load(store, manifest, wholes, shapes)
