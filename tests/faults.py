@@ -22,7 +22,6 @@ import logging
 import multiprocessing
 import os
 import random
-import re
 import shutil
 import signal
 import socket
@@ -243,11 +242,13 @@ def case(job: tuple[int, str, str, Reference, Path]) -> dict[str, Any]:
 def final(folder: Path) -> dict[str, str]:
     """What a run left that does not depend on the time: its newest checkpoint and config by digest, and its losses."""
     newest = folder / f"checkpoints/step-{max(_checkpoints(folder)[0], default=0):08d}"
-    paths = [folder / "config.json", *newest.glob("*")]
-    told = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths if p.exists()}
-    told["config.json"] = re.sub(re.escape(str(folder)), "", (folder / "config.json").read_text())
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return told | {"losses": str({line["step"]: line["loss"] for line in lines if "loss" in line})}
+    told = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in newest.glob("*")}
+    settings, metrics = (
+        path.read_text() if path.exists() else "" for path in (folder / "config.json", folder / "metrics.jsonl")
+    )
+    lines = [json.loads(line) for line in metrics.splitlines()]
+    losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    return told | {"config.json": settings.replace(str(folder), ""), "losses": str(losses)}
 
 
 def _checkpoints(folder: Path) -> tuple[list[int], list[str]]:
