@@ -7,6 +7,7 @@ commands:
   recipes [RECIPE]       list the recipes, or show one with all its settings
   bench RECIPE [flags]   images/s, MFU and memory of a recipe here, and where the time of a step goes
   bench data SRC         images/s per core of reading, decoding and making views, and what would make them faster
+  doctor [RECIPE] [flags]  whether a training can begin here; --distributed under a launcher for all ranks and hosts
   plan RECIPE [flags]    memory and traffic of a training on N GPUs, and the ZeRO stage to take; needs no GPU
   eval knn PATH          weighted k-NN accuracy of a run's teacher, or of a file of weights
   eval attention PATH    pictures of where each head of the last block looks
@@ -96,6 +97,8 @@ def _run(command: str, arguments: list[str]) -> None:
         bench(arguments)
     elif command == "plan":
         plan(arguments)
+    elif command == "doctor":
+        doctor(arguments)
     elif command == "eval":
         evaluate(arguments)
     elif command == "shard":
@@ -162,6 +165,15 @@ def plan(arguments: list[str]) -> None:
 
     planner, config = _with_recipe(Plan(), "plan", arguments)
     print(planner(settled(config)).text())
+
+
+def doctor(arguments: list[str]) -> None:
+    """``fastdino doctor``: the flags are the fields of Doctor, and a recipe's settings; 2 for what failed."""
+    from fastdino.doctor.doctor import Doctor
+
+    named = arguments[:1] and not arguments[0].startswith("-")
+    examine, config = _with_recipe(Doctor(), "doctor", arguments if named else ["vit_small_16", *arguments])
+    sys.exit(examine(config))
 
 
 def _with_recipe(default: Any, command: str, arguments: list[str]) -> tuple[Any, Config]:
