@@ -7,6 +7,7 @@ commands:
   recipes [RECIPE]       list the recipes, or show one with all its settings
   bench RECIPE [flags]   images/s, MFU and memory of a recipe here, and where the time of a step goes
   bench data SRC         images/s per core of reading, decoding and making views, and what would make them faster
+  doctor [RECIPE] [flags]  whether a training can begin here; --distributed under a launcher for all ranks and hosts
   plan RECIPE [flags]    memory and traffic of a training on N GPUs, and the ZeRO stage to take; needs no GPU
   eval knn PATH          weighted k-NN accuracy of a run's teacher, or of a file of weights
   eval attention PATH    pictures of where each head of the last block looks
@@ -19,26 +20,24 @@ The same train command runs on one device, and on many under torchrun, deepspeed
 `fastdino COMMAND --help` explains every flag; `fastdino train RECIPE --help` every setting.
 """
 
-import copy
 import inspect
 import json
 import logging
 import os
 import select
-import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from fastdino import __version__, recipes
-from fastdino.config import Config, ConfigError, PatchHeadConfig, UserError, group_kinds
+from fastdino.config import Config, ConfigError, UserError
 from fastdino.config.errors import require
+from fastdino.flags import global_size, one_root, patch_head, plain_switches
 from fastdino.launch import launched_rank, without_local_rank
 
 if TYPE_CHECKING:
@@ -98,6 +97,8 @@ def _run(command: str, arguments: list[str]) -> None:
         bench(arguments)
     elif command == "plan":
         plan(arguments)
+    elif command == "doctor":
+        doctor(arguments)
     elif command == "eval":
         evaluate(arguments)
     elif command == "shard":
@@ -129,74 +130,8 @@ def configured(recipe: str, flags: list[str]) -> Config:
 
 def _base(recipe: str, flags: list[str]) -> tuple[Config, list[str]]:
     """What the flags change, and they as tyro takes them."""
-    flags = _plain_switches(_one_root(flags))
-    return _patch_head(recipes.get(recipe, _global_size(flags)), flags)
-
-
-def _one_root(flags: list[str]) -> list[str]:
-    """``--data.root a:0.7 b:0.3`` as one word, split again where it is read."""
-    if "--data.root" not in flags:
-        return flags
-    first = flags.index("--data.root") + 1
-    last = next((i for i in range(first, len(flags)) if flags[i].startswith("--")), len(flags))
-    words = flags[first:last]
-    return [*flags[:first], *([shlex.join(words)] if len(words) > 1 else words), *flags[last:]]
-
-
-def _global_size(flags: list[str]) -> int | None:
-    """What the flags say of it, if it is a number: what is none, tyro refuses."""
-    words = [word for flag in flags for word in flag.split("=", 1)]
-    given = [value for flag, value in pairwise(words) if flag.replace("_", "-") == "--views.global-size"]
-    return int(given[-1]) if given and given[-1].isdecimal() else None
-
-
-def _patch_head(base: Config, flags: list[str]) -> tuple[Config, list[str]]:
-    """The recipe with a patch head where the flags ask for it, or without one; and the flags that are left.
-
-    A head that the recipe has not is like its head, but for what the flags say. It comes in unchecked, since that any
-    patch is read may be another flag. ``--help`` explains its settings too.
-    """
-    names = [flag.partition("=")[0].replace("_", "-") for flag in flags]
-    head = base.patch_head
-    if "--patch-head" in names:
-        at = names.index("--patch-head")
-        _, equals, value = flags[at].partition("=")
-        value, rest = (value, flags[at + 1 :]) if equals else ("".join(flags[at + 1 : at + 2]), flags[at + 2 :])
-        if value.lower() != "none":
-            raise ConfigError(
-                f"--patch-head {value}: write --patch-head None for patches that share the head, or say what theirs "
-                "is like (--patch-head.num-prototypes 4096)"
-            )
-        head, flags = None, flags[:at] + rest
-    elif head is None and any(name.startswith("--patch-head.") or name in ("-h", "--help") for name in names):
-        head = PatchHeadConfig(**{**vars(base.head), "weights": None})
-    base = copy.copy(base)
-    object.__setattr__(base, "patch_head", head)
-    return base, flags
-
-
-def _plain_switches(arguments: list[str]) -> list[str]:
-    """``--head.batch-norm true`` and ``--head.batch-norm=true`` as the switch that tyro takes, which has no value."""
-    kinds = group_kinds().items()
-    settings = [f"{group}.{field.name}" for group, kind in kinds for field in fields(kind) if field.type is bool]
-    off = {f"--{name}": f"--{name.replace('.', '.no-')}" for name in (s.replace("_", "-") for s in settings)}
-    switches = {*off, *off.values()}
-    words: list[str] = []
-    for argument in arguments:
-        flag, equals, value = argument.partition("=")
-        flag = flag.replace("_", "-")
-        words += ([flag, value] if equals else [flag]) if flag in switches else [argument]
-    plain: list[str] = []
-    for word in words:
-        switch = plain[-1] if plain else ""
-        if switch not in switches or word.startswith("--"):
-            plain.append(word)
-        elif switch in off and word.lower() in ("true", "false"):
-            plain[-1] = switch if word.lower() == "true" else off[switch]
-        else:
-            on = next(on for on in off if switch in (on, off[on]))
-            raise ConfigError(f"{switch} {word}: write {on} true or {on} false, or one of {on} and {off[on]} alone")
-    return plain
+    flags = plain_switches(one_root(flags))
+    return patch_head(recipes.get(recipe, global_size(flags)), flags)
 
 
 def _list_recipes() -> str:
@@ -230,6 +165,15 @@ def plan(arguments: list[str]) -> None:
 
     planner, config = _with_recipe(Plan(), "plan", arguments)
     print(planner(settled(config)).text())
+
+
+def doctor(arguments: list[str]) -> None:
+    """``fastdino doctor``: the flags are the fields of Doctor, and a recipe's settings; 2 for what failed."""
+    from fastdino.doctor.doctor import Doctor
+
+    named = arguments[:1] and not arguments[0].startswith("-")
+    examine, config = _with_recipe(Doctor(), "doctor", arguments if named else ["vit_small_16", *arguments])
+    sys.exit(examine(config))
 
 
 def _with_recipe(default: Any, command: str, arguments: list[str]) -> tuple[Any, Config]:

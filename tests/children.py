@@ -1,6 +1,8 @@
 """Processes that a test starts: their environment, that of a user who types the command, and what is waited for."""
 
 import os
+import socket
+import sys
 import time
 from collections.abc import Callable
 
@@ -30,6 +32,22 @@ def environment(**variables: str) -> dict[str, str]:
     """
     env = {name: value for name, value in os.environ.items() if not name.startswith(DROPPED)}
     return {**env, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), **variables}
+
+
+def two_ranks(work: Callable[[int], None]) -> None:
+    """Calls ``work`` with 0 here and with 1 in a fork, both as a launcher would have started them; for programs."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    other = os.fork()
+    rank = int(other == 0)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port)
+    )
+    work(rank)
+    if other:
+        _, status = os.waitpid(other, 0)
+        sys.exit(os.waitstatus_to_exitcode(status))
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:

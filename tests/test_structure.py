@@ -34,6 +34,7 @@ MAY_IMPORT = {  # rooms of fastdino, or files in them, that a room may import, b
     "engine": set(),
     "eval": {"model", "data"},
     "training": {"method", "model", "data", "engine", "eval"},
+    "doctor": {"model", "engine", "training", "planning"},
     "planning": {"method", "model", "data", "engine", "training.flops"},
 }
 

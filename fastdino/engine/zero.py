@@ -1,8 +1,10 @@
 """DeepSpeed: its config, its import, and its engines of ZeRO 0, 1 and 2. Stage 3 is in zero3.py."""
 
 import importlib
+import inspect
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +24,29 @@ from fastdino.engine.torch_engine import TorchEngine
 from fastdino.launch import LaunchError
 
 TESTED = ("0.19.8",)  # of DeepSpeed, whose internals are used here and in zero3.py; what setup.py asks for
+
+
+# What is used here and in zero3.py of DeepSpeed's internals, by module and class; "" for the module's own.
+INTERNALS = (
+    ("runtime.engine", "DeepSpeedEngine", ("set_gradient_accumulation_boundary", "backward", "step", "destroy")),
+    (
+        "runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer",
+        ("single_partition_of_fp32_groups", "averaged_gradients", "update_lp_params"),
+    ),
+    (
+        "runtime.zero.stage3", "DeepSpeedZeroOptimizer_Stage3",
+        ("fp16_groups", "fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat", "grad_partitions_flat_buffer",
+         "parameter_offload", "_partition_all_parameters", "_pre_step", "_post_step"),
+    ),
+    (
+        "runtime.zero.parameter_offload", "DeepSpeedZeRoOffload",
+        ("partition_all_parameters", "__allgather_stream"),
+    ),
+    ("runtime.zero.parameter_offload", "", ("FWD_MODULE_STACK",)),
+    ("ops", "", ("__compatible_ops__",)),
+    ("comm", "", ("destroy_process_group",)),
+    ("utils", "", ("set_z3_leaf_module",)),
+)  # fmt: skip
 
 
 def deepspeed_config(config: Config, stage: int, bf16: bool, unit: int = 2**24) -> dict[str, Any]:
@@ -112,6 +137,18 @@ def check_version(version: str) -> None:
             f"{' and '.join(TESTED)} alone: pip install deepspeed=={TESTED[-1]}, or use engine.name=torch, which "
             "shards nothing"
         )
+
+
+def missing_internals() -> list[str]:
+    """Those of INTERNALS that the installed DeepSpeed lacks; it is imported already."""
+    missing = []
+    for module, kind, names in INTERNALS:
+        owner: Any = importlib.import_module(f"deepspeed.{module}")
+        owner = getattr(owner, kind, None) if kind else owner
+        made = inspect.getsource(owner) if kind and owner else ""  # what a class's methods make has no other place
+        known = [name for name in names if hasattr(owner, name) or re.search(rf"self\.{name}\b.*=", made)]
+        missing += [f"{module}.{kind or 'module'}.{name}" for name in names if name not in known]
+    return missing
 
 
 def initialize(ranks: Ranks, network: nn.Module, settings: dict[str, Any], optimizer: Optimizer | None = None) -> Any:

@@ -108,6 +108,12 @@ def states(config: Config, layout: Layout, stage: int, ranks: int) -> dict[str, 
     }
 
 
+def checkpoint_bytes(config: Config) -> int:
+    """Of a checkpoint of all ranks: fp32 weights, their average and the optimizer's moments; little else is in it."""
+    layout, moments = Layout.of(config), len(OPTIMIZERS[config.optim.name].moments)
+    return FP32 * (sum(map(sum, layout.trained)) * (2 + moments) + 2 * sum(layout.frozen))
+
+
 def _padded(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 

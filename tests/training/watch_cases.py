@@ -5,8 +5,6 @@ python watch_cases.py FOLDER writes what each rank has said to FOLDER/RANK.json.
 
 import json
 import logging
-import os
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +20,7 @@ from fastdino import agreement
 from fastdino.config import UserError
 from fastdino.model import Network
 from fastdino.training.monitoring import stragglers
+from tests.children import two_ranks
 from tests.training.test_trainer import tiny
 
 
@@ -86,14 +85,4 @@ def main(folder: Path, rank: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    other = os.fork()
-    place = int(other == 0)
-    os.environ.update(launched, RANK=str(place), LOCAL_RANK=str(place))
-    main(Path(sys.argv[1]), place)
-    if other:
-        _, status = os.waitpid(other, 0)
-        sys.exit(os.waitstatus_to_exitcode(status))
+    two_ranks(lambda rank: main(Path(sys.argv[1]), rank))

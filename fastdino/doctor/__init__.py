@@ -1,0 +1,1 @@
+"""``fastdino doctor``: whether a training can begin here, asked before one is started."""
