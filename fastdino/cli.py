@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from fastdino.eval import Subject
 
 Path_ = Annotated[Path, tyro.conf.Positional]
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -217,29 +218,21 @@ def show_recipes(name: Annotated[str, tyro.conf.Positional] = "", /) -> None:
     print(f"{inspect.getdoc(recipes.RECIPES[name])}\n\n{config.to_json()}")
 
 
-def status(
-    run: Path_,
-    /,
-    json_: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False,
-    requeue: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
-) -> None:
+def status(run: Path_, /, json_: Annotated[Flag, tyro.conf.arg(name="json")] = False, requeue: Flag = False) -> None:
     """Says where a run stands: state, step, pace, newest checkpoint, host and process, and how it ended.
 
     Args:
         run: the run folder; any host that sees it will do.
         json_: the same as JSON, with the fields of status.json, `state` as found and `age` in seconds.
-        requeue: for a job script whose processes have ended: exits with 0 if the run should be started again, with 1 if
-            not, and says why. A run that was preempted should; others three times until there is a newer checkpoint.
+        requeue: whether a job script, whose processes have ended, starts the run again: exit code 0 yes, 1 no, and why.
     """
-    from fastdino import status
+    from fastdino.status import answer, describe, read
 
     folder = run.expanduser()
     if requeue:
-        again, why = status.requeue(folder)
-        print(f"{folder}: {'start it again' if again else 'do not start it again'}: {why}")
-        sys.exit(0 if again else 1)
-    found = status.read(folder)
-    print(json.dumps(found, indent=2) if json_ else status.describe(folder, found))
+        sys.exit(answer(folder))
+    found = read(folder)
+    print(json.dumps(found, indent=2) if json_ else describe(folder, found))
 
 
 def export(

@@ -161,6 +161,13 @@ def requeue(folder: Path) -> tuple[bool, str]:
     return again, why
 
 
+def answer(folder: Path) -> int:
+    """Prints what :func:`requeue` says; the exit code of a command that was asked: 0 for yes, 1 for no."""
+    again, why = requeue(folder)
+    print(f"{folder}: {'start it again' if again else 'do not start it again'}: {why}")
+    return 0 if again else 1
+
+
 def _counted(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
