@@ -178,7 +178,7 @@ def test_a_rank_with_another_version_or_code_is_refused(trainings, case, differs
 
 
 def test_a_clock_that_is_off_is_warned_of_and_the_run_goes_on(trainings):
-    (line,) = trainings[0]["clock"]["said"]
+    (line,) = [line for line in trainings[0]["clock"]["said"] if "slowest rank" not in line]  # by this machine's clock
     assert line.startswith(f"the clock of rank 1 ({socket.gethostname()}) is ")
     assert 29 < float(line.split(" is ")[1].split(" s ahead of")[0]) <= 30
     assert [of["clock"]["error"] for of in trainings] == ["", ""]
