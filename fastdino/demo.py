@@ -1,5 +1,6 @@
 """The demo: a small ViT learns, with no labels, to tell rendered shapes apart, and shows what it has learned."""
 
+import dataclasses
 import json
 import statistics
 import time
@@ -57,7 +58,7 @@ def run_demo(config: Config) -> dict[str, float]:
 
 
 def _random_backbone(config: Config, seed: int) -> nn.Module:
-    torch.manual_seed(seed)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=seed))
     return build_network(config, teacher=True).backbone
 
 

@@ -103,7 +103,6 @@ def trial(flags: list[str], seed: int, pictures: Path, folder: Path) -> list[Cas
     """Trains the recipe with ``flags``; figures of the random backbone that it starts from and of the teacher's."""
     own = ["--data.root", str(pictures / "train"), "--run.dir", str(folder), "--run.seed", str(seed)]
     config = configured("small", [*flags, *own])
-    torch.manual_seed(seed)
     fresh = build_network(config, teacher=True).backbone
     result = train(config)
     reading = Reading(size=config.views.global_size, crop=config.data.eval_crop, normalize=config.data.normalize)

@@ -114,7 +114,6 @@ def _warm_up(device: torch.device) -> None:
 
 def _start(config: Config) -> dict[str, Tensor]:
     """Weights that all contenders start from, with one position embedding for all patches."""
-    torch.manual_seed(config.run.seed)
     weights = {name: p.detach() for name, p in build_network(config).named_parameters()}
     flatten_positions(weights)
     return weights

@@ -119,9 +119,8 @@ def raw_pixels(patch: int, reading: Reading) -> Read:
 def fresh_vit(vit: ViT, model: ModelConfig, seed: int) -> ViT:
     """Another of the same architecture, grid and place that has not learned."""
     rows, columns = vit.grid
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        fresh = build_backbone(replace(model, attention="auto"), (rows * vit.patch_size, columns * vit.patch_size))
+    grid = rows * vit.patch_size, columns * vit.patch_size
+    fresh = build_backbone(replace(model, attention="auto"), grid, seed=seed)
     return our_vit(fresh, "patch tokens").to(*device_and_dtype(vit))
 
 

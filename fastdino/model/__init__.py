@@ -1,7 +1,16 @@
 """Views become points: backbone and head. Also how weights come in and go out."""
 
 from fastdino.model.head import Head
-from fastdino.model.network import Backbone, Network, Outputs, build_backbone, build_network, restore_backbone
+from fastdino.model.network import (
+    Backbone,
+    Network,
+    Outputs,
+    build_backbone,
+    build_network,
+    outline,
+    restore_backbone,
+    start_of,
+)
 from fastdino.model.vit import ViT
 from fastdino.model.weights import WeightsError, export_backbone, load_backbone, load_head
 
@@ -17,5 +26,7 @@ __all__ = [
     "export_backbone",
     "load_backbone",
     "load_head",
+    "outline",
     "restore_backbone",
+    "start_of",
 ]

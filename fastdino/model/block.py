@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdino.model.attention import attention, implementation
+from fastdino.model.initialise import Rule, constant, uniform
 from fastdino.model.packing import Drop, Packing, Reading, Subset
 from fastdino.model.positions import Rotation
 from fastdino_kernels import fp8_linear, gather_layer_norm, scatter_add_scaled
@@ -54,6 +55,10 @@ class PatchProjection(nn.Conv2d):
             x = x.reshape(-1, channels, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)
             x = x.reshape(-1, rows * columns, channels * p * p)
         return F.linear(x, self.weight.flatten(1), self.bias)
+
+    def initial(self) -> dict[str, Rule]:
+        """How its parameters start: as torch's convolutions do."""
+        return dict.fromkeys(("weight", "bias"), uniform(1 / math.sqrt(self.weight[0].numel())))
 
 
 class Block(nn.Module):
@@ -189,9 +194,12 @@ class Attention(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A linear layer of a block, in fp8 where that is asked for."""
+    """A linear layer of a block, in fp8 where that is asked for. Whoever has it says how it starts."""
 
     fp8 = False
+
+    def reset_parameters(self) -> None:
+        """Nothing: no noise is drawn twice."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(.., K) -> (.., N)."""
@@ -274,7 +282,12 @@ class LayerScale(nn.Module):
 
     def __init__(self, width: int, start: float) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((width,), start)) if start else None
+        self.start = start
+        self.gamma = nn.Parameter(torch.empty(width)) if start else None
+
+    def initial(self) -> dict[str, Rule]:
+        """How its parameters start."""
+        return {"gamma": constant(self.start)} if self.start else {}
 
     def forward(self, branch: Tensor, x: Tensor | None = None, kept: Subset | None = None) -> Tensor:
         """(.., D) -> (.., D); with the ``kept`` sequences that the branch ran on, its sum with the residual ``x``."""
@@ -282,11 +295,3 @@ class LayerScale(nn.Module):
             rows = (kept.whole.lengths, kept.rows)
             return scatter_add_scaled(x.squeeze(0), *rows, branch.squeeze(0), self.gamma).unsqueeze(0)
         return branch if self.gamma is None else branch * self.gamma
-
-
-def init_linears(module: nn.Module, init: str) -> None:
-    """Starts every nn.Linear in ``module``: trunc_normal(std 0.02) or Xavier-uniform weights, zero biases."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.xavier_uniform_(layer.weight) if init == "xavier" else nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)

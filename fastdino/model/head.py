@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdino.config import HeadConfig
-from fastdino.model.block import init_linears
+from fastdino.model.initialise import Rule, constant, initialise, of_layers, uniform
 from fastdino_kernels import prototype_weight
 
 
@@ -19,9 +19,10 @@ class Head(nn.Module):
         num_features: D, width of the features.
         config: widths and options.
         init: "trunc_normal" (std 0.02) or "xavier" for the MLP; the prototypes start as in v1 either way.
+        seed: of its first values.
     """
 
-    def __init__(self, num_features: int, config: HeadConfig, init: str = "trunc_normal") -> None:
+    def __init__(self, num_features: int, config: HeadConfig, init: str = "trunc_normal", seed: int = 0) -> None:
         super().__init__()
         hidden = [config.hidden_dim] * (config.num_layers - 1)
         widths = [num_features, *hidden, config.bottleneck_dim]
@@ -31,9 +32,13 @@ class Head(nn.Module):
             if i < config.num_layers - 1:
                 layers += [nn.BatchNorm1d(widths[i + 1])] if config.batch_norm else []
                 layers.append(nn.GELU())
-        self.mlp, self.width = nn.Sequential(*layers), config.bottleneck_dim
-        init_linears(self.mlp, init)
+        self.mlp, self.width, self.init = nn.Sequential(*layers), config.bottleneck_dim, init
         self.last_layer = Prototypes(config.bottleneck_dim, config.num_prototypes, config.freeze_prototype_norm)
+        initialise(self, seed)
+
+    def initial(self) -> dict[str, Rule]:
+        """How its parameters start."""
+        return of_layers(self, self.init)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(.., D) features -> (.., P) points and (K, P) prototypes, whose products are the logits.
@@ -63,8 +68,11 @@ class Prototypes(nn.Module):
     def __init__(self, width: int, num_prototypes: int, freeze_norm: bool) -> None:
         super().__init__()
         self.v = nn.Parameter(torch.empty(num_prototypes, width))
-        self.g = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=not freeze_norm)
-        nn.init.kaiming_uniform_(self.v, a=5**0.5)  # nn.Linear's own, which v1 leaves as it is
+        self.g = nn.Parameter(torch.empty(num_prototypes, 1), requires_grad=not freeze_norm)
+
+    def initial(self) -> dict[str, Rule]:
+        """How its parameters start; the directions as nn.Linear's weights, which v1 leaves as they are."""
+        return {"v": uniform(self.v.shape[1] ** -0.5), "g": constant(1.0)}
 
     def forward(self) -> Tensor:
         """(K, P) in the dtype of ``v``: g * v / |v|."""

@@ -1,6 +1,7 @@
 """Views become points: a backbone and its heads, called once, as a whole."""
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -10,9 +11,12 @@ from torch import Tensor, nn
 from fastdino.config import Config, DataConfig, ModelConfig, ViewsConfig
 from fastdino.data.batch import Masks
 from fastdino.model.head import Head
+from fastdino.model.initialise import Rule, Values, held, materialise, rules_of, values
 from fastdino.model.timm_backbone import TimmBackbone
 from fastdino.model.vit import ViT
-from fastdino.model.weights import WeightsError, form_of, load_backbone, load_head, read_metadata, settled
+from fastdino.model.weights import WeightsError, form_of, load_backbone, read_metadata, settled
+from fastdino.model.weights.dialects import Rows, State
+from fastdino.model.weights.files import backbone_state, head_state
 
 Backbone = ViT | TimmBackbone
 """A module with ``num_features`` (D), ``channels`` (C), ``implementation`` (what runs it, for the log), ``regions()``
@@ -92,39 +96,94 @@ class Network(nn.Module):
 
 
 def build_network(config: Config, teacher: bool = False, load: bool = True) -> Network:
-    """The network of ``config`` in fp32 on the CPU, started from torch's generator (seed it first) and from files.
+    """The network of ``config``, whole, in fp32 on the CPU, started by run.seed and from files of weights.
 
     Args:
-        config: model, heads, view sizes, whether patches are predicted and engine.fp8 are read; see also
-            :func:`fastdino.model.weights.settled`.
-        load: False leaves files of weights unread, for a network that takes those of a checkpoint.
+        config: see :func:`outline`, and :func:`fastdino.model.weights.settled`.
+        teacher: see :func:`outline`; it starts as the student does.
+        load: False leaves files of weights unread.
+
+    Raises what :func:`outline` raises, and WeightsError.
+    """
+    config = settled(config) if load else config
+    network = outline(config, teacher)
+    materialise(network, start_of(config, network, load))
+    return network
+
+
+def outline(config: Config, teacher: bool = False) -> Network:
+    """The network of ``config`` on the meta device: names and shapes of parameters that no memory is taken for.
+
+    Buffers are there. A backbone of timm, whose code knows alone how it starts, is built whole, in fp32 on the CPU; so
+    it is on the meta device where that is torch's default.
+
+    Args:
+        config: model, heads, view sizes, whether patches are predicted, engine.fp8 and run.seed are read.
         teacher: without drop path, stretched coordinates and gradients. BatchNorm layers of a teacher stay in training
             mode, as in DINO v1: their running statistics are the teacher's own, no average of the student's.
 
-    Raises ConfigError for a backbone that does not exist or cannot take the views' sizes, and WeightsError.
+    Raises ConfigError for a backbone that does not exist or cannot take the views' sizes.
     """
-    config = settled(config) if load else config
     model = dataclasses.replace(config.model, drop_path=0.0, rope_scale=1.0) if teacher else config.model
     views = config.views
     given = {"global": (views.global_size, 2 * config.run.local_batch)}
     if views.num_local:
         given["local"] = views.local_size, views.num_local * config.run.local_batch
     mask_token, channels = config.loss.patch_weight > 0, config.data.channels
-    backbone = build_backbone(model, views.global_size, given, mask_token=mask_token, channels=channels)
+    with torch.device("meta") if model.is_vit else nullcontext():
+        backbone = build_backbone(
+            model, views.global_size, given, mask_token=mask_token, channels=channels, seed=config.run.seed
+        )
     if not teacher:
         backbone.set_checkpointing(config.engine.checkpointing)
-    settings = [head for head in (config.head, config.patch_head) if head is not None]
-    heads = [Head(backbone.num_features, head, model.init) for head in settings]
     if config.engine.fp8:
         assert isinstance(backbone, ViT)
         backbone.use_fp8()
+    settings = [head for head in (config.head, config.patch_head) if head is not None]
+    with torch.device("meta"):
+        heads = [Head(backbone.num_features, head, model.init) for head in settings]
+    for module in (module for head in heads for module in head.modules()):
+        if isinstance(module, nn.BatchNorm1d):
+            for name, buffer in module.named_buffers():
+                setattr(module, name, torch.empty_like(buffer, device="cpu"))
+            module.reset_running_stats()
     network = Network(backbone, *heads)
-    if load and model.weights is not None:
-        load_backbone(backbone, model.weights)
-    for head, setting in zip(heads, settings, strict=True):
-        if load and setting.weights is not None:
-            load_head(head, setting.weights, patches=setting is config.patch_head)
     return network.requires_grad_(False) if teacher else network
+
+
+def start_of(config: Config, network: Network, load: bool = True) -> Values:
+    """What the parameters of a network of ``config`` start from: noise by run.seed, or what is in files of weights.
+
+    Of a file the elements that are asked for are read. A backbone of timm is given what is in its file at once, and so
+    are buffers.
+
+    Args:
+        network: by :func:`outline`; of the other weights' grid of positions, if it is one, from here on.
+        load: False leaves files of weights unread.
+
+    Raises WeightsError.
+    """
+    files = _files(config, network) if load else {}
+    rules = rules_of(network) | files
+    return lambda name, start, stop: values(config.run.seed, name, start, stop, rules[name])
+
+
+def _files(config: Config, network: Network) -> dict[str, Rule]:
+    """Rules of the parameters that start from files."""
+    parts: dict[str, State] = {}
+    if config.model.weights is not None:
+        if isinstance(network.backbone, ViT):
+            parts["backbone"] = backbone_state(network.backbone, config.model.weights, whole=False)
+        else:
+            load_backbone(network.backbone, config.model.weights)
+    for name, head in (("head", config.head), ("patch_head", config.patch_head)):
+        if head is not None and head.weights is not None:
+            parts[name] = head_state(network.get_submodule(name), head.weights, patches=name == "patch_head")
+    state = {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+    for name, buffer in network.named_buffers():
+        if name in state:
+            buffer.copy_(state.pop(name))
+    return {name: held(tensor if isinstance(tensor, Rows) else [tensor]) for name, tensor in state.items()}
 
 
 def build_backbone(
@@ -133,6 +192,7 @@ def build_backbone(
     views: dict[str, tuple[int, int]] | None = None,
     mask_token: bool = False,
     channels: int = 3,
+    seed: int = 0,
 ) -> Backbone:
     """A backbone in fp32 on the CPU; its module maps (B, C, h, w) to (B, D).
 
@@ -144,13 +204,16 @@ def build_backbone(
             ``image_size``; checked for timm's backbones.
         mask_token: our ViT has one.
         channels: C, of the images.
+        seed: of its first values.
     """
     if not model.is_vit:
         assert isinstance(image_size, int), "a backbone of timm is made for squares"
-        return TimmBackbone(model, image_size, views or {"global": (image_size, 2)}, channels)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return TimmBackbone(model, image_size, views or {"global": (image_size, 2)}, channels)
     options = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
     options["image_size"] = model.image_size or image_size
-    return ViT(model.arch.removeprefix("vit_"), mask_token=mask_token, channels=channels, **options)
+    return ViT(model.arch.removeprefix("vit_"), mask_token=mask_token, channels=channels, seed=seed, **options)
 
 
 def restore_backbone(path: Path, arch: str = "", image_size: int | None = None) -> tuple[Backbone, Config]:
@@ -181,7 +244,10 @@ def restore_backbone(path: Path, arch: str = "", image_size: int | None = None) 
         )
     check_arch(path, config, arch)
     model = dataclasses.replace(model, drop_path=0.0, attention="auto", weights=None)
-    backbone = build_backbone(model, config.views.global_size, channels=config.data.channels)
+    with torch.device("meta") if model.is_vit else nullcontext():
+        backbone = build_backbone(model, config.views.global_size, channels=config.data.channels)
+    if model.is_vit:
+        backbone.to_empty(device="cpu")
     load_backbone(backbone, path)
     return backbone, config
 

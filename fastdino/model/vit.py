@@ -21,8 +21,8 @@ from fastdino.model.block import (
     Linear,
     PatchEmbed,
     Shape,
-    init_linears,
 )
+from fastdino.model.initialise import Rule, constant, initialise, of_layers, table, trunc_normal
 from fastdino.model.packing import Drop, Packing, Reading, is_packed, packing_of
 from fastdino.model.positions import (
     Grid,
@@ -62,6 +62,7 @@ class ViT(nn.Module):
             size get interpolated positions.
         channels: C, of the views.
         mask_token: it has one, for the patches that are hidden from it.
+        seed: of its first values.
         options: settings of :class:`fastdino.config.ModelConfig`, ``drop_path`` 0 by default; ``arch`` and
             ``weights`` are not read.
     """
@@ -73,6 +74,7 @@ class ViT(nn.Module):
         image_size: int | tuple[int, int] = 224,
         channels: int = 3,
         mask_token: bool = False,
+        seed: int = 0,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -85,10 +87,11 @@ class ViT(nn.Module):
         self.num_prefix = 1 + (model.registers or 0)  # tokens of a sequence before its patches: CLS, registers
         self.interpolation, self.rope_scale = model.interpolation, model.rope_scale
         self.grid = self._grid(*((image_size, image_size) if isinstance(image_size, int) else image_size))
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = None if rope else nn.Parameter(torch.zeros(1, 1 + math.prod(self.grid), width))
-        self.register_tokens = nn.Parameter(torch.zeros(1, model.registers, width)) if model.registers else None
-        self.mask_token = nn.Parameter(torch.zeros(1, width)) if mask_token else None
+        self.starts = model.pos_embed, model.init
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.pos_embed = None if rope else nn.Parameter(torch.empty(1, 1 + math.prod(self.grid), width))
+        self.register_tokens = nn.Parameter(torch.empty(1, model.registers, width)) if model.registers else None
+        self.mask_token = nn.Parameter(torch.empty(1, width)) if mask_token else None
         self.patch_embed = PatchEmbed(model.patch_size, width, channels)
         rates = [model.drop_path] * depth
         if model.drop_path_rule == "linear":
@@ -99,12 +102,16 @@ class ViT(nn.Module):
         )
         self.packed = model.packed
         self.norm = nn.LayerNorm(width, eps=ROPE_NORM_EPS if rope else NORM_EPS)
-        for token in (self.cls_token, self.pos_embed, self.register_tokens):
-            if token is not None:
-                nn.init.trunc_normal_(token, std=0.02)
-        if self.pos_embed is not None and model.pos_embed == "sincos":
-            self.pos_embed.data.copy_(sincos_positions(self.grid, width))
-        init_linears(self, model.init)
+        initialise(self, seed)
+
+    def initial(self) -> dict[str, Rule]:
+        """How its parameters start."""
+        pos_embed, init = self.starts
+        tokens = dict.fromkeys(("cls_token", "pos_embed", "register_tokens"), trunc_normal(0.02))
+        tokens["mask_token"] = constant(0.0)
+        if pos_embed == "sincos":
+            tokens["pos_embed"] = table(lambda: sincos_positions(self.grid, self.num_features))
+        return of_layers(self, init) | {name: x for name, x in tokens.items() if getattr(self, name) is not None}
 
     @property
     def implementation(self) -> str:
@@ -148,7 +155,8 @@ class ViT(nn.Module):
         assert self.pos_embed is not None
         side = math.isqrt(positions.shape[1] - 1)
         self.grid = (side, side)
-        self.pos_embed = nn.Parameter(torch.empty_like(positions), requires_grad=self.pos_embed.requires_grad)
+        new = self.pos_embed.new_empty(positions.shape)
+        self.pos_embed = nn.Parameter(new, requires_grad=self.pos_embed.requires_grad)
 
     def forward(self, x: Tensor | dict[str, Tensor], masks: Masks | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Tokens after the final norm: CLS of every view, and the patches that are asked for.

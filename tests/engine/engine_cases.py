@@ -25,7 +25,7 @@ from fastdino.config import Config, EngineConfig, HeadConfig, ModelConfig, Optim
 from fastdino.engine import build_engine
 from fastdino.engine.engine import Engine
 from fastdino.engine.schedules import Now
-from fastdino.model import Outputs, build_network
+from fastdino.model import Network, Outputs, build_network
 
 GLOBAL_BATCH, STEPS = 8, 5
 ENGINES = {"torch": ("torch", 1), **{f"zero{stage}": ("deepspeed", stage) for stage in range(4)}}
@@ -92,6 +92,10 @@ def logits(made: Outputs) -> Tensor:
     return F.linear(made.cls_points, made.prototypes).float()
 
 
+def seeded(config: Config, seed: int, teacher: bool = False) -> Network:
+    return build_network(dataclasses.replace(config, run=dataclasses.replace(config.run, seed=seed)), teacher)
+
+
 class Case:
     """An engine on the toy task, fed with this rank's share of the same global batches."""
 
@@ -104,8 +108,8 @@ class Case:
         )  # fmt: skip
         self.config = dataclasses.replace(BASE, engine=settings, **changes)
         self.ranks = ranks
-        torch.manual_seed(ranks.rank)  # the engine has to make all ranks start from rank 0's weights
-        student, teacher = build_network(self.config), build_network(self.config, teacher=True)
+        # The engine has to make all ranks, and both networks, start from rank 0's student.
+        student, teacher = seeded(self.config, 2 + ranks.rank), seeded(self.config, 1, teacher=True)
         self.shapes = {name: p.shape for name, p in student.named_parameters()}
         self.engine: Engine = build_engine(self.config, student, teacher, ranks)
         self.losses: list[Tensor] = []

@@ -40,8 +40,7 @@ READING = Reading(size=32, normalize="image")
 
 
 def vit(seed: int = 0, **options: Any) -> ViT:
-    torch.manual_seed(seed)
-    return ViT("nano", patch_size=8, image_size=32, **options)
+    return ViT("nano", patch_size=8, image_size=32, seed=seed, **options)
 
 
 # ------------------------------------------------------------------------------------------------------------ probe

@@ -31,8 +31,7 @@ def config(channels: int, arch: str = "vit_nano", **model: Any) -> Config:
 
 
 def vit(channels: int, seed: int = 0, **options: Any) -> ViT:
-    torch.manual_seed(seed)
-    return ViT("nano", image_size=64, channels=channels, **options).eval()
+    return ViT("nano", image_size=64, channels=channels, seed=seed, **options).eval()
 
 
 def test_channels_add_up():
@@ -114,7 +113,7 @@ def test_an_export_of_timm_knows_its_channels(tmp_path):
     import timm
 
     made = config(4, "timm:resnet18")
-    ours = build_backbone(made.model, 64, channels=4).eval()
+    ours = build_backbone(made.model, 64, channels=4, seed=1).eval()
     expression = export_backbone(ours, tmp_path / "a.safetensors", {"config": made.to_json()})
     x = torch.randn(2, 4, 64, 64)
     theirs = eval(expression, {"timm": timm}).eval()

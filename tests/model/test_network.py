@@ -103,11 +103,7 @@ def test_a_shared_head_is_one_call(shared: bool) -> None:
 
 def test_the_seed_decides_and_the_teacher_has_no_drop_path() -> None:
     settings = config(ModelConfig(arch="vit_nano", drop_path=0.4))
-    networks = []
-    for teacher in (False, True):
-        torch.manual_seed(3)
-        networks.append(build_network(settings, teacher=teacher))
-    student, teacher_ = networks
+    student, teacher_ = (build_network(settings, teacher=teacher) for teacher in (False, True))
     assert student.state_dict().keys() == teacher_.state_dict().keys()
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), teacher_.parameters(), strict=True))
     assert isinstance(student.backbone, ViT)
@@ -194,7 +190,6 @@ def test_timm_backbones_are_compiled_whole_but_for_statistics_over_ranks() -> No
 def test_timm_backbones_are_checkpointed() -> None:
     model, gradients = ModelConfig(arch="timm:convnext_atto", drop_path=0.1), []
     for how in ("none", "full"):
-        torch.manual_seed(0)
         backbone = build_backbone(model, 64, {"global": (64, 4)})
         backbone.set_checkpointing(how)
         torch.manual_seed(1)

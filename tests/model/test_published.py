@@ -43,7 +43,7 @@ def nano(seed: int = 0, **options: Any) -> ViT:
 
 def head(seed: int, **options: Any) -> Head:
     torch.manual_seed(seed)
-    made = Head(96, HeadConfig(**{**HEAD, **options}))
+    made = Head(96, HeadConfig(**{**HEAD, **options}), seed=seed)
     made.last_layer.g.data.uniform_(0.5, 2)
     return made
 

@@ -30,8 +30,7 @@ HEAD: dict[str, Any] = {"num_prototypes": 16, "hidden_dim": 24, "bottleneck_dim"
 
 
 def nano(seed: int = 0, **options: Any) -> ViT:
-    torch.manual_seed(seed)
-    return ViT("nano", **{"image_size": 64, **options})
+    return ViT("nano", **{"image_size": 64, "seed": seed, **options})
 
 
 def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
@@ -104,7 +103,7 @@ def v1_checkpoint(path: Path, vit: ViT, head: dict[str, Tensor], prefix: str = "
 
 
 def v1_head(num_layers: int, new_names: bool) -> tuple[torch.nn.Module, dict[str, Tensor]]:
-    ours = Head(96, HeadConfig(**HEAD, num_layers=num_layers, freeze_prototype_norm=False))
+    ours = Head(96, HeadConfig(**HEAD, num_layers=num_layers, freeze_prototype_norm=False), seed=5)
     state = ours.state_dict()
     g, v = state.pop("last_layer.g"), state.pop("last_layer.v")
     wrapped = "last_layer.parametrizations.weight.original" if new_names else "last_layer.weight_"
@@ -117,7 +116,6 @@ def v1_head(num_layers: int, new_names: bool) -> tuple[torch.nn.Module, dict[str
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize(("num_layers", "new_names"), [(3, False), (1, True)])
 def test_dino_v1_checkpoint(tmp_path: Path, num_layers: int, new_names: bool, prefix: str) -> None:
-    torch.manual_seed(5)
     head, state = v1_head(num_layers, new_names)
     v1_checkpoint(tmp_path / "full.pth", nano(1), state, prefix)
     backbone, other = nano(2), Head(96, HeadConfig(**HEAD, num_layers=num_layers))

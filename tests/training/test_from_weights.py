@@ -43,7 +43,6 @@ def config(folder: Path, weights: Path | None, epochs: int = 1, **model: Any) ->
 
 
 def test_the_folder_knows_the_form(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    torch.manual_seed(0)
     options = {"registers": 4, "layer_scale": 1e-5, "interpolation": "antialias"}
     file, run = tmp_path / "hub.pth", tmp_path / "run"
     torch.save(ViT("nano", patch_size=8, image_size=56, mask_token=True, **options).state_dict(), file)
@@ -67,9 +66,8 @@ def test_the_folder_knows_the_form(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 def test_student_and_teacher_start_from_one_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both have the file's values, running statistics of BatchNorm too, and it is read for one of them alone."""
-    torch.manual_seed(0)
     model = ModelConfig(arch="timm:resnet10t", drop_path=0.0)
-    source = build_backbone(model, 32)
+    source = build_backbone(model, 32, seed=1)
     for name, buffer in source.published.named_buffers():
         if name.endswith("running_mean"):
             buffer.normal_()

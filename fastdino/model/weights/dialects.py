@@ -8,7 +8,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,6 +105,18 @@ DIALECTS: dict[str, Table] = {
 ROTARY = ("timm Eva", "DINOv3", "HF DINOv3ViT", "HF DINOv3ViT in memory")  # dialects of networks with rotary positions
 
 
+class Rows(list[Tensor]):
+    """Tensors of two or more dimensions, one below the other, in the place of the one that they would be."""
+
+    @property
+    def ndim(self) -> int:
+        return self[0].ndim
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size([sum(len(x) for x in self), *self[0].shape[1:]])
+
+
 class Published(NamedTuple):
     """What a file holds of a backbone."""
 
@@ -117,8 +129,10 @@ class Published(NamedTuple):
     """Under their names, what our ViT has no place for."""
 
 
-def from_published(state: State) -> Published:
+def from_published(state: State, whole: bool = True) -> Published:
     """The backbone in ``state`` under our names, whatever its dialect and prefix; other tensors are left out.
+
+    Without ``whole`` nothing large is copied: what is one tensor of ours and several of theirs is :class:`Rows`.
 
     Of several networks that a training checkpoint holds the averaged one is taken. What a dialect leaves out is made
     good: zeros for the position of CLS, which timm adds to the token, and for biases of queries, keys and values.
@@ -128,7 +142,7 @@ def from_published(state: State) -> Published:
     dialect = max(prefixes, key=lambda dialect: prefixes[dialect][1])
     found = {name: x for name, x in below(state, prefixes[dialect][0]).items() if x.numel()}  # 0 registers are none
     ignored = {name: x for name, x in found.items() if IGNORED.search(name)}
-    ours = _renamed({name: x for name, x in found.items() if name not in ignored}, DIALECTS[dialect])
+    ours = _renamed({name: x for name, x in found.items() if name not in ignored}, DIALECTS[dialect], whole)
     ours = _with_zeros(ours)
     keys = [x.tensor_split(3)[1] for name, x in ours.items() if name.endswith("attn.qkv.bias") and x.ndim]
     rotary = "pos_embed" not in ours and (dialect in ROTARY or not any(x.any() for x in keys))
@@ -193,7 +207,7 @@ def _names(table: Table) -> set[str]:
     return {name for names in table.values() for name in names} - {NONE}
 
 
-def _renamed(state: State, table: Table) -> State:
+def _renamed(state: State, table: Table, whole: bool) -> State:
     """``state``, under the names of ``table``, under ours; tensors that it does not know, or only in part, stay."""
     unused = MLP if _is_gated(state, table) else GATED
     places = {
@@ -215,10 +229,14 @@ def _renamed(state: State, table: Table) -> State:
         names, there = table[target], [state[name] for name in found.values()]
         if len(there) == len(names) - names.count(NONE) and len({x.shape[1:] for x in there}) == 1:
             rows = [state[found[i]] if i in found else torch.zeros_like(there[0]) for i in range(len(names))]
-            ours[target.replace("*", number)] = rows[0] if len(rows) == 1 else torch.cat(rows)
+            ours[target.replace("*", number)] = rows[0] if len(rows) == 1 else _joined(rows, whole)
         else:
             ours |= {name: state[name] for name in found.values()}
     return ours
+
+
+def _joined(rows: list[Tensor], whole: bool) -> Any:
+    return torch.cat(rows) if whole or rows[0].ndim < 2 else Rows(rows)
 
 
 def _is_gated(state: State, table: Table) -> bool:
@@ -241,5 +259,5 @@ def _with_zeros(state: State) -> State:
         state["mask_token"] = mask.reshape(1, -1)
     for name, weight in [*state.items()]:
         if name.endswith("attn.qkv.weight"):
-            state.setdefault(name.replace("weight", "bias"), weight.new_zeros(len(weight)))
+            state.setdefault(name.replace("weight", "bias"), torch.zeros(weight.shape[0]))
     return state

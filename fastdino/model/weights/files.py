@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PosixPath
 from typing import TYPE_CHECKING, Any
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdino.config import Config, ConfigError, ModelConfig
 from fastdino.model.block import Attention, SwiGlu
@@ -77,10 +78,18 @@ def load_backbone(backbone: "Backbone", path: Path) -> None:
     the file has none, it starts at zeros, and the log says so.
     Raises WeightsError naming all that is missing, unexpected or misshaped.
     """
+    backbone.published.load_state_dict(backbone_state(backbone, path))
+
+
+def backbone_state(backbone: "Backbone", path: Path, whole: bool = True) -> State:
+    """What :func:`load_backbone` loads, which may lie in the file until it is read.
+
+    ``whole``: see :func:`fastdino.model.weights.dialects.from_published`.
+    """
     module, state = backbone.published, read(path)
     own = module.state_dict()
     if isinstance(backbone, ViT):
-        published = from_published(state)
+        published = from_published(state, whole)
         _check_config(path, backbone)
         _check_periods(path, backbone, published)
         _remark(path, published)
@@ -92,7 +101,7 @@ def load_backbone(backbone: "Backbone", path: Path) -> None:
     _check(type(module).__name__, own, state, path, "Are arch, patch size and data.channels the same?")
     if isinstance(backbone, ViT) and _other_grid(state, module.state_dict()):
         backbone.keep_grid_of(state["pos_embed"])
-    module.load_state_dict(state)
+    return state
 
 
 def load_head(head: Head, path: Path, patches: bool = False) -> None:
@@ -105,6 +114,12 @@ def load_head(head: Head, path: Path, patches: bool = False) -> None:
 
     Raises WeightsError for a file without such a head, and naming all that is missing, unexpected or misshaped.
     """
+    head.load_state_dict(head_state(head, path, patches))
+
+
+def head_state(head: nn.Module, path: Path, patches: bool = False) -> State:
+    """What :func:`load_head` loads, which may lie in the file until it is read."""
+    assert isinstance(head, Head)
     own = head.state_dict()
     state = {name: x for name, x in read(path).items() if patches != {*name.split(".")}.isdisjoint(PATCH_HEADS)}
     ours = {_renamed(name): tensor for name, tensor in state.items()}
@@ -113,17 +128,17 @@ def load_head(head: Head, path: Path, patches: bool = False) -> None:
         kind = f"head for patches ({', '.join(PATCH_HEADS)})" if patches else "projection head"
         raise WeightsError(f"{path} holds no {kind}: a full training checkpoint does, a released backbone not")
     _check(type(head).__name__, own, found, path, "Are num_prototypes, hidden_dim and the other widths the same?")
-    head.load_state_dict(found)
     frozen = not head.last_layer.g.requires_grad
-    if frozen and not torch.allclose(head.last_layer.g, torch.ones(1)):
+    if frozen and not torch.allclose(found["last_layer.g"].float(), torch.ones(1)):
         _say(f"{path} has prototypes of other lengths than 1, and freeze_prototype_norm keeps them: set it to False")
+    return found
 
 
 def form_of(path: Path) -> Form:
     """Which of our ViTs the weights at ``path`` are of. Raises WeightsError when they are of none."""
     state = read(path)
     try:
-        return recognise(from_published(state))
+        return recognise(from_published(state, whole=False))
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
 
@@ -180,7 +195,11 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read(path: Path) -> State:
-    """The tensors of a file or a folder by name; of a training checkpoint, those of its best network."""
+    """The tensors of a file or a folder by name; of a training checkpoint, those of its best network.
+
+    They are maps of the file, of which memory is taken for what is read. PyTorch's format of before 1.6, which is no
+    archive, is read whole.
+    """
     if path.is_dir():
         return _read_folder(path)
     if not path.is_file():
@@ -190,7 +209,7 @@ def read(path: Path) -> State:
             return load_file(path)
     try:
         with torch.serialization.safe_globals(PLAIN):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"holds code, {code[1]}, which is never run" if code else f"is not a file of weights: {error}"
@@ -280,7 +299,7 @@ def _with_mask_token(path: Path, state: State, own: State) -> State:
         return {name: tensor for name, tensor in state.items() if name != "mask_token"}
     if "mask_token" not in state:
         _say(f"{path} has no mask token: it starts at zeros")
-    return {"mask_token": torch.zeros_like(own["mask_token"]), **state}
+    return {"mask_token": torch.zeros(own["mask_token"].shape), **state}
 
 
 def _other_grid(state: State, own: State) -> bool:
