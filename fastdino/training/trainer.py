@@ -24,7 +24,7 @@ from fastdino.eval import OnlineKnn, knn_root
 from fastdino.method.dino import Dino
 from fastdino.method.health import Health
 from fastdino.method.targets import build_targets
-from fastdino.model import Network, build_network
+from fastdino.model import Network, outline, start_of
 from fastdino.model.weights import settled
 from fastdino.training import checkpoint
 from fastdino.training.checkpoint import Manifest
@@ -103,12 +103,11 @@ class Trainer:
         if folder:
             ranks.on_main(self._open_knn)  # what is wrong with its images is said now, not in hours
         newest = folder.newest() if folder else None
-        torch.manual_seed(config.run.seed)
-        load = newest is None  # a checkpoint holds all weights: those that the run started from may be gone
-        student = build_network(config, load=load)
-        teacher = build_network(config, teacher=True, load=False)  # the engine gives it the student's values
+        student, teacher = (outline(config, teacher) for teacher in (False, True))
+        # A checkpoint holds all weights: those that the run started from may be gone.
+        values = None if newest else start_of(config, student)
         self.shapes = {name: list(p.shape) for name, p in student.named_parameters()}
-        self.engine = build_engine(config, student, teacher, ranks)
+        self.engine = build_engine(config, student, teacher, ranks, values)
         self.compiled = graphs.compiles(config, ranks.device)
         self.waits_for_compilers = self.compiled or ranks.device.type == "cuda"  # our own kernels are compiled too
         if self.waits_for_compilers:
