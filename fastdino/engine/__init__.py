@@ -2,38 +2,48 @@
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from fastdino.config import Config, ConfigError
 from fastdino.distributed import Ranks
 from fastdino.engine.engine import BatchNorm, Engine
+from fastdino.engine.shards import Values
 from fastdino.engine.torch_engine import TorchEngine
 
 
-def build_engine(config: Config, student: nn.Module, teacher: nn.Module, ranks: Ranks) -> Engine:
+def build_engine(
+    config: Config, student: nn.Module, teacher: nn.Module, ranks: Ranks, values: Values | None = None
+) -> Engine:
     """The engine of ``config.engine``.
 
     Args:
-        student, teacher: fp32 networks of equal names and shapes. Both are moved to the device, cast, and start as rank
-            0's student, buffers included. Their parameters become views of flat buffers, at ZeRO 3 without elements
-            but in a forward pass: make no optimizer of them.
+        student, teacher: fp32 networks of equal names and shapes. Both are moved to the device, cast, and start alike,
+            buffers included: as rank 0's student where that has values, by ``values`` where it is on the meta device.
+            Their parameters become views of flat buffers, at ZeRO 3 without elements but in a forward pass: make no
+            optimizer of them.
+        values: of the parameters on the meta device. A rank asks for what it holds, and no rank need ever hold the
+            whole. Without it they are NaN until fragments are loaded, see :meth:`Engine.fragments`.
 
     Raises ConfigError for batch normalisation over several processes without GPUs, and for fp8 on a device without it.
     """
     if config.engine.fp8:
         _check_fp8(ranks.device)
     student, teacher = (_prepare(network, ranks) for network in (student, teacher))
-    if ranks.world_size > 1:
-        _broadcast(student)
-    teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
+    given = {name: x for name, x in student.state_dict().items() if not x.is_meta}
+    for name, tensor in given.items():
+        if ranks.world_size > 1:
+            dist.broadcast(tensor, 0)
+        if name not in dict(teacher.named_parameters()):
+            teacher.get_buffer(name).copy_(tensor)
+    start = _start(given, values)
     if config.engine.name == "torch":
-        return TorchEngine(config, student, teacher, ranks)
+        return TorchEngine(config, student, teacher, ranks, start)
     from fastdino.engine.zero import ReplicatedEngine, ShardedEngine  # DeepSpeed takes seconds to import
     from fastdino.engine.zero3 import PartitionedEngine
 
     engines: list[type[Engine]] = [ReplicatedEngine, ShardedEngine, ShardedEngine, PartitionedEngine]
-    return engines[zero_stage(config, ranks)](config, student, teacher, ranks)
+    return engines[zero_stage(config, ranks)](config, student, teacher, ranks, start)
 
 
 def zero_stage(config: Config, ranks: Ranks) -> int:
@@ -66,10 +76,15 @@ def _prepare(network: nn.Module, ranks: Ranks) -> nn.Module:
                 "no CPU path: use one process, head.batch_norm=False or a backbone without it"
             )
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    return network.to(ranks.device)
+    return network._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(ranks.device))
 
 
-@torch.no_grad()
-def _broadcast(network: nn.Module) -> None:
-    for tensor in network.state_dict().values():
-        dist.broadcast(tensor, 0)
+def _start(given: dict[str, Tensor], values: Values | None) -> Values:
+    """The elements of ``given`` parameters, else ``values``, else NaN."""
+
+    def start(name: str, start: int, stop: int) -> Tensor:
+        if name in given:
+            return given[name].flatten()[start:stop]
+        return torch.full((stop - start,), torch.nan) if values is None else values(name, start, stop)
+
+    return start

@@ -14,7 +14,7 @@ from fastdino.distributed import Ranks
 from fastdino.engine.groups import parameter_groups
 from fastdino.engine.optimizer import OPTIMIZERS
 from fastdino.engine.schedules import Now
-from fastdino.engine.shards import Fragment, Shard, fragments, point_into
+from fastdino.engine.shards import Fragment, Shard, Values, cast, fragments, point_into
 
 Region = tuple[nn.Module, str]  # of a network, for a compiler: a module and its method
 
@@ -34,15 +34,14 @@ class Engine(ABC):
     student: nn.Module
     sharded: bool
 
-    def __init__(self, config: Config, student: nn.Module, teacher: nn.Module, ranks: Ranks) -> None:
+    def __init__(self, config: Config, student: nn.Module, teacher: nn.Module, ranks: Ranks, values: Values) -> None:
         self.ranks, self.accumulate = ranks, config.engine.accumulate
         self.student_network, self.teacher = student, teacher
         self.dtype = torch.bfloat16 if config.engine.uses_bf16(ranks.device.type) else torch.float32
         self.groups = parameter_groups(student)
         self.optimizer = OPTIMIZERS[config.optim.name](self.groups, config.optim)
-        self._untrained = {
-            n: p.detach().flatten().clone() for n, p in student.named_parameters() if not p.requires_grad
-        }
+        frozen = {name: p.numel() for name, p in student.named_parameters() if not p.requires_grad}
+        self._untrained = {name: values(name, 0, n).to(ranks.device, copy=True) for name, n in frozen.items()}
         self._gathers: list[dist.Work] = []
         for network in (student, teacher):
             for module in network.modules():
@@ -175,7 +174,7 @@ class Engine(ABC):
             shards.append(Shard(master, ema, held, param_lp, None if ema is mine else mine))
             self._teacher_flats.append((flat, mine))
         for name in self._untrained:
-            teacher[name].data = teacher[name].data.to(self.dtype)
+            cast(teacher[name], self.dtype, self.ranks.device)
         self.optimizer.bind(shards, self.sharded, self.ranks)
         for module in (self.teacher, *self.teacher.children()):
             module.register_forward_pre_hook(lambda *_: self.wait_teacher())

@@ -1,11 +1,16 @@
 """Flat tensors: which elements of which parameter lie where in a rank's share of a group."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from fastdino.engine.groups import Group
+
+Values = Callable[[str, int, int], Tensor]
+"""(name, start, stop) -> (stop - start,) fp32, elements of a flattened parameter."""
+CHUNK = 2**22  # elements that are asked for at a time
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,31 @@ def views_of(flat: Tensor, params: list[nn.Parameter]) -> list[Tensor]:
 
 
 def point_into(flat: Tensor, params: list[nn.Parameter]) -> None:
-    """Copies the parameters one after another into ``flat`` and makes them views of it."""
+    """Makes parameters views of ``flat``, one after another. It takes their values, if they have any."""
     for view, param in zip(views_of(flat, params), params, strict=True):
-        view.copy_(param.data)
-        param.data = view
+        if param.is_meta:
+            place(param, view)
+        else:
+            view.copy_(param.data)
+            param.data = view
+
+
+def place(param: nn.Parameter, tensor: Tensor) -> None:
+    """Gives a parameter its elements; from the meta device too, where it stays the object that groups know."""
+    if param.is_meta:
+        torch.utils.swap_tensors(param, nn.Parameter(tensor, requires_grad=param.requires_grad))
+    else:
+        param.data = tensor
+
+
+def cast(param: nn.Parameter, dtype: torch.dtype, device: torch.device) -> None:
+    """A parameter in ``dtype`` on the device; what was on the meta device has no values yet."""
+    place(param, torch.empty_like(param, dtype=dtype, device=device) if param.is_meta else param.data.to(dtype))
+
+
+def fill(flat: Tensor, fragments: list[Fragment], values: Values) -> None:
+    """Writes the fragments' elements where they lie in ``flat``."""
+    for fragment in fragments:
+        for start in range(fragment.start, fragment.stop, CHUNK):
+            part = values(fragment.name, start, min(start + CHUNK, fragment.stop))
+            fragment.view(flat)[start - fragment.start :][: part.numel()].copy_(part)

@@ -4,13 +4,14 @@ It is the definition that DeepSpeed's engines are tested against.
 """
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastdino.config import Config
 from fastdino.distributed import Ranks
 from fastdino.engine.engine import Engine
 from fastdino.engine.schedules import Now
-from fastdino.engine.shards import point_into, views_of
+from fastdino.engine.shards import Values, cast, fill, fragments, point_into, views_of
 
 
 class TorchEngine(Engine):
@@ -18,13 +19,19 @@ class TorchEngine(Engine):
 
     sharded = False
 
-    def __init__(self, config: Config, student: nn.Module, teacher: nn.Module, ranks: Ranks) -> None:
-        super().__init__(config, student, teacher, ranks)
-        self.student = self._wrap(config, student)
-        masters = [torch.cat([p.detach().flatten() for p in group.params.values()]) for group in self.groups]
+    def __init__(self, config: Config, student: nn.Module, teacher: nn.Module, ranks: Ranks, values: Values) -> None:
+        super().__init__(config, student, teacher, ranks, values)
+        masters = [torch.empty(group.numel, device=ranks.device) for group in self.groups]
+        for group, master in zip(self.groups, masters, strict=True):
+            point_into(master, list(group.params.values()))
+            fill(master, fragments(group, 0, group.numel), values)
+            if ranks.world_size > 1:
+                dist.broadcast(master, 0)  # replicas are equal to the bit, whatever computed them
         for name in self._untrained:
-            param = student.get_parameter(name)
-            param.data = param.data.to(self.dtype)
+            cast(student.get_parameter(name), torch.float32, ranks.device)
+        self.student = self._wrap(config, student)
+        for name in self._untrained:
+            cast(student.get_parameter(name), self.dtype, ranks.device)
         weights = [master.to(self.dtype) for master in masters]  # the master itself in fp32
         for group, flat in zip(self.groups, weights, strict=True):
             point_into(flat, list(group.params.values()))

@@ -20,6 +20,7 @@ from fastdino.engine import zero_stage
 from fastdino.engine.engine import Engine
 from fastdino.engine.optimizer import Optimizer
 from fastdino.engine.schedules import Now
+from fastdino.engine.shards import Values, cast, fill, fragments
 from fastdino.engine.torch_engine import TorchEngine
 from fastdino.launch import LaunchError
 
@@ -227,17 +228,17 @@ class DeepSpeedEngine(Engine):
 class ShardedEngine(DeepSpeedEngine):
     """ZeRO 1 or 2: masters, moments and teacher in equal slices over the ranks, at stage 2 the gradients too."""
 
-    def __init__(self, config: Config, student: nn.Module, teacher: nn.Module, ranks: Ranks) -> None:
-        super().__init__(config, student, teacher, ranks)
-        fp32 = [torch.cat([p.detach().flatten() for p in group.params.values()]) for group in self.groups]
+    def __init__(self, config: Config, student: nn.Module, teacher: nn.Module, ranks: Ranks, values: Values) -> None:
+        super().__init__(config, student, teacher, ranks, values)
+        for param in student.parameters():
+            cast(param, self.dtype, ranks.device)  # their values come with the masters'
         settings = deepspeed_config(config, zero_stage(config, ranks), self.dtype == torch.bfloat16)
         self._deepspeed = initialize(ranks, student, settings, self.optimizer)
         self.student, self._zero = self._deepspeed, self._deepspeed.optimizer
         masters = [master.detach() for master in self._zero.single_partition_of_fp32_groups]
-        for master, values in zip(masters, fp32, strict=True):  # DeepSpeed's are copies of rounded weights
+        for group, master in zip(self.groups, masters, strict=True):  # DeepSpeed's are copies of rounded weights
             start = ranks.rank * master.numel()
-            mine = values[start : start + master.numel()]
-            master[: mine.numel()].copy_(mine)
+            fill(master, fragments(group, start, start + master.numel()), values)
         weights: list[Tensor | None] = [None] * len(masters)  # DeepSpeed writes the student's itself
         self._adopt(self._zero.single_partition_of_fp32_groups, weights, ranks.world_size, ranks.rank)
         self.after_load()

@@ -10,7 +10,7 @@ from fastdino.config import Config
 from fastdino.distributed import Ranks
 from fastdino.engine.engine import Region
 from fastdino.engine.schedules import Now
-from fastdino.engine.shards import Fragment, Shard, partitions
+from fastdino.engine.shards import Fragment, Shard, Values, cast, fill, partitions
 from fastdino.engine.zero import DeepSpeedEngine, deepspeed_config, import_deepspeed, initialize, local_rank
 
 STAGE = 3
@@ -24,19 +24,20 @@ class PartitionedEngine(DeepSpeedEngine):
     A parameter's parts lie in flat tensors of one layout: its group's master, moments and teacher, all of this rank.
     """
 
-    def __init__(self, config: Config, student: nn.Module, teacher: nn.Module, ranks: Ranks) -> None:
-        super().__init__(config, student, teacher, ranks)
+    def __init__(self, config: Config, student: nn.Module, teacher: nn.Module, ranks: Ranks, values: Values) -> None:
+        super().__init__(config, student, teacher, ranks, values)
         deepspeed = import_deepspeed(ranks)
         # All that is read of whole parameters comes before they are cut, which leaves them without shape and elements.
         held = [partitions(group, ranks.world_size, ranks.rank) for group in self.groups]
-        exact = [_parts(fragments, student, size) for fragments, size in held]
         settings = deepspeed_config(config, STAGE, self.dtype == torch.bfloat16, **self._mark_units(deepspeed))
+        for network in (student, teacher):
+            self._cut(deepspeed, network, settings)
         self._deepspeed = initialize(ranks, student, settings, self.optimizer)
         self._keep_local_rank(deepspeed)
         self.student, self._zero = self._deepspeed, self._deepspeed.optimizer
         self._teacher_parts = initialize(ranks, teacher, _untrained_settings(settings)).optimizer
         self._zero.step = self._update  # DeepSpeed's engine calls it and keeps its own books
-        shards = [self._shard(i, *held[i], exact[i]) for i in range(len(self.groups))]
+        shards = [self._shard(i, *held[i], values) for i in range(len(self.groups))]
         self.optimizer.bind(shards, self.sharded, ranks)
         self._grads = self._zero.grad_partitions_flat_buffer.split([shard.param.numel() for shard in shards])
         self.after_load()
@@ -99,22 +100,31 @@ class PartitionedEngine(DeepSpeedEngine):
         """Nothing: its modules gather themselves."""
         self._written()
 
-    def _shard(self, index: int, fragments: list[Fragment], size: int, exact: Tensor) -> Shard:
+    def _cut(self, deepspeed: Any, network: nn.Module, settings: dict[str, Any]) -> None:
+        """Leaves this rank its part of each parameter, one after another: no two are whole at a time."""
+        with local_rank(self.ranks):
+            cutter = deepspeed.zero.Init(config_dict_or_path=settings, dtype=self.dtype)
+        for param in network.parameters():
+            cast(param, self.dtype, self.ranks.device)
+            cutter._convert_to_deepspeed_param(param)
+            param.partition()  # type: ignore[attr-defined]
+
+    def _shard(self, index: int, fragments: list[Fragment], size: int, values: Values) -> Shard:
         """DeepSpeed's flat tensors of a group, with the exact weights in its master, and the teacher's beside them."""
         names = list(self.groups[index].params)
         params, zero = [self.student_network.get_parameter(name) for name in names], self._zero
         assert all(p is q for p, q in zip(params, zero.fp16_groups[index], strict=True)), "another order of parameters"
         master, param_lp = zero.fp32_partitioned_groups_flat[index], zero.fp16_partitioned_groups_flat[index]
         assert master.numel() == size, f"parts of {master.numel()} elements in {self.groups[index].name}, not {size}"
-        master.data.copy_(exact)  # DeepSpeed's is a copy of rounded weights
+        fill(master.data.zero_(), fragments, values)  # DeepSpeed's is a copy of rounded weights
         ema_lp, offset = torch.zeros_like(param_lp), 0
         for name in names:
             part = self.teacher.get_parameter(name).ds_tensor  # type: ignore[attr-defined]
             part.data = ema_lp[offset : offset + part.numel()]
             offset += part.numel()
         assert offset == size, "student and teacher are cut alike"
-        ema = ema_lp if self.dtype == torch.float32 else torch.empty_like(exact)
-        ema.copy_(exact)
+        ema = ema_lp if self.dtype == torch.float32 else torch.empty_like(master.data)
+        ema.copy_(master.data)
         same = param_lp.data_ptr() == master.data_ptr()  # in fp32 DeepSpeed means to have one, and has two
         return Shard(master, ema, fragments, None if same else param_lp, None if ema is ema_lp else ema_lp)
 
@@ -147,15 +157,6 @@ def _units(network: nn.Module, device: torch.device) -> list[nn.Module]:
     """The network's own, see :meth:`fastdino.model.Network.units`; a module that names none has none."""
     named = getattr(network, "units", None)
     return [] if named is None else named(device)
-
-
-def _parts(fragments: list[Fragment], network: nn.Module, size: int) -> Tensor:
-    """(size,) fp32, the fragments' values where they lie and 0 in padding."""
-    params = [network.get_parameter(fragment.name).detach() for fragment in fragments]
-    flat = next(network.parameters()).new_zeros(size)
-    for fragment, param in zip(fragments, params, strict=True):
-        fragment.view(flat).copy_(param.flatten()[fragment.start : fragment.stop])
-    return flat
 
 
 def _untrained_settings(settings: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from fastdino.engine.groups import parameter_groups
 from fastdino.engine.optimizer import OPTIMIZERS
 from fastdino.engine.zero import deepspeed_config
 from fastdino.method.targets import Sinkhorn
-from fastdino.model import build_network
+from fastdino.model import outline
 from fastdino.model.block import Shape
 from fastdino.model.vit import SIZES
 from fastdino_kernels.losses.linear_ibot_loss import chunk_rows
@@ -73,7 +73,7 @@ class Layout:
 def without_values(config: Config) -> Any:
     """The student, on the meta device."""
     with torch.device("meta"):
-        return build_network(config, load=False)
+        return outline(config)
 
 
 def bytes_of_weights(config: Config) -> int:

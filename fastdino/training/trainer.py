@@ -23,7 +23,7 @@ from fastdino.engine.schedules import Now, Schedules
 from fastdino.method.dino import Dino
 from fastdino.method.health import Health
 from fastdino.method.targets import build_targets
-from fastdino.model import Network, build_network
+from fastdino.model import Network, outline, start_of
 from fastdino.training import checkpoint
 from fastdino.training.checkpoint import Manifest
 from fastdino.training.flops import Meter
@@ -91,12 +91,11 @@ class Trainer:
         # What is wrong with its images is said now, not in hours.
         self.online_knn = OnlineKnn(config, ranks, self.pulse) if folder and knn_root(config) else None
         newest = folder.newest() if folder else None
-        torch.manual_seed(config.run.seed)
-        load = newest is None  # a checkpoint holds all weights: those that the run started from may be gone
-        student = build_network(config, load=load)
-        teacher = build_network(config, teacher=True, load=False)  # the engine gives it the student's values
+        student, teacher = (outline(config, teacher) for teacher in (False, True))
+        # A checkpoint holds all weights: those that the run started from may be gone.
+        values = None if newest else start_of(config, student)
         self.shapes = {name: list(p.shape) for name, p in student.named_parameters()}
-        self.engine = build_engine(config, student, teacher, ranks)
+        self.engine = build_engine(config, student, teacher, ranks, values)
         networks = {"teacher": self.engine.teacher, "student": self.engine.student}
         gathers = config.engine.name == "deepspeed" and zero_stage(config, ranks) == 3
         self.stragglers = Stragglers(ranks, networks, gathers, self.captures)

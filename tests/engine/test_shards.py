@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastdino.config import OptimConfig
 from fastdino.distributed import Ranks
+from fastdino.engine import shards
 from fastdino.engine.groups import Group
 from fastdino.engine.optimizer import OPTIMIZERS, Optimizer
 from fastdino.engine.schedules import Now
@@ -97,3 +98,17 @@ def test_views_of_a_flat_tensor_are_made_once() -> None:
     flats = {"param", "ema", *engine.optimizer.moments}
     assert views.call_count == len(flats) * len(engine.groups)
     assert {name for fragment in found for name in fragment.tensors} == flats
+
+
+def test_values_are_asked_for_in_chunks_and_written_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "CHUNK", 4)
+    asked = []
+
+    def values(name: str, start: int, stop: int) -> Tensor:
+        asked.append((name, start, stop))
+        return torch.arange(start, stop) + {"a": 100.0, "b": 200.0}[name]
+
+    flat = torch.zeros(15)
+    shards.fill(flat, [Fragment("a", 7, 16, offset=1), Fragment("b", 0, 3, offset=11)], values)
+    assert asked == [("a", 7, 11), ("a", 11, 15), ("a", 15, 16), ("b", 0, 3)]
+    assert flat.tolist() == [0, *range(107, 116), 0, 200, 201, 202, 0]

@@ -72,7 +72,7 @@ def test_stages_take_the_settings_of_a_json(results: Any, world_size: int) -> No
     want = results[world_size]["v1/torch"]["losses"]
     for stage in range(4):
         got = results[world_size][f"json bf16/zero{stage}"]["losses"]
-        torch.testing.assert_close(got, want, rtol=0, atol=6e-2)
+        torch.testing.assert_close(got, want, rtol=0, atol=0.1)
 
 
 @WORLD_SIZES

@@ -1,0 +1,48 @@
+"""Engines made from names and shapes: the same network at every stage and world size, and no rank that holds it all."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastdino import distributed
+from tests.engine.start_cases import starts
+from tests.engine.test_engine import launch
+
+CASES = Path(__file__).with_name("start_cases.py")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Results of each of two processes."""
+    folder = tmp_path_factory.mktemp("start")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed is given back, and does not count as resident
+        launch([*torchrun, str(CASES), str(folder / "two.pt")], folder / "builds")
+    return torch.load(folder / "two.pt")
+
+
+def test_two_processes_start_as_the_whole_network_at_every_stage(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert len(found["starts"]) == 10
+        assert all(found["starts"].values()), found["starts"]
+
+
+def test_so_does_one() -> None:
+    with distributed.init("cpu") as one:
+        found = starts(one, ("bf16",))
+    assert all(found.values()), found
+
+
+def test_a_run_that_will_be_loaded_makes_no_values(ranks: list[dict[str, Any]]) -> None:
+    assert all(all(found["nothing"].values()) for found in ranks)
+
+
+def test_no_rank_holds_the_whole(ranks: list[dict[str, Any]]) -> None:
+    """At ZeRO 3: its share, and one parameter."""
+    for found in ranks:
+        memory = found["memory"]
+        assert memory["params"] > 125e6
+        assert memory["peak"] < memory["share"] + memory["largest"] + 64 * 2**20, memory
