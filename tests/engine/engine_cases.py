@@ -4,11 +4,11 @@ python engine_cases.py OUT [OTHERS], plain or under a launcher.
 """
 
 import dataclasses
+import gc
 import sys
 import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,9 +17,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.tables.parity import whole
 from fastdino import distributed
 from fastdino.config import Config, EngineConfig, HeadConfig, ModelConfig, OptimConfig, RunConfig, ViewsConfig
 from fastdino.engine import build_engine
@@ -202,20 +203,15 @@ class Case:
         }
 
 
-def whole(network: nn.Module) -> dict[str, Tensor]:
-    """Its weights by name, gathered where the ranks hold parts."""
-    params = dict(network.named_parameters())
-    cut = any(hasattr(param, "ds_tensor") for param in params.values())
-    gathered = import_module("deepspeed").zero.GatheredParameters if cut else nullcontext
-    with gathered(list(params.values())):
-        return {name: param.detach().clone() for name, param in params.items()}
-
-
-def train(ranks: distributed.Ranks, engine: str, steps: int = STEPS, **changes: Any) -> dict[str, Any]:
-    case = Case(ranks, engine, **changes)
-    for step in range(steps):
-        case.step(step)
-    return case.result()
+def train(ranks: distributed.Ranks, engine: str, midway: bool = False, **changes: Any) -> dict[str, Any]:
+    """Five steps, with what made the host wait in the third, and ``midway`` the result of the first three."""
+    case, found = Case(ranks, engine, **changes), dict[str, Any]()
+    for step in range(STEPS):
+        with SyncCount() if step == 2 else nullcontext() as count:
+            case.step(step)
+        if count is not None:
+            found = {"syncs": count.found, **({"three": case.result()} if midway else {})}
+    return case.result() | found
 
 
 def skip(ranks: distributed.Ranks, engine: str, what: str) -> dict[str, Any]:
@@ -249,20 +245,12 @@ def resume(ranks: distributed.Ranks, engine: str, source: dict[str, Any], **chan
     return {"loaded": loaded, **case.result()}
 
 
-def syncs(ranks: distributed.Ranks, engine: str, **changes: Any) -> list[str]:
-    """What made the host wait in the third step."""
-    case = Case(ranks, engine, **changes)
-    case.step(0)
-    case.step(1)
-    with SyncCount() as count:
-        case.step(2)
-    return count.found
-
-
 def main(out: Path, others: Path | None) -> None:
     """Writes the results to ``out``; ``others`` are those of a run with another world size, to go on from."""
     with distributed.init("cpu") as ranks:
-        train(ranks, "zero1", steps=1)
+        Case(ranks, "zero3").step(0)
+    gc.collect()
+    gc.freeze()  # of what is imported by now: DeepSpeed collects whenever it starts
     with distributed.init("cpu") as ranks:  # a second run within one process
         results = run_cases(ranks, others)
         if ranks.is_main:
@@ -274,9 +262,7 @@ def run_cases(ranks: distributed.Ranks, others: Path | None) -> dict[str, Any]:
     results: dict[str, Any] = {"auto": type(Case(ranks, "auto").engine).__name__}
     trained_norm = {"head": dataclasses.replace(BASE.head, freeze_prototype_norm=False)}
     for engine in ENGINES:
-        results[f"fp32/{engine}"] = train(ranks, engine)
-        results[f"three/{engine}"] = train(ranks, engine, steps=3)
-        results[f"bf16/{engine}"] = train(ranks, engine, precision="bf16")
+        results[f"fp32/{engine}"] = train(ranks, engine, midway=True)
         results[f"accumulate/{engine}"] = train(ranks, engine, accumulate=2)
         results[f"bf16 accumulate/{engine}"] = train(ranks, engine, accumulate=2, precision="bf16")
         results[f"global/{engine}"] = train(ranks, engine, optim=OptimConfig(clip=0.3, clip_mode="global"))
@@ -285,14 +271,11 @@ def run_cases(ranks: distributed.Ranks, others: Path | None) -> dict[str, Any]:
         results[f"sgd/{engine}"] = train(ranks, engine, optim=OptimConfig(name="sgd", lr=1.0), **trained_norm)
         results[f"skip gradient/{engine}"] = skip(ranks, engine, "gradient")
         results[f"skip flag/{engine}"] = skip(ranks, engine, "flag")
-        for precision in ("fp32", "bf16"):
-            results[f"syncs {precision}/{engine}"] = syncs(ranks, engine, precision=precision)
-        results[f"syncs v2/{engine}"] = syncs(ranks, engine, optim=V2)
     for engine, source in SOURCES.items():
-        results[f"resume/{engine}"] = resume(ranks, engine, results[f"three/{source}"])
-        results[f"bf16 resume/{engine}"] = resume(ranks, engine, results[f"three/{source}"], precision="bf16")
+        results[f"resume/{engine}"] = resume(ranks, engine, results[f"fp32/{source}"]["three"])
+        results[f"bf16 resume/{engine}"] = resume(ranks, engine, results[f"fp32/{source}"]["three"], precision="bf16")
         if others is not None:
-            results[f"reshard/{engine}"] = resume(ranks, engine, torch.load(others)[f"three/{source}"])
+            results[f"reshard/{engine}"] = resume(ranks, engine, torch.load(others)[f"fp32/{source}"]["three"])
     with SyncCount() as control:
         results["fp32/torch"]["losses"].sum().item()
     results["syncs control"] = control.found
