@@ -18,7 +18,7 @@ from bench.kernels.case import OURS
 from bench.peers.contenders import PACKED, PER_SIZE
 from bench.pictures.page import renew_pngs, write_page, write_pngs
 from bench.record import H200, RESULTS, ROOT
-from bench.tables import plan
+from bench.tables import faults, plan
 from fastdino.config import ConfigError
 
 MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
@@ -103,6 +103,11 @@ def kernels_table(results: Path) -> str:
 def step_table(results: Path) -> str:
     """One table for each device: images per second, MFU, memory, syncs and launches of the contenders."""
     return _by_device(results, "step", _step_rows)
+
+
+def faults_table(document: dict[str, Any]) -> str:
+    """Faults that struck trainings, and what became of them."""
+    return f"{_state(document['provenance'])}\n\n{_table(faults.HEADER, [*faults.rows(document['cases'])])}"
 
 
 def counts_table(results: Path) -> str:
@@ -287,6 +292,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "attention": attention_table,
     "choices": choices_table,
     "data": data_table,
+    "faults": lambda results: faults_table(json.loads((results / "faults-cpu.json").read_text())),
     "plan": lambda results: f"{plan.commands()}\n\n{_table(plan.HEADER, [*plan.rows()])}",
 }
 
