@@ -5,7 +5,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from fastdino.config import Config, ConfigError
 from fastdino.engine.shards import Fragment
-from fastdino.model import Backbone, build_network, export_backbone, restore_backbone
-from fastdino.model.network import check_arch
+from fastdino.model import Backbone, export_backbone, restore_backbone
+from fastdino.model.network import check_arch, outline
 from fastdino.model.weights import Format, is_weights_folder
 from fastdino.model.weights.onnx_graph import export_onnx
 from fastdino.training import checkpoint
@@ -48,8 +48,7 @@ def run_backbone(
     store = checkpoint.at(config.run.checkpoints, run)
     manifest = _checkpoint(run, store, step)
     bare = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
-    with torch.device("meta") if config.model.is_vit else nullcontext():
-        network = build_network(bare, teacher=True, load=False)
+    network = outline(bare, teacher=True)
     shapes, backbone = {name: [*p.shape] for name, p in network.named_parameters()}, network.backbone
     if config.model.is_vit:
         _make_room(backbone, room)
@@ -65,10 +64,9 @@ def run_backbone(
 
 def _make_room(module: nn.Module, room: Callable[[int], Tensor]) -> None:
     """Takes the parameters of a module from the meta device."""
-    for name, param in [*module.named_parameters()]:
-        owner, _, last = name.rpartition(".")
+    for param in module.parameters():
         values = room(param.numel()).view(param.shape)
-        setattr(module.get_submodule(owner), last, nn.Parameter(values, requires_grad=False))
+        torch.utils.swap_tensors(param, nn.Parameter(values, requires_grad=False))
 
 
 @contextmanager
