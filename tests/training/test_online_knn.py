@@ -194,6 +194,7 @@ def test_a_signal_to_one_rank_ends_the_evaluation_on_all(faults: Any, case: str)
     for rank in range(2):
         assert f"{rank} {case} Preempted: stopped by a signal at step 5" in done.stdout, done.stderr
     run = folder / case.replace(":", "-")
+    assert len(scores(run)) == 1, "of the first evaluation"
     assert checkpoint.Folder(run / "checkpoints").steps()[-1] == 5
     told = status.read(run)
     assert (told["state"], told["exit"]) == ("preempted", 85)
