@@ -44,6 +44,7 @@ INTERNALS = (
         ("partition_all_parameters", "__allgather_stream"),
     ),
     ("runtime.zero.parameter_offload", "", ("FWD_MODULE_STACK",)),
+    ("runtime.zero.partition_parameters", "Init", ("_convert_to_deepspeed_param",)),
     ("ops", "", ("__compatible_ops__",)),
     ("comm", "", ("destroy_process_group",)),
     ("utils", "", ("set_z3_leaf_module",)),
