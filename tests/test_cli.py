@@ -303,20 +303,20 @@ def test_bench_prints_a_table_and_what_it_does(tmp_path):
     assert found["config"]["run"]["log_every"] == 1, "the settings that were given"
 
 
-def test_eval_and_export(run, tmp_path):
+def test_eval_and_export(run, tmp_path, here):
     scores = json.loads(fastdino("eval", "knn", run, "--neighbors", 5, 20, "--num-workers", 0).stdout)
     assert {"knn_5", "knn_20", "bank", "test", "size", "path", "split"} <= scores.keys()
     weights = tmp_path / "teacher.safetensors"
-    fastdino("export", run, "--out", weights)
-    again = json.loads(fastdino("eval", "knn", weights, "--neighbors", 5, 20, "--num-workers", 0).stdout)
+    here("export", run, "--out", weights)
+    again = json.loads(here("eval", "knn", weights, "--neighbors", 5, 20, "--num-workers", 0).stdout)
     assert again["knn_20"] == scores["knn_20"], "the exported weights are the teacher's"
-    assert "not the timm:resnet50" in fastdino("eval", "knn", run, "--arch", "timm:resnet50", code=2).stderr
+    assert "not the timm:resnet50" in here("eval", "knn", run, "--arch", "timm:resnet50", code=2).stderr
     sheet = tmp_path / "new" / "sheet.png"
-    found = json.loads(fastdino("eval", "attention", run, "--out", sheet).stdout)
+    found = json.loads(here("eval", "attention", run, "--out", sheet).stdout)
     assert 0 < found["attention_iou"] < 1
     assert sheet.read_bytes()[:4] == b"\x89PNG"
     sheet = tmp_path / "patches.png"
-    found = json.loads(fastdino("eval", "patches", run, "--num-images", 24, "--out", sheet).stdout)
+    found = json.loads(here("eval", "patches", run, "--num-images", 24, "--out", sheet).stdout)
     assert {"patch_miou", "patch_miou_random_init", "patch_miou_raw_pixels", "path"} <= found.keys()
     assert sheet.read_bytes()[:4] == b"\x89PNG"
 

@@ -58,7 +58,7 @@ def test_the_faults_struck_and_are_of_every_kind(found):
         "half",
         "all_reduce",
         "all_gather_into_tensor",
-        "rename",
+        "mkdir",
         "fsync",
     ):
         assert any(word in text for text in said), word

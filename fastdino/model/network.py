@@ -206,14 +206,14 @@ def build_backbone(
         channels: C, of the images.
         seed: of its first values.
     """
-    if not model.is_vit:
-        assert isinstance(image_size, int), "a backbone of timm is made for squares"
-        with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # torch's layers make noise of their own first, which is the caller's
+        if not model.is_vit:
+            assert isinstance(image_size, int), "a backbone of timm is made for squares"
             torch.manual_seed(seed)
             return TimmBackbone(model, image_size, views or {"global": (image_size, 2)}, channels)
-    options = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
-    options["image_size"] = model.image_size or image_size
-    return ViT(model.arch.removeprefix("vit_"), mask_token=mask_token, channels=channels, seed=seed, **options)
+        options = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+        options["image_size"] = model.image_size or image_size
+        return ViT(model.arch.removeprefix("vit_"), mask_token=mask_token, channels=channels, seed=seed, **options)
 
 
 def restore_backbone(path: Path, arch: str = "", image_size: int | None = None) -> tuple[Backbone, Config]:

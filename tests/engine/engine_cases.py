@@ -6,6 +6,7 @@ python engine_cases.py OUT [OTHERS], plain or under a launcher.
 import dataclasses
 import gc
 import sys
+import threading
 import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -48,10 +49,11 @@ SYNCS = {"_local_scalar_dense", "is_nonzero", "item", "equal", "nonzero", "maske
 
 
 class SyncCount(TorchDispatchMode):
-    """Names what makes the host wait for the device, while it is entered."""
+    """Names what makes this thread wait for the device, while it is entered; that of a checkpoint may."""
 
     def __enter__(self) -> "SyncCount":
         self.found: list[str] = []
+        self.thread = threading.get_ident()
         self.patches = [
             mock.patch.object(torch.Tensor, name, self.noting(name, getattr(torch.Tensor, name)))
             for name in ("tolist", "numpy", "cpu")  # these do not pass the dispatcher
@@ -71,7 +73,8 @@ class SyncCount(TorchDispatchMode):
 
     def noting(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def noted(*args: Any, **kwargs: Any) -> Any:
-            if not sys._getframe(1).f_globals["__name__"].startswith("fastdino_kernels."):  # its CPU-only references
+            cpu_only = sys._getframe(1).f_globals["__name__"].startswith("fastdino_kernels.")  # references
+            if threading.get_ident() == self.thread and not cpu_only:
                 self.found.append(name)
             return function(*args, **kwargs)
 

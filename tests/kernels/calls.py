@@ -38,6 +38,7 @@ from fastdino_kernels import (
     sinkhorn,
 )
 
+SIZES = (9001, 37), (1024, 8)  # prototypes and rows: ragged, and whole blocks
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STUDENT_TEMP, TEMP = 0.1, 0.04
 HYPER = 1e-3, 0.04, 0.9  # learning rate, weight decay, momentum
@@ -208,9 +209,8 @@ def make_calls(
 
 def main() -> int:
     """Calls each; a sanitizer says what it saw."""
-    ragged = 9001 if DEVICE == "cuda" else 1100
     for dtype in (torch.float32, torch.bfloat16):
-        for K, rows in ((ragged, 37), (1024, 8)):
+        for K, rows in SIZES:
             for name, call in make_calls(dtype=dtype, K=K, rows=rows).items():
                 run(*call)
                 if DEVICE == "cuda":

@@ -26,6 +26,7 @@ from fastdino.config import (
 from fastdino.distributed import Ranks
 from fastdino.method.targets import Sinkhorn
 from fastdino.training.trainer import Trainer
+from tests.children import collect_less
 
 GLOBAL_BATCH, STEPS, K = 32, 3, 48  # a local batch of 8 is a stratum of masks: the same ones arise at every world size
 LOSSES = {
@@ -73,6 +74,7 @@ def balance(ranks: Ranks, sizes: list[int]) -> Tensor:
 
 
 def main(out: Path) -> None:
+    collect_less()
     with distributed.init("cpu") as ranks:
         world = ranks.world_size
         results: dict[str, Any] = {"even": balance(ranks, [24 // world] * world)}

@@ -42,6 +42,7 @@ from fastdino.training.online_knn import OnlineKnn
 from fastdino.training.preemption import PreemptionNotice
 from fastdino.training.trainer import Trainer
 from fastdino.training.watchdog import Pulse
+from tests.children import collect_less
 from tests.engine.engine_cases import ENGINES, whole
 
 GLOBAL_BATCH = 8
@@ -110,6 +111,7 @@ def figures(ranks: Ranks, settings: Config, goes_on: bool = False) -> dict[str, 
 
 
 def compare(out: Path, images: Path) -> None:
+    collect_less()
     with distributed.init("cpu") as ranks:
         two = ranks.world_size == 2
         results = {

@@ -168,12 +168,11 @@ def test_patches_that_become_the_cls_token_raise_an_alarm_within_the_first_epoch
 
 @pytest.mark.parametrize("overrides", [
     {"data__num_workers": 2},
-    {"engine__name": "torch"},
     {**PATCHES, **OWN_HEAD, "data__num_workers": 1},  # two centers, and masks
-    {"engine__zero_stage": 3},
-], ids=["deepspeed", "torch", "patches", "zero3"])  # fmt: skip
+], ids=["deepspeed", "patches"])  # fmt: skip
 def test_resume_after_kill_is_bit_exact(tmp_path, overrides):
-    """Train 10 = train 5, save, go on to 9, kill -9, resume: every tensor and every loss."""
+    """Train 10 = train 5, save, go on to 9, kill -9, resume: every tensor and every loss. Every engine is struck by
+    tests.faults."""
     straight = launch(tiny(tmp_path / "straight", **overrides))
     assert straight.returncode == 0, straight.stderr
     killed = tiny(tmp_path / "killed", **overrides)
