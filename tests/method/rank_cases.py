@@ -81,7 +81,7 @@ def main(out: Path) -> None:
         uneven = {1: [24], 2: [24, 0], 4: [5, 0, 1, 18]}[world]
         results["uneven"] = balance(ranks, uneven)
         for name, loss in LOSSES.items():
-            for stage in (0, 1, 2) if name != "mixed" else (2,):
+            for stage in (1, 2) if name != "mixed" else (2,):
                 results[f"{name}, ZeRO {stage}"] = train(ranks, loss, stage, GLOBAL_BATCH // world, stage == 1)
         results["center, accumulated"] = train(ranks, LOSSES["center"], 1, 8, own_head=True)
         if ranks.is_main:

@@ -184,8 +184,10 @@ def test_the_rate_of_products_is_that_of_the_clock() -> None:
 
 
 def test_memory_of_a_process_is_now_and_at_most() -> None:
+    page = bytes(2**12)
     before, kept = flops.memory(CPU)["memory_gb"], mmap(-1, 2**27)  # a tensor may get what others left
-    kept.write(bytes(2**20) * 2**7)
+    for _ in range(2**15):
+        kept.write(page)
     now = flops.memory(CPU)
     assert now["memory_gb"] - before == pytest.approx(2**27 / 1e9, abs=0.02)
     kept.close()
