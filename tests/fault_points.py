@@ -92,11 +92,14 @@ class Armed:
             fault = self._fault
             if fault is None or fault.place != place or fault.nth != self.calls[place]:
                 fault = None
-        if fault is None:
+        if fault is None or (fault.kind == "disk" and call == "mkdir" and os.path.isdir(args[0])):  # that needs no room
             return real(*args, **kwargs)
         self._struck()
         if fault.moment == "half":
-            real(args[0], args[1][: len(args[1]) // 2])
+            first = len(args[1]) // 2
+            written = real(args[0], args[1][:first])
+            _strike(fault.kind)
+            return written + real(args[0], args[1][first:])
         if fault.moment != "after":
             _strike(fault.kind)
         try:
