@@ -53,6 +53,11 @@ def zero_stage(config: Config, ranks: Ranks) -> int:
     return config.engine.zero_stage
 
 
+def cuts_weights(config: Config, ranks: Ranks) -> bool:
+    """Whether weights are in parts, which a forward pass gathers from all ranks."""
+    return config.engine.name == "deepspeed" and zero_stage(config, ranks) == 3
+
+
 def _check_fp8(device: torch.device) -> None:
     """Raises ConfigError where torch has no products in fp8 with a scale per row."""
     found = str(device)

@@ -8,7 +8,7 @@ from torch import nn
 from fastdino.config import Config, ConfigError
 from fastdino.data.sources.source import Source
 from fastdino.distributed import Ranks
-from fastdino.engine import zero_stage
+from fastdino.engine import cuts_weights
 from fastdino.eval import Features, Knn, Reading
 from fastdino.eval.features import Images, check_any, extract_part
 from fastdino.eval.splits import bank_and_test
@@ -40,7 +40,7 @@ class OnlineKnn:
         self.reading = Reading(size=size, crop=crop, normalize=data.normalize, channels=data.channels)
         self.batch, self.num_workers = config.run.local_batch, data.num_workers
         # Else a call of the teacher gathers its weights from all ranks.
-        self.teacher_is_whole = config.engine.name == "torch" or zero_stage(config, ranks) < 3
+        self.teacher_is_whole = not cuts_weights(config, ranks)
 
     def __call__(self, backbone: nn.Module, notice: PreemptionNotice) -> tuple[dict[str, float], str]:
         """{"knn": percent, "knn_neighbors": k}, empty where there is no score, and what is to be said; on every rank.

@@ -18,7 +18,7 @@ from fastdino.agreement import check_ranks
 from fastdino.config import Config, UserError
 from fastdino.data import Batch, normalize, open_source, train_batches
 from fastdino.distributed import Ranks
-from fastdino.engine import build_engine, graphs, zero_stage
+from fastdino.engine import build_engine, cuts_weights, graphs, zero_stage
 from fastdino.engine.schedules import Now, Schedules
 from fastdino.method.dino import Dino
 from fastdino.method.health import Health
@@ -97,8 +97,7 @@ class Trainer:
         self.shapes = {name: list(p.shape) for name, p in student.named_parameters()}
         self.engine = build_engine(config, student, teacher, ranks, values)
         networks = {"teacher": self.engine.teacher, "student": self.engine.student}
-        gathers = config.engine.name == "deepspeed" and zero_stage(config, ranks) == 3
-        self.stragglers = Stragglers(ranks, networks, gathers, self.captures)
+        self.stragglers = Stragglers(ranks, networks, cuts_weights(config, ranks), self.captures)
         self.compiled = graphs.compiles(config, ranks.device)
         self.waits_for_compilers = self.compiled or ranks.device.type == "cuda"  # our own kernels are compiled too
         if self.waits_for_compilers:
