@@ -60,6 +60,7 @@ setup(
             "fla-core>=0.6",
             "liger-kernel>=0.8",
         ],
+        "eval": ["scikit-learn>=1.7", "scipy>=1.13"],  # the kinds of fastdino eval that solve, cluster or match
         "parquet": ["pyarrow>=16"],  # --data.root of .parquet, and of a folder of datasets.save_to_disk
         "hf": ["pyarrow>=16", "huggingface_hub"],  # also --data.root hf://datasets/...
         "tiff": [
@@ -90,6 +91,8 @@ setup(
             "pytest-timeout",
             "pytest-xdist",
             "ruff",
+            "scikit-learn>=1.7",
+            "scipy>=1.13",
             "tifffile>=2026.3",
             "torchvision>=0.26",  # DINO v1's own augmentation, which the views are compared with
             "transformers>=5,<6",  # Hugging Face's classes, whose weights are read and written

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from fastdino.config import Config
+from fastdino.data.benchmarks.class_folders import bank_and_test
 from fastdino.data.sources.shapes import ShapesSource
 from fastdino.data.sources.source import Source
 from fastdino.eval import AttentionMaps, Features, Knn, Reading, extract
 from fastdino.eval.pictures import new_figure
-from fastdino.eval.splits import bank_and_test
 from fastdino.model import build_network
 from fastdino.training.export import run_backbone
 from fastdino.training.trainer import train

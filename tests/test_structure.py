@@ -14,7 +14,7 @@ PACKAGES = [*ROOT.glob("fastdino/**/*.py"), *ROOT.glob("kernels/**/*.py")]
 HOME = {
     "xformers": ["fastdino/model/attention.py"],
     "deepspeed": ["fastdino/engine/zero"],
-    "PIL": ["fastdino/data/", "fastdino/eval/attention_maps.py"],
+    "PIL": ["fastdino/data/", "fastdino/eval/dense/attention_maps.py"],
     "simplejpeg": ["fastdino/data/sources/decode.py"],
     "timm": ["fastdino/model/"],
     "pyarrow": ["fastdino/data/sources/packed/arrow.py"],

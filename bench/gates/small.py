@@ -26,9 +26,9 @@ from bench.gates.trials import Case, arguments, record
 from bench.record import RESULTS
 from fastdino import recipes
 from fastdino.cli import configured
+from fastdino.data.benchmarks.class_folders import bank_and_test
 from fastdino.data.sources.source import Source
 from fastdino.eval import Features, Knn, Reading, extract
-from fastdino.eval.splits import bank_and_test
 from fastdino.files import whole_folder
 from fastdino.model import build_network
 from fastdino.training.export import run_backbone

@@ -1,10 +1,10 @@
 """Evaluation of frozen features."""
 
-from fastdino.eval.attention_maps import AttentionMaps, best_head_iou, draw_sheet, head_maps, keep_mass
+from fastdino.eval.classify.knn import KNeighbors, Knn
+from fastdino.eval.dense.attention_maps import AttentionMaps, best_head_iou, draw_sheet, head_maps, keep_mass
+from fastdino.eval.dense.patches import PatchProbe
 from fastdino.eval.evaluation import Evaluation, Subject
 from fastdino.eval.features import EvaluationError, Features, Reading, extract
-from fastdino.eval.knn import KNeighbors, Knn
-from fastdino.eval.patches import PatchProbe
 
 EVALUATIONS: dict[str, type[Evaluation]] = {"knn": Knn, "attention": AttentionMaps, "patches": PatchProbe}
 """The kinds of ``fastdino eval KIND PATH``."""

@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from fastdino.config import Config, ConfigError
+from fastdino.data.benchmarks.class_folders import bank_and_test
 from fastdino.data.sources.source import Source
 from fastdino.distributed import Ranks
 from fastdino.engine import cuts_weights
 from fastdino.eval import Features, Knn, Reading
 from fastdino.eval.features import Images, check_any, extract_part
-from fastdino.eval.splits import bank_and_test
 from fastdino.training.preemption import Interrupted, PreemptionNotice
 from fastdino.training.watchdog import FOREVER, SLOW, Pulse
 

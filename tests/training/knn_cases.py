@@ -34,9 +34,9 @@ from fastdino.config import (
     ViewsConfig,
 )
 from fastdino.data import BadImage, FolderSource
+from fastdino.data.benchmarks.class_folders import Sets, bank_and_test
 from fastdino.distributed import Ranks
 from fastdino.eval import Features, Knn
-from fastdino.eval.splits import Sets, bank_and_test
 from fastdino.training import online_knn
 from fastdino.training.online_knn import OnlineKnn
 from fastdino.training.preemption import PreemptionNotice

@@ -25,8 +25,8 @@ from fastdino.config import (
     RunConfig,
     ViewsConfig,
 )
+from fastdino.data.benchmarks.class_folders import bank_and_test
 from fastdino.eval import Knn, Reading, Subject, extract
-from fastdino.eval.splits import bank_and_test
 from fastdino.training import trainer
 from fastdino.training.export import any_backbone, export_run
 from fastdino.training.preemption import Preempted

@@ -11,8 +11,8 @@ import pytest
 
 from fastdino.config import ConfigError, DataConfig
 from fastdino.data import BadImage, FolderSource
+from fastdino.data.benchmarks.class_folders import bank_and_test
 from fastdino.data.sources.packed.shard import Packing
-from fastdino.eval.splits import bank_and_test
 from tests.data.batches import assert_equal, make_config, take
 from tests.data.pictures import noise, photos
 from tests.data.sources.tars import names, opened, png

@@ -8,10 +8,10 @@ import pytest
 from fastdino.cli import configured
 from fastdino.config import ConfigError, DataConfig
 from fastdino.data import FolderSource
+from fastdino.data.benchmarks.class_folders import bank_and_test
 from fastdino.data.sources.opening import braces
 from fastdino.data.sources.packed.images import PackedSource
 from fastdino.data.sources.packed.shard import Packing
-from fastdino.eval.splits import bank_and_test
 from tests.data.pictures import photos, write
 from tests.data.sources.tars import names, opened, png, write_tar
 

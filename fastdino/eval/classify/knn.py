@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastdino.config import ConfigError
 from fastdino.config.errors import require
+from fastdino.data.benchmarks.class_folders import bank_and_test
 from fastdino.eval.evaluation import Evaluation, Subject
 from fastdino.eval.features import EvaluationError, Features, extract
-from fastdino.eval.splits import bank_and_test
 
 DEFAULT_NEIGHBORS = (10, 20, 100, 200)
 MAX_ELEMENTS = 2**27  # of one block of similarities or votes: 0.5 GB of fp32

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fastdino.config import Config, ConfigError, DataConfig, ViewsConfig
+from fastdino.data.benchmarks.class_folders import Sets
 from fastdino.eval import Features, KNeighbors, Knn, Subject
-from fastdino.eval import knn as room
-from fastdino.eval.splits import Sets
+from fastdino.eval.classify import knn as room
 
 
 def literal(bank: Tensor, labels: Tensor, queries: Tensor, k: int, temperature: float) -> list[int]:

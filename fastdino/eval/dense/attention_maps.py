@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastdino.config.errors import require
+from fastdino.data.benchmarks.class_folders import bank_and_test
 from fastdino.data.sources.decode import BadImage
 from fastdino.data.sources.opening import open_part
 from fastdino.data.sources.source import Source
@@ -20,7 +21,6 @@ from fastdino.data.views.reference import joined, pictures
 from fastdino.eval.evaluation import Evaluation, Subject
 from fastdino.eval.features import EvaluationError, Reading, check_size, device_and_dtype, evaluating, our_vit
 from fastdino.eval.pictures import SHEET_ROWS, new_figure, sheet_path
-from fastdino.eval.splits import bank_and_test
 from fastdino.files import whole_file
 from fastdino.model.vit import ViT
 

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-import fastdino.eval.patches as room
+import fastdino.eval.dense.patches as room
 from fastdino.config import Config, ConfigError, DataConfig, ModelConfig, ViewsConfig
+from fastdino.data.benchmarks.class_folders import BANK_SEED, TEST_SEED
 from fastdino.data.sources.shapes import ShapesSource
 from fastdino.data.views import normalize
 from fastdino.eval import Reading, Subject
-from fastdino.eval.patches import (
+from fastdino.eval.dense.patches import (
     NUM_CLASSES,
     RIDGE,
     Patches,
@@ -28,7 +29,6 @@ from fastdino.eval.patches import (
     render,
     tokens_of,
 )
-from fastdino.eval.splits import BANK_SEED, TEST_SEED
 from fastdino.model import ViT
 
 CONFIG = Config(

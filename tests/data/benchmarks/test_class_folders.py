@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from fastdino.config import ConfigError, DataConfig
+from fastdino.data.benchmarks.class_folders import bank_and_test
 from fastdino.data.sources.folder import split_folders
-from fastdino.eval.splits import bank_and_test
 
 DATA = DataConfig(image_size=32)
 

@@ -13,10 +13,10 @@ from PIL import Image
 from torch import nn
 
 from fastdino.config import Config, ConfigError, DataConfig, ModelConfig, ViewsConfig
+from fastdino.data.benchmarks.class_folders import bank_and_test
 from fastdino.data.sources.folder import FolderSource
 from fastdino.data.sources.shapes import ShapesSource
 from fastdino.eval import AttentionMaps, Reading, Subject, best_head_iou, draw_sheet, head_maps, keep_mass
-from fastdino.eval.splits import bank_and_test
 from fastdino.model import ViT
 
 READING = Reading(size=32)

@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 from fastdino.config import Config, ModelConfig
 from fastdino.config.errors import require
+from fastdino.data.benchmarks.class_folders import BANK_SEED, TEST_SEED
 from fastdino.data.sources.shapes import CLASSES, ShapesSource, check_shows_shapes
 from fastdino.data.views import normalize
 from fastdino.eval.evaluation import Evaluation, Subject
 from fastdino.eval.features import Reading, check_size, device_and_dtype, evaluating, our_vit
 from fastdino.eval.pictures import SHEET_ROWS, new_figure, sheet_path
-from fastdino.eval.splits import BANK_SEED, TEST_SEED
 from fastdino.files import whole_file
 from fastdino.model import build_backbone
 from fastdino.model.vit import ViT

@@ -1,0 +1,1 @@
+"""Folders of known layouts become images with what is true of them."""

@@ -1,0 +1,1 @@
+"""What the tokens of patches know of a picture."""

@@ -1,0 +1,1 @@
+"""What features are worth where no image has a label."""
