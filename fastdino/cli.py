@@ -9,9 +9,8 @@ commands:
   bench data SRC         images/s per core of reading, decoding and making views, and what would make them faster
   doctor [RECIPE] [flags]  whether a training can begin here; --distributed under a launcher for all ranks and hosts
   plan RECIPE [flags]    memory and traffic of a training on N GPUs, and the ZeRO stage to take; needs no GPU
-  eval knn PATH          weighted k-NN accuracy of a run's teacher, or of a file of weights
-  eval attention PATH    pictures of where each head of the last block looks
-  eval patches PATH      patch mIoU of a linear probe on rendered shapes, and the tokens of patches as colours
+  eval KIND WEIGHTS      what a run's teacher, or a file of weights, is worth: knn, linear, fewshot, retrieval, ...
+  eval suite WEIGHTS     all of that for which --data has labels, as one report; eval list says what there is
   export RUN             the teacher's backbone for timm, Hugging Face, DINO's own code or ONNX
   demo                   learn to tell rendered shapes apart in minutes on a CPU
 
@@ -30,18 +29,15 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from fastdino import __version__, recipes
-from fastdino.config import Config, ConfigError, UserError
+from fastdino.config import Config, UserError
 from fastdino.config.errors import require
 from fastdino.flags import global_size, one_root, patch_head, plain_switches
 from fastdino.launch import launched_rank, without_local_rank
-
-if TYPE_CHECKING:
-    from fastdino.eval import Subject
 
 Path_ = Annotated[Path, tyro.conf.Positional]
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -101,6 +97,8 @@ def _run(command: str, arguments: list[str]) -> None:
     elif command == "doctor":
         doctor(arguments)
     elif command == "eval":
+        from fastdino.commands.evaluate import evaluate
+
         evaluate(arguments)
     elif command == "shard":
         shard(arguments)
@@ -257,51 +255,6 @@ def export(
     from fastdino.training.export import export_run
 
     print(f"wrote {export_run(run, out=out, step=step, role=role, format=format)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Weights:
-    """What is evaluated."""
-
-    path: Path_
-    """A run folder, weights that `fastdino export` wrote, or published ones: a file, or a folder of Hugging Face."""
-    arch: str = ""
-    """Of published weights: model.arch. Our ViTs are told by their shapes; any backbone of timm is timm:NAME."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes the GPU if there is one."""
-
-
-def evaluate(arguments: list[str]) -> None:
-    """``fastdino eval KIND PATH``: the flags of a kind are the fields of its dataclass."""
-    from fastdino.eval import EVALUATIONS
-
-    kind = arguments[0] if arguments else ""
-    if kind not in EVALUATIONS:
-        lines = [f"  {name:12} {(found.__doc__ or '').splitlines()[0]}" for name, found in EVALUATIONS.items()]
-        asked_for_help = kind in ("-h", "--help")
-        text = "usage: fastdino eval KIND PATH [flags]\n\nkinds:\n" + "\n".join(lines)
-        print(text, file=sys.stdout if asked_for_help else sys.stderr)
-        sys.exit(0 if asked_for_help else 2)
-    flat, kind_of = tyro.conf.arg(name=""), EVALUATIONS[kind]
-    asked: Any = tuple[Annotated[Weights, flat], Annotated[kind_of, flat]]  # type: ignore[valid-type]
-    help_ = inspect.getdoc(kind_of)
-    weights, evaluation = tyro.cli(asked, args=arguments[1:], prog=f"fastdino eval {kind}", description=help_)
-    print(json.dumps({**evaluation(_subject(weights, evaluation.size)), "path": str(weights.path)}, indent=2))
-
-
-def _subject(weights: Weights, size: int | None) -> "Subject":
-    import torch
-
-    from fastdino.eval import Subject
-    from fastdino.training.export import any_backbone
-
-    path = weights.path.expanduser()
-    has_gpu = torch.cuda.is_available()
-    if weights.device == "cuda" and not has_gpu:
-        raise ConfigError("--device=cuda, and torch sees no GPU here: use --device cpu")
-    backbone, config = any_backbone(path, weights.arch, size)
-    place = "cuda" if has_gpu and weights.device != "cpu" else "cpu"
-    return Subject(backbone.to(place), config, path if path.is_dir() else path.parent)
 
 
 @dataclass(frozen=True, kw_only=True)

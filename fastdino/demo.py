@@ -80,7 +80,7 @@ def _pixel_knn(bank: Source, test: Source, standardise: bool) -> float:
         x = torch.from_numpy(np.stack(images)).float() / 255  # (n, h, w, 3)
         if standardise:  # each channel of each image
             x = (x - x.mean((1, 2), keepdim=True)) / x.std((1, 2), keepdim=True).clamp_min(1e-6)
-        return Features(x.flatten(1), torch.tensor(labels))
+        return Features(x.flatten(1), torch.tensor(labels), torch.arange(len(x)))
 
     return _accuracy(pixels(bank), pixels(test))
 

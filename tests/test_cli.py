@@ -27,6 +27,8 @@ TINY = [
     *("--run.knn-every", 2, "--engine.device", "cpu"),
 ]
 
+QUICK = ("--num-workers", 0, "--baselines", "no", "--no-cache")
+
 
 def fastdino(*arguments: object, code: int = 0, **variables: str) -> subprocess.CompletedProcess:
     """The command in a process; ``variables`` are added to its environment."""
@@ -303,22 +305,37 @@ def test_bench_prints_a_table_and_what_it_does(tmp_path):
     assert found["config"]["run"]["log_every"] == 1, "the settings that were given"
 
 
+def score(told: str, name: str = "accuracy") -> float:
+    """Of the JSON that an evaluation prints."""
+    return json.loads(told)["scores"][name]["value"]
+
+
 def test_eval_and_export(run, tmp_path, here):
-    scores = json.loads(fastdino("eval", "knn", run, "--neighbors", 5, 20, "--num-workers", 0).stdout)
-    assert {"knn_5", "knn_20", "bank", "test", "size", "path", "split"} <= scores.keys()
+    cache = ("--num-workers", 0, "--cache-dir", tmp_path / "cache")
+    done = fastdino("eval", "knn", run, "--neighbors", 5, 20, *cache)
+    told = json.loads(done.stdout)
+    assert told["scores"].keys() >= {"accuracy", "knn_5", "knn_20"}
+    assert told["baselines"].keys() == {"pixels", "random_init"}
+    assert (told["weights"]["step"], told["weights"]["role"]) == (10, "teacher")
+    assert told["out"] == str(run / "eval/knn-shapes")
+    assert json.loads((run / "eval/knn-shapes/knn.json").read_text())["scores"] == told["scores"]
+    assert "knn accuracy" in done.stderr
+    assert "random init" in done.stderr
     weights = tmp_path / "teacher.safetensors"
     here("export", run, "--out", weights)
-    again = json.loads(here("eval", "knn", weights, "--neighbors", 5, 20, "--num-workers", 0).stdout)
-    assert again["knn_20"] == scores["knn_20"], "the exported weights are the teacher's"
+    few = ("--neighbors", 5, 20, "--baselines", "no", *cache)
+    again = json.loads(here("eval", "knn", weights, *few).stdout)
+    assert again["scores"] == told["scores"], "the exported weights are the teacher's"
+    assert again["weights"]["sha256"] == told["weights"]["sha256"]
+    assert json.loads(here("eval", "knn", f"{run}@5:student", *few).stdout)["weights"]["step"] == 5
+    assert "no checkpoint of step 7; there are: 5, 10" in here("eval", "knn", f"{run}@7", *few, code=2).stderr
+    assert "is no run folder" in here("eval", "knn", weights, "--step", 5, *few, code=2).stderr
     assert "not the timm:resnet50" in here("eval", "knn", run, "--arch", "timm:resnet50", code=2).stderr
-    sheet = tmp_path / "new" / "sheet.png"
-    found = json.loads(here("eval", "attention", run, "--out", sheet).stdout)
-    assert 0 < found["attention_iou"] < 1
-    assert sheet.read_bytes()[:4] == b"\x89PNG"
-    sheet = tmp_path / "patches.png"
-    found = json.loads(here("eval", "patches", run, "--num-images", 24, "--out", sheet).stdout)
-    assert {"patch_miou", "patch_miou_random_init", "patch_miou_raw_pixels", "path"} <= found.keys()
-    assert sheet.read_bytes()[:4] == b"\x89PNG"
+    out = tmp_path / "new"
+    assert 0 < score(here("eval", "attention", run, "--out", out).stdout, "attention_iou") < 100
+    assert 0 < score(here("eval", "patches", run, "--num-images", 24, "--out", out).stdout, "patch_miou") < 100
+    for sheet in ("attention.png", "patches.png"):
+        assert (out / sheet).read_bytes()[:4] == b"\x89PNG"
 
 
 def test_eval_of_published_weights(run, tmp_path, here):
@@ -330,18 +347,18 @@ def test_eval_of_published_weights(run, tmp_path, here):
     weights, published = tmp_path / "teacher.safetensors", tmp_path / "pretrain.pth"
     here("export", run, "--out", weights)
     torch.save({"teacher": {"module.backbone." + k: v for k, v in load_file(weights).items()}}, published)
-    flags = ("--num-workers", 0, "--neighbors", 20, "--data", images(tmp_path / "data"))
+    flags = ("--neighbors", 20, "--data", images(tmp_path / "data"), *QUICK)
     ours, theirs = (json.loads(here("eval", "knn", path, *flags).stdout) for path in (weights, published))
-    assert {**theirs, "path": ""} == {**ours, "path": ""}
+    assert theirs["scores"] == ours["scores"]
     torch.save(timm.create_model("resnet18").state_dict(), published)
     assert "--arch timm:" in here("eval", "knn", published, *flags, code=2).stderr
-    found = json.loads(here("eval", "knn", published, *flags, "--arch", "timm:resnet18", "--size", 64).stdout)
-    assert found["size"] == 64
-    assert 0 <= found["knn_20"] <= 100
+    found = here("eval", "knn", published, *flags, "--arch", "timm:resnet18", "--size", 64).stdout
+    assert json.loads(found)["protocol"]["size"] == 64
+    assert 0 <= score(found, "knn_20") <= 100
     for kind in ("attention", "patches"):
-        refused = here("eval", kind, published, "--arch", "timm:resnet18", "--out", tmp_path / "x.png", code=2)
+        refused = here("eval", kind, published, "--arch", "timm:resnet18", "--out", tmp_path / "x", code=2)
         assert "one of our ViTs (model.arch=vit_...), not timm:resnet18" in refused.stderr
-        assert not (tmp_path / "x.png").exists()
+        assert not (tmp_path / "x").exists()
 
 
 def test_weights_of_others(run, tmp_path, here):
@@ -350,9 +367,9 @@ def test_weights_of_others(run, tmp_path, here):
     said = fastdino("export", run, "--format", "hf", "--out", hf)
     assert said.stdout == f"wrote {hf}\n"
     assert f"transformers.AutoModel.from_pretrained({str(hf)!r}) loads it" in said.stderr
-    flags = ("--num-workers", 0, "--neighbors", 20, "--data", data)
+    flags = ("--neighbors", 20, "--data", data, *QUICK)
     ours, theirs = (json.loads(here("eval", "knn", path, *flags).stdout) for path in (run, hf))
-    assert {**theirs, "path": ""} == {**ours, "path": ""}
+    assert theirs["scores"] == ours["scores"]
     begun = ("train", "vit_small_16", *TINY, "--run.epochs", 1, "--run.knn-every", 0, "--model.weights", hf)
     fastdino(*begun, "--run.dir", tmp_path / "run")
     assert '"layer_scale": 1e-05' in (tmp_path / "run/config.json").read_text()

@@ -33,6 +33,7 @@ MAY_IMPORT = {  # rooms of fastdino, or files in them, that a room may import, b
     "method": {"model", "data", "engine"},
     "engine": set(),
     "eval": {"model", "data"},
+    "commands": {"recipes", "model", "data", "engine", "eval", "training"},
     "training": {"method", "model", "data", "engine", "eval"},
     "doctor": {"model", "engine", "training", "planning"},
     "planning": {"method", "model", "data", "engine", "training.flops"},

@@ -87,11 +87,13 @@ def baselines(pictures: Path) -> list[Case]:
 
     def pixels(source: Source) -> Features:
         images, labels = zip(*(source.read(index) for index in range(len(source))), strict=True)
-        return Features(torch.from_numpy(np.stack(images)).flatten(1) / 255, torch.tensor(labels))
+        return Features(
+            torch.from_numpy(np.stack(images)).flatten(1) / 255, torch.tensor(labels), torch.arange(len(images))
+        )
 
     def standardised(source: Source) -> Features:
-        x, labels = pixels(source)
-        return Features((x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True).clamp_min(1e-6), labels)
+        x, labels, index = pixels(source)
+        return Features((x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True).clamp_min(1e-6), labels, index)
 
     return [
         {"features": "pixels", "flags": "", "seed": None, **figures(pictures, pixels)},
@@ -131,7 +133,7 @@ def figures(pictures: Path, read: Callable[[Source], Features]) -> dict[str, flo
     first = torch.tensor([int(Path(sources[1].name(index)).stem) < FIRST for index in range(len(sources[1]))])
     found = KNN.accuracy(bank, test)
     if first.any():
-        some = KNN.accuracy(bank, Features(test.vectors[first], test.labels[first]))
+        some = KNN.accuracy(bank, Features(*(x[first] for x in test)))
         found |= {f"first_{name}": score for name, score in some.items()}
     return {name: 100 * score for name, score in found.items()} | {"rankme": rankme(bank.vectors)}
 

@@ -189,23 +189,23 @@ def labelled_batches(
     crop: float = 0.875,
     channels: int = 3,
     indices: range | None = None,
-) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """Every image of ``source`` once, in order: uint8 (B, channels, size, size) views on the CPU and int64 (B,) labels.
+) -> Generator[tuple[Tensor, Tensor, Tensor], None, None]:
+    """Every image of ``source`` once, in order: uint8 (B, channels, size, size) views on the CPU, int64 (B,) labels and
+    indices.
 
     DINO v1's evaluation transform, which shows ``crop`` of the shorter side. ``indices``: these images alone. Images
-    that cannot be read are left out, with a warning that names them.
+    that cannot be read are left out, with a warning that names them; a batch may have none left.
     """
     images = range(len(source)) if indices is None else indices
-    keys = (list(images[start : start + batch_size]) for start in range(0, len(images), batch_size))
-    batches = MadeAhead(Labelled(source, size, batch_size, crop, channels), keys, affordable(num_workers))
+    keys = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+    batches = MadeAhead(Labelled(source, size, batch_size, crop, channels), map(list, keys), affordable(num_workers))
     try:
-        for made in batches:
+        for made, seen in zip(batches, keys, strict=True):
             for message in (message for place in made.notes for message in place):
                 log.warning("left out of the evaluation: %s", message)
             read = torch.tensor([place for place, notes in enumerate(made.notes) if not notes], dtype=torch.int64)
             pixels, labels = made.tensors["pixels"][read], made.tensors["labels"][read]
             made.free()
-            if len(read):
-                yield pixels, labels
+            yield pixels, labels, torch.tensor(seen)[read]
     finally:
         batches.close()

@@ -16,8 +16,9 @@ from fastdino.data.sources.source import Source
 from fastdino.data.views import normalize
 from fastdino.model.vit import ViT
 
-Images = tuple[Tensor, Tensor]
-"""Of a batch: uint8 (B, C, s, s) and labels, int64 (B,)."""
+Images = tuple[Tensor, Tensor, Tensor]
+"""Of a batch: uint8 (B, C, s, s), labels int64 (B,), and their places in the source, int64 (B,)."""
+Tokens = Literal["cls", "mean", "cls+mean", "last4", "last4+mean"]
 
 
 class EvaluationError(UserError, ValueError):
@@ -38,13 +39,30 @@ class Reading:
     """bf16: under autocast."""
     channels: int = 3
     """C, as in training: data.channels."""
+    tokens: Tokens = "cls"
+    """What is a feature, after the final norm: what the backbone gives, its CLS token; the mean of the patches; both;
+    CLS tokens of the last four blocks, the last one last; these and the mean."""
 
 
 class Features(NamedTuple):
-    """What an evaluation reads: one row per image, in the order of the source."""
+    """What an evaluation reads: one row per image that can be read, in the order of the source."""
 
     vectors: Tensor  # (n, D) fp32, not normalised
     labels: Tensor  # (n,) int64
+    places: Tensor  # (n,) int64, where in the source
+
+
+class Part(NamedTuple):
+    """One of several equal parts of a source, which one after the other are the source."""
+
+    rank: int = 0
+    of: int = 1
+    done: int = 0
+    """Images at its beginning that are left out."""
+
+    def images(self, total: int) -> range:
+        """Which of ``total`` images it holds; there may be none."""
+        return range(total * self.rank // self.of + self.done, total * (self.rank + 1) // self.of)
 
 
 def extract(
@@ -62,7 +80,7 @@ def extract(
     Raises EvaluationError when the backbone cannot take that size or no image can be read; single unreadable images
     are left out.
     """
-    check_size(backbone, reading.size, reading.channels)
+    check_size(backbone, reading)
     features = extract_part(backbone, source, reading, batch, num_workers)
     check_any(features)
     return features
@@ -75,7 +93,7 @@ def extract_part(
     batch: int,
     num_workers: int,
     *,
-    part: tuple[int, int] = (0, 1),
+    part: Part = Part(),  # noqa: B008
     take: Callable[[Callable[[], Images]], Images] = lambda read: read(),
 ) -> Features:
     """:func:`extract` for one of several equal parts of the source, which may be of no image.
@@ -84,26 +102,55 @@ def extract_part(
     backbone's weights have to call it together. Where there are no images left, it sees a black one.
 
     Args:
-        part: r of n; the parts one after the other are the source.
         take: calls what it is given, which reads a batch, and returns that.
     """
+    batches = feature_batches(backbone, source, reading, batch, num_workers, part=part, take=take)
+    return Features(*map(torch.cat, zip(*batches, strict=True)))
+
+
+def feature_batches(
+    backbone: nn.Module,
+    source: Source,
+    reading: Reading,
+    batch: int,
+    num_workers: int,
+    *,
+    part: Part,
+    take: Callable[[Callable[[], Images]], Images] = lambda read: read(),
+) -> Iterator[Features]:
+    """:func:`extract_part` as it goes, on the backbone's device."""
     device, dtype = device_and_dtype(backbone)
-    rank, num_parts = part
-    mine = range(len(source) * rank // num_parts, len(source) * (rank + 1) // num_parts)
-    num_calls = max(1, math.ceil(math.ceil(len(source) / num_parts) / batch))
+    mine, see = part.images(len(source)), reader(backbone, reading.tokens)
+    num_calls = max(1, math.ceil((math.ceil(len(source) / part.of) - part.done) / batch))
     batches = labelled_batches(source, reading.size, batch, num_workers, reading.crop, reading.channels, mine)
     black = torch.zeros(1, reading.channels, reading.size, reading.size, dtype=torch.uint8)
-    nothing = black[:0], torch.zeros(0, dtype=torch.int64)
-    vectors, labels = [], []
-    calls = tqdm(range(num_calls), desc="features", unit="batch", leave=False, disable=rank > 0 or None)
+    none = torch.zeros(0, dtype=torch.int64)
+    calls = tqdm(range(num_calls), desc="features", unit="batch", leave=False, disable=part.rank > 0 or None)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=reading.precision == "bf16")
-    with closing(batches), evaluating(backbone), autocast:
+    with closing(batches):
         for _ in calls:
-            images, batch_labels = take(lambda: next(batches, nothing))
-            x = normalize((images if len(images) else black).to(device, non_blocking=True), reading.normalize)
-            vectors.append(backbone(x.to(dtype))[: len(images)].float())
-            labels.append(batch_labels.to(device))
-    return Features(torch.cat(vectors), torch.cat(labels))
+            images, labels, places = take(lambda: next(batches, (black[:0], none, none)))
+            with evaluating(backbone), autocast:
+                x = normalize((images if len(images) else black).to(device, non_blocking=True), reading.normalize)
+                vectors = see(x.to(dtype))[: len(images)].float()
+            yield Features(vectors, labels.to(device), places.to(device))
+
+
+def reader(backbone: nn.Module, tokens: Tokens) -> Callable[[Tensor], Tensor]:
+    """(B, C, s, s) normalised images -> (B, D'), the ``tokens`` of Reading one beside the other.
+
+    Raises EvaluationError where a backbone of another kind is asked for more than it gives.
+    """
+    if tokens == "cls" or not any(True for _ in backbone.parameters()):  # pixels are what they are
+        return backbone
+    vit, first = our_vit(backbone, f"tokens {tokens!r}"), tokens.split("+")[0]
+
+    def see(images: Tensor) -> Tensor:
+        layers = vit.intermediate_layers(images, 4 if first == "last4" else 1)
+        parts = [] if first == "mean" else [cls for cls, _ in layers]
+        return torch.cat([*parts, layers[-1][1].mean(1)] if "mean" in tokens else parts, dim=1)
+
+    return see
 
 
 def check_any(features: Features) -> None:
@@ -112,16 +159,20 @@ def check_any(features: Features) -> None:
         raise EvaluationError("none of the images could be read: there is nothing to evaluate")
 
 
-def check_size(backbone: nn.Module, size: int, channels: int = 3) -> None:
-    """Raises EvaluationError for a size that the backbone cannot take: a forward pass of one black image tells."""
+def check_size(backbone: nn.Module, reading: Reading) -> int:
+    """D', the width of the features, by a forward pass of one black image.
+
+    Raises EvaluationError for a size that the backbone cannot take.
+    """
     device, dtype = device_and_dtype(backbone)
     try:
         with evaluating(backbone):
-            backbone(torch.zeros(1, channels, size, size, device=device, dtype=dtype))
+            black = torch.zeros(1, reading.channels, reading.size, reading.size, device=device, dtype=dtype)
+            return reader(backbone, reading.tokens)(black).shape[1]
     except UserError:
         raise
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise EvaluationError(f"the backbone cannot take images of {size} px: {error}") from error
+        raise EvaluationError(f"the backbone cannot take images of {reading.size} px: {error}") from error
 
 
 def our_vit(backbone: nn.Module, what: str) -> ViT:

@@ -4,25 +4,9 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from fastdino.config import ConfigError
-
 SHEET_ROWS = 8  # images on a sheet
-
-
-def sheet_path(out: Path | None, folder: Path, name: str) -> Path:
-    """Where a PNG goes: the file ``out``, or ``name`` in the folder that it is, or without one in ``folder``.
-
-    Raises ConfigError for a file of another ending.
-    """
-    out = folder if out is None else out.expanduser()
-    if os.path.isdir(out):  # unlike Path.is_dir, false whatever the file system answers
-        return out / name
-    if out.suffix.lower() != ".png":
-        raise ConfigError(f"--out={str(out)!r} must end in .png: the sheet is a PNG; or name a folder that exists")
-    return out
 
 
 def new_figure(width: float, height: float, dpi: int = 100) -> Any:

@@ -196,6 +196,17 @@ class ViT(nn.Module):
         tokens = self.norm(self.blocks[-1](tokens, *last)).view(*last[0].lengths[0], -1)
         return tokens[:, self.num_prefix :].unflatten(1, self._grid(*x.shape[-2:]))
 
+    def intermediate_layers(self, x: Tensor, n: int) -> list[tuple[Tensor, Tensor]]:
+        """(B, C, h, w) -> of each of the last ``n`` blocks, all of them if there are fewer, the last one last: CLS
+        tokens (B, D) and patches (B, N, D) after the final norm, as DINO's get_intermediate_layers has them."""
+        tokens, packing, turns = self._start([x.unsqueeze(0)], None)
+        layers = []
+        for left, block in zip(range(len(self.blocks), 0, -1), self.blocks, strict=True):
+            tokens = block(tokens, packing, turns, None, (None, None))
+            if left <= n:
+                layers.append(self.norm(tokens).view(*packing.lengths[0], -1))
+        return [(layer[:, 0], layer[:, self.num_prefix :]) for layer in layers]
+
     def attention_maps(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, H, N) fp32: how much the CLS token attends to each patch in the last block.
 

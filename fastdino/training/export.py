@@ -152,13 +152,18 @@ def _place(out: Path, format: Format, by_default: bool) -> Path:
     return out
 
 
+def is_run(path: Path) -> bool:
+    """True for a folder that is, or claims to be, that of a run."""
+    return os.path.isdir(path) and not is_weights_folder(path)
+
+
 def any_backbone(path: Path, arch: str = "", image_size: int | None = None) -> tuple[Backbone, Config]:
     """The teacher's backbone of a run folder, or that of weights, in evaluation mode, and its run's config.
 
     ``path`` may also be a folder of Hugging Face. ``arch`` and ``image_size`` are for published weights; see
     :func:`fastdino.model.restore_backbone`.
     """
-    if os.path.isdir(path) and not is_weights_folder(path):
+    if is_run(path):
         backbone, config, _ = run_backbone(path)
         check_arch(path, config, arch)
         return backbone, config

@@ -11,7 +11,7 @@ from fastdino.data.sources.source import Source
 from fastdino.distributed import Ranks
 from fastdino.engine import cuts_weights
 from fastdino.eval import Features, Knn, Reading
-from fastdino.eval.features import Images, check_any, extract_part
+from fastdino.eval.features import Images, Part, check_any, extract_part
 from fastdino.training.preemption import Interrupted, PreemptionNotice
 from fastdino.training.watchdog import FOREVER, SLOW, Pulse
 
@@ -77,7 +77,7 @@ class OnlineKnn:
             return images
 
         def part(source: Source) -> Features:
-            ours, how = (self.ranks.rank, self.ranks.world_size), (self.reading, self.batch, self.num_workers)
+            ours, how = Part(self.ranks.rank, self.ranks.world_size), (self.reading, self.batch, self.num_workers)
             return extract_part(backbone, source, *how, part=ours, take=take)
 
         sets, problem = list[Features](), None

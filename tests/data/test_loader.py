@@ -187,9 +187,10 @@ def test_a_source_that_is_gone_is_an_error_whatever_is_allowed(folder, num_worke
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_labelled_batches_visit_everything_once_in_order(shapes, num_workers):
     found = list(labelled_batches(shapes, 32, 5, num_workers))
-    assert [len(labels) for _, labels in found] == [5, 5, 5, 5, 2]
-    assert torch.cat([labels for _, labels in found]).tolist() == [i % 12 for i in range(22)]
-    views = torch.cat([views for views, _ in found])
+    assert [len(labels) for _, labels, _ in found] == [5, 5, 5, 5, 2]
+    assert torch.cat([labels for _, labels, _ in found]).tolist() == [i % 12 for i in range(22)]
+    assert torch.cat([indices for *_, indices in found]).tolist() == [*range(22)]
+    views = torch.cat([views for views, *_ in found])
     assert views.dtype == torch.uint8
     for index in range(22):
         assert torch.equal(views[index], center_view(shapes.read(index)[0], 32))
@@ -202,8 +203,8 @@ def test_labelled_batches_leave_out_what_cannot_be_read(tmp_path, caplog):
     for name in ["b/1.png", "b/3.png", "b/5.png"]:
         (tmp_path / name).write_bytes(b"")
     found = list(labelled_batches(FolderSource(tmp_path), 16, 2, 0))
-    assert [labels.tolist() for _, labels in found] == [[0, 0], [0]]
-    assert [int(view[0, 8, 8]) for views, _ in found for view in views] == [0, 80, 160]
+    assert [labels.tolist() for _, labels, _ in found] == [[0, 0], [0], []]
+    assert [int(view[0, 8, 8]) for views, *_ in found for view in views] == [0, 80, 160]
     assert caplog.text.count("left out of the evaluation") == 3
     assert "b/3.png" in caplog.text
 

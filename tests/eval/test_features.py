@@ -30,11 +30,12 @@ def seen(backbone: nn.Module, source: Source, reading: Reading = READING) -> Fea
 
 def test_features_are_the_backbones_in_order() -> None:
     source, backbone = ShapesSource(10, 40), vit()
-    features, labels = seen(backbone, source)
+    features, labels, places = seen(backbone, source)
     images = torch.stack([center_view(source.read(i)[0], 32) for i in range(10)])
     want = backbone.eval()(normalize(images, "imagenet"))
     torch.testing.assert_close(features, want.detach(), rtol=1e-4, atol=1e-5)
     assert labels.tolist() == [source.read(i)[1] for i in range(10)]
+    assert places.tolist() == [*range(10)]
     assert features.dtype == torch.float32
     assert not features.requires_grad
     nn.Linear(96, 2)(features).sum().backward()  # a probe can train on them
@@ -102,9 +103,34 @@ class Half:
 
 
 def test_unreadable_images_are_left_out() -> None:
-    assert seen(vit(), Half(2))[1].tolist() == [1, 3, 5]
+    assert seen(vit(), Half(2)).labels.tolist() == [1, 3, 5]
+    assert seen(vit(), Half(2)).places.tolist() == [1, 3, 5]
     with pytest.raises(ValueError, match="none of the images could be read"):
         seen(vit(), Half(1))
+
+
+def test_tokens_are_those_of_the_layers() -> None:
+    source, backbone = ShapesSource(6, 32), vit().eval()
+    images = normalize(torch.stack([center_view(source.read(i)[0], 32) for i in range(6)]), "imagenet")
+    with torch.no_grad():
+        layers = backbone.intermediate_layers(images, 4)
+        cls, patches = backbone(images), backbone.patch_tokens(images).flatten(1, 2)
+    assert len(layers) == 4
+    torch.testing.assert_close(layers[-1][0], cls, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layers[-1][1], patches, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(layers[0][0], layers[1][0], atol=1e-2), "each block has its own"
+    last4, mean = torch.cat([token for token, _ in layers], dim=1), patches.mean(1)
+    want = {
+        "mean": mean,
+        "cls+mean": torch.cat([cls, mean], 1),
+        "last4": last4,
+        "last4+mean": torch.cat([last4, mean], 1),
+    }
+    for tokens, features in want.items():
+        got = seen(backbone, source, Reading(size=32, tokens=tokens)).vectors
+        torch.testing.assert_close(got, features, rtol=1e-4, atol=1e-5, msg=tokens)
+    with pytest.raises(ValueError, match="tokens 'mean' need one of our ViTs"):
+        seen(nn.Sequential(nn.Flatten(), nn.Linear(3072, 5)), source, Reading(size=32, tokens="mean"))
 
 
 def test_a_size_that_the_backbone_cannot_take() -> None:

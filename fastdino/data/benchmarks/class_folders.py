@@ -24,7 +24,7 @@ class Sets(NamedTuple):
     rule: str
 
 
-def bank_and_test(root: str, data: DataConfig) -> Sets:
+def bank_and_test(root: str, data: DataConfig, judged: str = "") -> Sets:
     """Bank and test images of ``root``, checked so that an evaluation of them begins.
 
     Args:
@@ -32,6 +32,7 @@ def bank_and_test(root: str, data: DataConfig) -> Sets:
             (valid/, validation/), or train/ and test/ (testing/), in any case, are the two sets; without them every
             fifth image is judged by the rest. The name of a split is never taken for that of a class.
         data: how images are opened: as those that the weights were trained on.
+        judged: the test images, if they are elsewhere; then all of ``root`` is the bank.
 
     Raises ConfigError for a split without its other half, for sets without labels or with different classes, and for
     a set of which no image can be read.
@@ -40,10 +41,14 @@ def bank_and_test(root: str, data: DataConfig) -> Sets:
         check_shows_shapes(data)
         bank, test = (ShapesSource(NUM_SHAPES, data.image_size, seed) for seed in (BANK_SEED, TEST_SEED))
         return Sets(bank, test, "rendered shapes of two seeds")
+    if judged:
+        sets = Sets(open_part(root, data), open_part(judged, data), f"{root} is the bank, {judged} is judged")
+        _check(sets, root)
+        return sets
     folders = split_folders(root)
-    judged = folders.get("val") or folders.get("test")
-    if "train" in folders and judged:
-        sets = _pair(folders["train"], judged, data)
+    other = folders.get("val") or folders.get("test")
+    if "train" in folders and other:
+        sets = _pair(folders["train"], other, data)
     elif folders:
         raise ConfigError(_unpaired(root, list(folders.values())))
     else:

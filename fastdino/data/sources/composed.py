@@ -1,7 +1,7 @@
 """Sources that are made of others."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -38,8 +38,15 @@ class Subset:
 
     def fingerprint(self) -> str:
         """Of the source, and of which images of it."""
+        return self._of(self.source.fingerprint())
+
+    def stamp(self) -> str:
+        """Likewise."""
+        return self._of(self.source.stamp())
+
+    def _of(self, source: str) -> str:
         indices = np.asarray(self.indices, np.int64).tobytes()
-        return hashlib.sha256(self.source.fingerprint().encode() + indices).hexdigest()[:16]
+        return hashlib.sha256(source.encode() + indices).hexdigest()[:16]
 
 
 class Mixture:
@@ -105,8 +112,15 @@ class Mixture:
 
     def fingerprint(self) -> str:
         """Of the sources in order, and their weights."""
-        parts = "".join(source.fingerprint() + " " for source in self._sources)
-        return hashlib.sha256(parts.encode() + self._weights.tobytes()).hexdigest()[:16]
+        return self._of(source.fingerprint() for source in self._sources)
+
+    def stamp(self) -> str:
+        """Likewise."""
+        return self._of(source.stamp() for source in self._sources)
+
+    def _of(self, parts: Iterable[str]) -> str:
+        whole = "".join(part + " " for part in parts)
+        return hashlib.sha256(whole.encode() + self._weights.tobytes()).hexdigest()[:16]
 
     @contextmanager
     def _named(self, index: int) -> Iterator[None]:

@@ -89,6 +89,10 @@ class ShapesSource:
         """Its parameters."""
         return f"shapes {self.num_images} {self.image_size} {self.seed}"
 
+    def stamp(self) -> str:
+        """The same: another way to render them raises cache.VERSION."""
+        return self.fingerprint()
+
     def _render(self, index: int) -> tuple[np.ndarray, Field]:
         """uint8 (size, size, 3), and the object's coverage of each pixel in [0, 1]."""
         if not 0 <= index < self.num_images:

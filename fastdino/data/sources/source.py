@@ -36,3 +36,6 @@ class Source(Protocol):
 
     def fingerprint(self) -> str:
         """Short text that is equal for equal images in equal order, wherever they lie; made without reading them."""
+
+    def stamp(self) -> str:
+        """Like the fingerprint, and another one where a file has another size or was written at another time."""

@@ -1,9 +1,10 @@
 """What the CLS token looks at: attention per head, pictures of it, and how well it covers the objects."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,8 +21,9 @@ from fastdino.data.views import normalize
 from fastdino.data.views.reference import joined, pictures
 from fastdino.eval.evaluation import Evaluation, Subject
 from fastdino.eval.features import EvaluationError, Reading, check_size, device_and_dtype, evaluating, our_vit
-from fastdino.eval.pictures import SHEET_ROWS, new_figure, sheet_path
-from fastdino.files import whole_file
+from fastdino.eval.intervals import Score
+from fastdino.eval.pictures import SHEET_ROWS, new_figure
+from fastdino.eval.result import Found, Picture
 from fastdino.model.vit import ViT
 
 
@@ -114,30 +116,44 @@ class AttentionMaps(Evaluation):
     shapes, whose objects are known, attention_iou is printed too: how well the best head covers them.
     """
 
+    kind: ClassVar[str] = "attention"
+    needs: ClassVar[str] = "images, best with masks"
+    controls: ClassVar[tuple[str, ...]] = ("random_init",)
+
     num_images: int = 100
     """Images over which the best head is found; the sheet shows the first eight."""
     mass: float = 0.6
     """Share of the attention that the last column keeps; DINO's value."""
-    out: Path | None = None
-    """PNG to write, or a folder for attention.png; default: beside the weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.num_images >= 1, "--num-images", self.num_images, "at least 1", "a count of images")
         require(0 < self.mass < 1, "--mass", self.mass, "between 0 and 1", "a share of the attention")
 
-    def __call__(self, subject: Subject) -> dict[str, Any]:
-        """{"attention_iou": 0 to 1} when the images have masks, the sheet's path and the protocol."""
-        reading, sheet = self.reading(subject.config), sheet_path(self.out, subject.folder, "attention.png")
+    def open(self, subject: Subject) -> Source:
+        """The images."""
+        vit = our_vit(subject.backbone, "attention maps")
+        check_size(vit, self.reading(subject.config))
         if self.data == "shapes":
-            source: Source = bank_and_test(self.data, subject.config.data).test
-        else:
-            source = open_part(self.data, subject.config.data)
-        with whole_file(sheet) as path:
-            found = self.overlap(subject.backbone, source, reading, path)
-        num_images = min(self.num_images, len(source))
-        protocol = {"num_images": num_images, "size": reading.size, "normalize": reading.normalize, "mass": self.mass}
-        return {**found, "sheet": str(sheet), "data": self.data, **protocol}
+            return bank_and_test(self.data, subject.config.data).test
+        return open_part(self.data, subject.config.data)
+
+    def judge(self, subject: Subject, data: Source) -> Found:
+        """attention_iou in percent when the images have masks, and a sheet."""
+        reading = self.reading(subject.config)
+        found = self.overlap(subject.backbone, data, reading)
+        scores = {name: Score(100 * x, math.nan, math.nan, "none") for name, x in found.items()}
+        protocol = {"size": reading.size, "normalize": reading.normalize, "mass": self.mass}
+
+        def draw(path: Path) -> None:
+            self.overlap(subject.backbone, data, reading, path)
+
+        return Found(
+            scores=scores,
+            protocol=protocol,
+            data={"images": min(self.num_images, len(data))},
+            pictures=[Picture("", draw)],
+        )
 
     def overlap(
         self, backbone: nn.Module, source: Source, reading: Reading, sheet: Path | None = None
@@ -148,7 +164,7 @@ class AttentionMaps(Evaluation):
         attention or an image cannot be read.
         """
         vit = our_vit(backbone, "attention maps")
-        check_size(vit, reading.size, reading.channels)
+        check_size(vit, reading)
         try:
             images = [_resized(source.read(i)[0], reading.size) for i in range(min(self.num_images, len(source)))]
         except BadImage as error:

@@ -4,11 +4,12 @@ To find where an object is shows little: random features do it, and raw pixels n
 needs what training teaches.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -22,9 +23,10 @@ from fastdino.data.benchmarks.class_folders import BANK_SEED, TEST_SEED
 from fastdino.data.sources.shapes import CLASSES, ShapesSource, check_shows_shapes
 from fastdino.data.views import normalize
 from fastdino.eval.evaluation import Evaluation, Subject
-from fastdino.eval.features import Reading, check_size, device_and_dtype, evaluating, our_vit
-from fastdino.eval.pictures import SHEET_ROWS, new_figure, sheet_path
-from fastdino.files import whole_file
+from fastdino.eval.features import Reading, Tokens, check_size, device_and_dtype, evaluating, our_vit
+from fastdino.eval.intervals import Score
+from fastdino.eval.pictures import SHEET_ROWS, new_figure
+from fastdino.eval.result import Found, Picture
 from fastdino.model import build_backbone
 from fastdino.model.vit import ViT
 
@@ -172,6 +174,10 @@ class PatchProbe(Evaluation):
     learned. The picture shows tokens in colours, by their principal components.
     """
 
+    kind: ClassVar[str] = "patches"
+    needs: ClassVar[str] = "nothing: shapes are rendered"
+    controls: ClassVar[tuple[str, ...]] = ()
+
     data: str = "shapes"
     """Only shapes: of a folder of images it is not known what each patch shows."""
     size: int | None = None
@@ -180,8 +186,6 @@ class PatchProbe(Evaluation):
     """Images that the probe learns from; half as many are judged."""
     num_random: int = 3
     """Random initialisations that are averaged; 0 leaves them out."""
-    out: Path | None = None
-    """PNG to write, or a folder for patches.png; default: beside the weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -191,36 +195,45 @@ class PatchProbe(Evaluation):
         require(self.num_images >= least, "--num-images", self.num_images, f"at least {least}", "every class is judged")
         require(self.num_random >= 0, "--num-random", self.num_random, "0 or more", "a count of initialisations")
 
-    def reading(self, config: Config) -> Reading:
+    def reading(self, config: Config, tokens: Tokens = "cls") -> Reading:
         """At the size at which shapes are rendered for training, in whole patches: none is cropped or resized."""
         patch = config.model.patch_size
         size = self.size or max(patch, config.data.image_size // patch * patch)
-        return replace(super().reading(config), size=size)
+        return replace(super().reading(config, tokens), size=size)
 
-    def __call__(self, subject: Subject) -> dict[str, Any]:
-        """{"patch_miou": percent}, the same of the baselines, the picture's path and the protocol."""
+    def open(self, subject: Subject) -> tuple[Patches, Patches]:
+        """Images to learn from, and others to judge."""
         check_shows_shapes(subject.config.data)
-        vit = our_vit(subject.backbone, "patch tokens")
-        reading, sheet = self.reading(subject.config), sheet_path(self.out, subject.folder, "patches.png")
-        check_size(vit, reading.size)
-        with whole_file(sheet) as path:
-            train = render(self.num_images, reading.size, vit.patch_size, BANK_SEED)
-            test = render(self.num_images // 2, reading.size, vit.patch_size, TEST_SEED)
-            found, told = self.judge(tokens_of(vit, reading), train, test)
+        vit, reading = our_vit(subject.backbone, "patch tokens"), self.reading(subject.config)
+        check_size(vit, reading)
+        train = render(self.num_images, reading.size, vit.patch_size, BANK_SEED)
+        return train, render(self.num_images // 2, reading.size, vit.patch_size, TEST_SEED)
+
+    def judge(self, subject: Subject, data: tuple[Patches, Patches]) -> Found:
+        """patch_miou, the same of the baselines, and a sheet."""
+        train, test = data
+        vit, reading = our_vit(subject.backbone, "patch tokens"), self.reading(subject.config)
+        found, told = self.probe(tokens_of(vit, reading), train, test)
+        scores = {"patch_miou": found}
+        if self.num_random:
+            fresh = (fresh_vit(vit, subject.config.model, seed) for seed in range(self.num_random))
+            each = [self.probe(tokens_of(other, reading), train, test)[0] for other in fresh]
+            scores["patch_miou_random_init"] = statistics.mean(each)
+        scores["patch_miou_raw_pixels"], _ = self.probe(raw_pixels(vit.patch_size, reading), train, test)
+        protocol = {"size": reading.size, "normalize": reading.normalize, "precision": reading.precision}
+
+        def draw(path: Path) -> None:
             shown = Patches(*(x[:SHEET_ROWS] for x in test))
             draw_patches(path, shown, tokens_of(vit, reading)(shown.images), told[:SHEET_ROWS])
-            scores = {"patch_miou": found}
-            if self.num_random:
-                fresh = (fresh_vit(vit, subject.config.model, seed) for seed in range(self.num_random))
-                each = [self.judge(tokens_of(other, reading), train, test)[0] for other in fresh]
-                scores["patch_miou_random_init"] = statistics.mean(each)
-            scores["patch_miou_raw_pixels"], _ = self.judge(raw_pixels(vit.patch_size, reading), train, test)
-        percent = {name: round(100 * score, 2) for name, score in scores.items()}
-        protocol = {"size": reading.size, "normalize": reading.normalize, "precision": reading.precision}
-        protocol |= {"classes": NUM_CLASSES, "train": len(train.images), "test": len(test.images)}
-        return {**percent, "sheet": str(sheet), "data": self.data, **protocol}
 
-    def judge(self, read: Read, train: Patches, test: Patches) -> tuple[float, Tensor]:
+        return Found(
+            scores={name: Score(100 * x, math.nan, math.nan, "none") for name, x in scores.items()},
+            protocol=protocol,
+            data={"classes": NUM_CLASSES, "train": len(train.images), "test": len(test.images)},
+            pictures=[Picture("", draw)],
+        )
+
+    def probe(self, read: Read, train: Patches, test: Patches) -> tuple[float, Tensor]:
         """Mean IoU over all patches of ``test`` of a probe that learned from ``train``, and its (n, rows, columns)."""
         counts = train.classes.flatten().bincount(minlength=NUM_CLASSES)
         probe = fit_probe(self._batches(read, train), counts)

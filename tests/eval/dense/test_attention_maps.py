@@ -99,44 +99,23 @@ def test_sheet(tmp_path: Path) -> None:
 
 
 def test_the_evaluation(tmp_path: Path) -> None:
-    """Figures and protocol; the sheet is beside the weights, in a folder that is named, or in a file that is named."""
+    """Figures and protocol, and a sheet."""
     subject = Subject(vit(), CONFIG, tmp_path)
     evaluation = AttentionMaps(num_images=10)
-    found = evaluation(subject)
-    assert found.pop("attention_iou") == pytest.approx(evaluation.overlap(vit(), SHAPES, READING)["attention_iou"])
-    assert found == {
-        "sheet": str(tmp_path / "attention.png"), "data": "shapes", "num_images": 10, "size": 32,
-        "normalize": "imagenet", "mass": 0.6,
-    }  # fmt: skip
-    (tmp_path / "there").mkdir()
-    for out, sheet in (("there", "there/attention.png"), ("new/x.png", "new/x.png"), ("y.PNG", "y.PNG")):
-        assert AttentionMaps(num_images=1, out=tmp_path / out)(subject)["sheet"] == str(tmp_path / sheet)
-    pictures = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
-    assert pictures == ["attention.png", "new/x.png", "there/attention.png", "y.PNG"]
-    assert all((tmp_path / picture).stat().st_size > 5000 for picture in pictures)
+    result = evaluation(subject)
+    told = result.write(tmp_path / "out")
+    want = 100 * evaluation.overlap(vit(), SHAPES, READING)["attention_iou"]
+    assert told["scores"]["attention_iou"]["value"] == pytest.approx(want, abs=1e-3)
+    assert told["protocol"] == {"size": 32, "normalize": "imagenet", "mass": 0.6}
+    assert told["data"] == {"root": "shapes", "images": 10}
+    assert told["files"] == ["attention.png"]
+    assert (tmp_path / "out/attention.png").stat().st_size > 5000
 
 
 def test_a_folder_of_images_has_no_masks(tmp_path: Path) -> None:
     Image.new("RGB", (50, 30), "red").save(tmp_path / "a.png")
-    found = AttentionMaps(data=str(tmp_path), size=48, out=tmp_path / "new" / "sheet.png")(
-        Subject(vit(), CONFIG, tmp_path)
-    )
-    assert "attention_iou" not in found
-    assert (found["num_images"], found["size"]) == (1, 48)
-
-
-def test_places_that_take_no_sheet(tmp_path: Path) -> None:
-    subject = Subject(vit(), CONFIG, tmp_path)
-    (tmp_path / "file").write_text("")
-    for out, says in (
-        ("x.jpg", r"must end in \.png"),
-        ("nofolder", r"must end in \.png"),
-        ("file/x.png", r"cannot write .*x\.png.*--out"),
-        ("a" * 300 + ".png", r"cannot write .*--out"),
-    ):
-        with pytest.raises(ValueError, match=says):
-            AttentionMaps(num_images=1, out=tmp_path / out)(subject)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    told = AttentionMaps(data=str(tmp_path), size=48)(Subject(vit(), CONFIG, tmp_path)).json()
+    assert (told["scores"], told["data"]["images"], told["protocol"]["size"]) == ({}, 1, 48)
 
 
 def test_nothing_is_left_half_written(tmp_path: Path) -> None:

@@ -116,7 +116,14 @@ class PackedSource:
 
     def fingerprint(self) -> str:
         """Of the images' names and sizes in order: archives that were moved keep it."""
-        return Names(bytes(names.digest(), "ascii") for names in self._names).digest(self._size)
+        return self._digest(self._size)
+
+    def stamp(self) -> str:
+        """Of these, and of the archives' sizes and times."""
+        return self._digest(self._size, np.array(self._stamps, np.int64))
+
+    def _digest(self, *more: np.ndarray) -> str:
+        return Names(bytes(names.digest(), "ascii") for names in self._names).digest(*more)
 
     def _place(self, index: int) -> tuple[int, int]:
         """The archive of an image, and its place among the images there."""
