@@ -3,8 +3,12 @@
 import inspect
 import json
 import logging
+import math
 import os
+import shutil
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +20,11 @@ from fastdino import recipes
 from fastdino.config import Config, ConfigError
 from fastdino.distributed import Ranks, init
 from fastdino.eval import EVALUATIONS, Evaluation, Subject
+from fastdino.eval.cache import Cache
 from fastdino.eval.controls import RawPixels
+from fastdino.eval.evaluation import Common, cache_folder
+from fastdino.eval.published import PUBLISHED
+from fastdino.eval.suite import Suite, compare, write_report
 from fastdino.launch import place
 from fastdino.model import build_backbone
 from fastdino.model.network import check_arch
@@ -47,6 +55,9 @@ class Weights:
 def evaluate(arguments: list[str]) -> None:
     """``fastdino eval KIND WEIGHTS``: the flags of a kind are the fields of its dataclass."""
     kind = arguments[0] if arguments else ""
+    if kind in OTHERS:
+        OTHERS[kind](arguments[1:])
+        return
     if kind not in EVALUATIONS:
         asked_for_help = kind in ("-h", "--help")
         print(_usage(), file=sys.stdout if asked_for_help else sys.stderr)
@@ -55,7 +66,7 @@ def evaluate(arguments: list[str]) -> None:
     with_ranks(weights, lambda ranks: run_one(weights, evaluation, ranks))
 
 
-def asked(kind: type[Evaluation], prog: str, arguments: list[str]) -> tuple[Weights, Any]:
+def asked(kind: type[Common], prog: str, arguments: list[str]) -> tuple[Weights, Any]:
     """What the flags say; exits where tyro cannot read them."""
     flat = tyro.conf.arg(name="")
     both: Any = tuple[Annotated[Weights, flat], Annotated[kind, flat]]  # type: ignore[valid-type]
@@ -80,13 +91,22 @@ def run_one(weights: Weights, evaluation: Evaluation, ranks: Ranks) -> None:
     subject = subject_of(weights, evaluation, ranks)
     result = evaluation(subject)
     if ranks.is_main:
-        folder = evaluation.folder(subject)
+        folder = results_folder(evaluation, subject, evaluation.kind)
         told = result.write(folder)
         log.info("%s\nwritten to %s", result.table(), folder)
         print(json.dumps({**told, "out": str(folder)}, indent=2))
 
 
-def subject_of(weights: Weights, evaluation: Evaluation, ranks: Ranks) -> Subject:
+def results_folder(flags: Common, subject: Subject, kind: str) -> Path:
+    """--out, or eval/KIND-DATA beside the weights."""
+    if flags.out is not None:
+        return flags.out.expanduser()
+    words = [word for word in Path(flags.data).parts if word.strip("/.~")][-2:]
+    name = "-".join("".join(c if c.isalnum() or c in "._-" else "_" for c in word) for word in words)
+    return subject.folder / "eval" / f"{kind}-{name or 'data'}"
+
+
+def subject_of(weights: Weights, evaluation: Common, ranks: Ranks) -> Subject:
     """The backbone on this rank's device. Raises ConfigError and WeightsError for what is none."""
     name, step, role = _parts(weights)
     if name == "pixels":
@@ -126,6 +146,74 @@ def _parts(weights: Weights) -> tuple[str, int | None, Literal["teacher", "stude
     return name, step, role
 
 
+def suite(arguments: list[str]) -> None:
+    """``fastdino eval suite WEIGHTS``."""
+    weights, asked_for = asked(Suite, "fastdino eval suite", arguments)
+    asked_for.check([*EVALUATIONS])
+
+    def work(ranks: Ranks) -> None:
+        subject = subject_of(weights, asked_for, ranks)
+        folder = results_folder(asked_for, subject, "suite")
+        kinds = {name: kind for name, kind in EVALUATIONS.items() if kind.in_suite or name in asked_for.only}
+        sections = [*asked_for(subject, kinds, folder)]
+        if ranks.is_main:
+            print(write_report(folder, sections, weights.path, asked_for.data))
+            log.info("the report: %s", folder / "report.html")
+
+    with_ranks(weights, work)
+
+
+def compare_results(one: Path_, other: Path_, /) -> None:
+    """Whether one result is better than another of the same kind and data, by a paired bootstrap over images.
+
+    Args:
+        one: a KIND.json that fastdino eval wrote, beside its KIND.npz.
+        other: another one.
+    """
+    print(json.dumps(compare(one.expanduser(), other.expanduser()), indent=2))
+
+
+def show_cache(cache_dir: Path | None = None, remove: tuple[str, ...] = ()) -> None:
+    """Lists the features that are kept on the disk, the least recently used first, or removes some.
+
+    Args:
+        cache_dir: where they are; default: FASTDINO_CACHE, or ~/.cache/fastdino/features.
+        remove: the first letters of entries' names, or all.
+    """
+    cache = Cache(cache_folder(cache_dir), math.inf)
+    for entry, size, used, manifest in cache.entries():
+        said = f"{manifest.get('weights', 'not finished')} on {manifest.get('data', '?')}"
+        gone = any(name == "all" or entry.name.startswith(name) for name in remove)
+        if gone:
+            shutil.rmtree(entry, ignore_errors=True)
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(used))
+        print(f"{entry.name[:12]}  {size / 1e6:10.1f} MB  {when}  {'removed: ' if gone else ''}{said}")
+
+
+def show_kinds() -> None:
+    """Lists the evaluations: what each asks, what --data has to hold, and what is known of released weights."""
+    for name, kind in EVALUATIONS.items():
+        rows = [row for row in PUBLISHED if row.kind == name]
+        known = f"; released weights with known scores: {len(rows)}" if rows else ""
+        baselines = ", ".join(x.replace("_", " ") for x in kind.controls) or "its own"
+        print(f"{name:12} {(kind.__doc__ or '').splitlines()[0]}")
+        print(f"{'':12} --data: {kind.needs}; baselines: {baselines}{known}")
+
+
+OTHERS: dict[str, Callable[[list[str]], None]] = {
+    "suite": suite,
+    "compare": lambda arguments: tyro.cli(compare_results, args=arguments, prog="fastdino eval compare"),
+    "cache": lambda arguments: tyro.cli(show_cache, args=arguments, prog="fastdino eval cache"),
+    "list": lambda arguments: tyro.cli(show_kinds, args=arguments, prog="fastdino eval list"),
+}
+
+
 def _usage() -> str:
     lines = [f"  {name:12} {(found.__doc__ or '').splitlines()[0]}" for name, found in EVALUATIONS.items()]
-    return "usage: fastdino eval KIND WEIGHTS [flags]\n\nkinds:\n" + "\n".join(lines)
+    more = [
+        "  suite        every evaluation that --data has labels for, as one report",
+        "  compare      A.json B.json: is the difference real?",
+        "  list         what each kind needs, and what is known of released weights",
+        "  cache        features that are kept on the disk",
+    ]
+    return "usage: fastdino eval KIND WEIGHTS [flags]\n\nkinds:\n" + "\n".join([*lines, *more])

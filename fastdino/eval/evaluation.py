@@ -50,15 +50,8 @@ class Subject:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation(ABC):
-    """The base of all evaluations: which images are read, and how."""
-
-    kind: ClassVar[str]
-    """Its name in ``fastdino eval KIND``, and of its files."""
-    needs: ClassVar[str] = "class folders"
-    """What --data has to hold, for a list of the kinds."""
-    controls: ClassVar[tuple[str, ...]] = ("pixels", "random_init")
-    """Baselines that the same judge makes."""
+class Common:
+    """The flags that all evaluations have."""
 
     data: str = "shapes"
     """Images, as --data.root of fastdino train takes them but for mixtures; or shapes."""
@@ -94,6 +87,29 @@ class Evaluation(ABC):
         require(self.batch >= 1, "--batch", self.batch, "at least 1", "a count of images")
         require(self.num_workers >= 0, "--num-workers", self.num_workers, "0 or more", "a count of processes")
         require(self.cache_gb > 0, "--cache-gb", self.cache_gb, "positive", "a size")
+
+    def cache_folder(self) -> Path:
+        """Where features are kept."""
+        return cache_folder(self.cache_dir)
+
+
+def cache_folder(asked: Path | None) -> Path:
+    """Where features are kept unless another place is ``asked`` for."""
+    return Path(asked or os.environ.get("FASTDINO_CACHE") or "~/.cache/fastdino/features").expanduser()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Common, ABC):
+    """The base of all evaluations: which images are read, and how."""
+
+    kind: ClassVar[str]
+    """Its name in ``fastdino eval KIND``, and of its files."""
+    needs: ClassVar[str] = "class folders"
+    """What --data has to hold, for a list of the kinds."""
+    controls: ClassVar[tuple[str, ...]] = ("pixels", "random_init")
+    """Baselines that the same judge makes."""
+    in_suite: ClassVar[bool] = True
+    """It is a part of ``fastdino eval suite``: it needs no flag of its own, and minutes at most."""
 
     @abstractmethod
     def open(self, subject: Subject) -> Any:
@@ -163,20 +179,7 @@ class Evaluation(ABC):
         device, _ = device_and_dtype(subject.backbone)
         return Features(*(x.to(device) for x in found))
 
-    def cache_folder(self) -> Path:
-        """Where features are kept."""
-        default = os.environ.get("FASTDINO_CACHE") or "~/.cache/fastdino/features"
-        return Path(self.cache_dir or default).expanduser()
-
     def protocol(self, subject: Subject, tokens: Tokens = "cls") -> dict[str, Any]:
         """How images are read, for a result."""
         reading = self.reading(subject.config, tokens)
         return {name: getattr(reading, name) for name in ("size", "crop", "normalize", "precision", "tokens")}
-
-    def folder(self, subject: Subject) -> Path:
-        """Where the result goes."""
-        if self.out is not None:
-            return self.out.expanduser()
-        words = [word for word in Path(self.data).parts if word.strip("/.~")][-2:]
-        name = "-".join("".join(c if c.isalnum() or c in "._-" else "_" for c in word) for word in words)
-        return subject.folder / "eval" / f"{self.kind}-{name or 'data'}"
