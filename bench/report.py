@@ -18,13 +18,14 @@ from bench.kernels.case import OURS
 from bench.peers.contenders import PACKED, PER_SIZE
 from bench.pictures.page import renew_pngs, write_page, write_pngs
 from bench.record import H200, RESULTS, ROOT
-from bench.tables import faults, plan
+from bench.tables import faults, plan, suite
+from bench.tables.form import Rows, state, table
+from bench.tables.trials import demo_table, small_table, small_trials_table
 from fastdino.config import ConfigError
 
 MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- bench:(\w+) -->")
 MODEL = ROOT / "fastdino" / "model"
-Rows = list[list[str]]
 # Cases of the compile gate that bench.kernels times at the same sizes: operation, shape, variant.
 HEADLINES = {
     "dino_loss": ("dino_loss", "10,2,64,65536,bf16", OURS),
@@ -105,9 +106,10 @@ def step_table(results: Path) -> str:
     return _by_device(results, "step", _step_rows)
 
 
-def faults_table(document: dict[str, Any]) -> str:
-    """Faults that struck trainings, and what became of them."""
-    return f"{_state(document['provenance'])}\n\n{_table(faults.HEADER, [*faults.rows(document['cases'])])}"
+def recorded(file: Path, of: Any) -> str:
+    """What a module of bench.tables makes of its file."""
+    document = json.loads(file.read_text())
+    return f"{of.caption(document)}{state(document['provenance'])}\n\n{table(of.HEADER, [*of.rows(document)])}"
 
 
 def counts_table(results: Path) -> str:
@@ -120,7 +122,7 @@ def counts_table(results: Path) -> str:
         size = [_megabytes(c[key]) if key in c else "-" for key in ("aten_bytes", "saved_bytes")]
         rows.append([case, *totals, *size])
     header = ["one step", "host syncs", "collectives", "Triton launches", "aten calls", "in graphs"]
-    return _table([*header, "aten MB", "saved MB"], rows)
+    return table([*header, "aten MB", "saved MB"], rows)
 
 
 def compile_table(results: Path) -> str:
@@ -134,8 +136,8 @@ def compile_table(results: Path) -> str:
             figures = [f"{here['registers']}", f"{here['spills']}", f"{here['instructions_per_element']:.1f}"]
             rows.append([f"`{case}`", f"`{kernel}`", *figures, *times, bound["bound"]])
     header = ["case", "kernel", "registers", "spills", "instructions per element"]
-    table = _table([*header, "memory us", "issue us", "exp us", "bound by"], rows)
-    return f"{table}\n{_table(['case', 'bounds together, us', 'measured, us'], _predicted(document, results))}"
+    found = table([*header, "memory us", "issue us", "exp us", "bound by"], rows)
+    return f"{found}\n{table(['case', 'bounds together, us', 'measured, us'], _predicted(document, results))}"
 
 
 def _predicted(document: dict[str, Any], results: Path) -> Rows:
@@ -148,59 +150,6 @@ def _predicted(document: dict[str, Any], results: Path) -> Rows:
         measured = f"{1e3 * found['milliseconds']:.1f}" if found else "not measured"
         rows.append([f"`{case}`", f"{together:.1f}", measured])
     return rows
-
-
-def demo_table(results: Path) -> str:
-    """What the demo found, a row for each run."""
-    document = json.loads((results / "demo.json").read_text())
-    rows = []
-    for case in document["cases"]:
-        knn = [f"{case[f'knn_{of}']:.1f}" for of in ("teacher", "random_init", "raw_pixels_standardised")]
-        iou = [f"{case[f'attention_iou_{of}']:.2f}" for of in ("teacher", "random_init")]
-        miou = [f"{case[f'patch_miou{of}']:.1f}" for of in ("", "_random_init", "_raw_pixels")]
-        rows.append([_settings(case), str(case["seed"]), *knn, *iou, *miou])
-    header = ["settings", "seed", "k-NN teacher, %", "random init", "pixels, standardised"]
-    header += ["attention IoU teacher", "random init", "patch mIoU teacher, %", "random init", "pixels"]
-    return f"{_ran(document['provenance'])}\n\n{_table(header, rows)}"
-
-
-def small_table(results: Path) -> str:
-    """What the recipe ``small`` learned, beside pixels and the random start."""
-    columns = {"first_knn_5": "the first 2,000, k = 5", "first_knn_20": "k = 20", "rankme": "RankMe", "steps": "steps"}
-    return _small_table(results / "small-cpu.json", {**columns, "seconds": "seconds"})
-
-
-def small_trials_table(results: Path) -> str:
-    """The search for the recipe ``small``: what other settings learned."""
-    return _small_table(results / "small-trials-cpu.json", {"rankme": "RankMe", "steps": "steps"})
-
-
-def _small_table(file: Path, columns: dict[str, str]) -> str:
-    if not file.exists():
-        return "Not measured yet.\n"
-    document = json.loads(file.read_text())
-    columns = {"knn_5": "k-NN, k = 5, %", "knn_20": "k = 20", **columns}
-    rows, starts = [], set()
-    for case in document["cases"]:
-        if case["features"] == "random start":  # that of most trials is the recipe's
-            if case["rankme"] in starts:
-                continue
-            starts.add(case["rankme"])
-        run = ["", ""] if case["seed"] is None else [_settings(case), str(case["seed"])]
-        kinds = {name: ".0f" if name in ("steps", "seconds") else ".1f" for name in columns}
-        rows.append([case["features"], *run, *(format(case[n], kinds[n]) if n in case else "" for n in columns)])
-    header = ["features", "settings", "seed", *columns.values()]
-    return f"{_ran(document['provenance'])}\n\n{_table(header, rows)}"
-
-
-def _settings(case: dict[str, Any]) -> str:
-    return f"`{case['flags']}`" if case["flags"] else "the recipe's"
-
-
-def _ran(where: dict[str, Any]) -> str:
-    """Of a gate's file: what wrote it, its command without the trials, which the rows have."""
-    command = where["command"].split("; ")[0]
-    return f"`{command}` and its trials on {where['device']}; {_state(where)}."
 
 
 def ceilings_table(results: Path) -> str:
@@ -219,7 +168,7 @@ def choices_table(results: Path) -> str:
     views = {gpu: "packed" if whole else "a pass per size" for gpu, whole in packed.items()}
     gpus = sorted(attention.keys() | views.keys())
     rows = [[gpu, *(found.get(gpu, "not measured") for found in (attention, views))] for gpu in gpus]
-    return _table(["GPU", "attention", "views"], rows) if rows else NOT_MEASURED
+    return table(["GPU", "attention", "views"], rows) if rows else NOT_MEASURED
 
 
 def rewritten_code(text: str, choice: Choice, results: Path) -> str:
@@ -268,10 +217,9 @@ def data_table(results: Path) -> str:
     what = f"{files['width']} x {files['height']} pixels in {1e-3 * files['mean_bytes']:.0f} kB"
     by = f"; views by {where['views']}" if "views" in where else ""
     caption = (
-        f"{where['device']}{by}; {versions}; {_state(where)}. "
-        f"JPEG files of {what}; views of {document['views']} pixels."
+        f"{where['device']}{by}; {versions}; {state(where)}. JPEG files of {what}; views of {document['views']} pixels."
     )
-    return f"{caption}\n\n{_table(['stage', 'by', 'images/s', 'per core', 'time / ours'], rows)}"
+    return f"{caption}\n\n{table(['stage', 'by', 'images/s', 'per core', 'time / ours'], rows)}"
 
 
 def _cases(file: Path) -> dict[tuple[str, str], dict[str, Any]]:
@@ -292,8 +240,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "attention": attention_table,
     "choices": choices_table,
     "data": data_table,
-    "faults": lambda results: faults_table(json.loads((results / "faults-cpu.json").read_text())),
-    "plan": lambda results: f"{plan.commands()}\n\n{_table(plan.HEADER, [*plan.rows()])}",
+    "faults": lambda results: recorded(results / "faults-cpu.json", faults),
+    "suite": lambda results: recorded(results / "suite-cpu.json", suite),
+    "plan": lambda results: f"{plan.commands()}\n\n{table(plan.HEADER, [*plan.rows()])}",
 }
 
 
@@ -304,19 +253,14 @@ def _by_device(results: Path, bench: str, rows_of: Callable[..., tuple[list[str]
     for file in sorted(files, key=lambda file: file.stem == f"{bench}-cpu"):
         document = json.loads(file.read_text())
         on_gpu = file.stem != f"{bench}-cpu"
-        parts.append(f"{_caption(document['provenance'], on_gpu)}\n\n{_table(*rows_of(document, on_gpu))}")
+        parts.append(f"{_caption(document['provenance'], on_gpu)}\n\n{table(*rows_of(document, on_gpu))}")
     return "\n".join(parts)
 
 
 def _caption(where: dict[str, Any], on_gpu: bool) -> str:
     versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "triton", "lightly", "timm"))
     meaning = f"driver {where['driver']}" if on_gpu else "processor time of one thread; kernels run as their references"
-    return f"{where['device']} ({meaning}). {versions}; {_state(where)}."
-
-
-def _state(where: dict[str, Any]) -> str:
-    """Commit and day."""
-    return f"commit {where['commit'][:9]}{' with changes' if where['dirty'] else ''}, {where['date'][:10]}"
+    return f"{where['device']} ({meaning}). {versions}; {state(where)}."
 
 
 def _kernel_rows(document: dict[str, Any], on_gpu: bool) -> tuple[list[str], Rows]:
@@ -388,11 +332,6 @@ def _times(figures: dict[str, Any]) -> str:
 
 def _megabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:.3g}" if num_bytes < 1e9 else f"{num_bytes / 1e6:,.0f}"
-
-
-def _table(header: list[str], rows: Rows) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ instead and adds their figures to the file; the flags are those of ``fastdino tr
 The pictures are the first 10,000 of Fashion-MNIST's training set and its 10,000 test pictures (Xiao et al. 2017), of
 which figures of the first 2,000 stand beside. ``--validation`` judges by 6,000 others of the training set, on which
 settings are chosen, and records bench/results/small-trials-cpu.json. Debian's package dataset-fashion-mnist puts its
-files where ``--source`` looks.
+files where ``--source`` looks; ``--write DIR`` unpacks 10,000 and 2,000 of its pictures and does no more.
 """
 
 import gzip
@@ -50,7 +50,14 @@ def main() -> int:
     parser.add_argument("--validation", action="store_true", help="judge by pictures on which settings are chosen")
     parser.add_argument("--source", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--out", type=Path, help="the file of results")
+    parser.add_argument(
+        "--write", type=Path, metavar="DIR", help="only write train/ and the first 2,000 of test/ to DIR"
+    )
     options = parser.parse_args()
+    if options.write:
+        with whole_folder(options.write, set()) as folder:
+            write_pictures(options.source, folder, "test", FIRST)
+        return 0
     judged, file = ("val", "small-trials-cpu.json") if options.validation else ("test", "small-cpu.json")
     pictures = options.dir / f"fashion-mnist-{judged}"
     if not pictures.exists():
@@ -65,13 +72,16 @@ def main() -> int:
     )
 
 
-def write_pictures(source: Path, folder: Path, judged: str) -> None:
-    """Class folders of PNG files below ``folder``/train and ``folder``/``judged``, from the files in ``source``."""
+def write_pictures(source: Path, folder: Path, judged: str, most: int | None = None) -> None:
+    """Class folders of PNG files below ``folder``/train and ``folder``/``judged``, from the files in ``source``.
+
+    ``most``: of those that are judged the first so many.
+    """
     for split in ("train", judged):
         stem, taken = SPLITS[split]
         pixels = _read(source / f"{stem}-images-idx3-ubyte.gz", header=16).reshape(-1, 28, 28)
         labels = _read(source / f"{stem}-labels-idx1-ubyte.gz", header=8)
-        for index in taken:
+        for index in taken[:most] if split == judged else taken:
             path = folder / split / str(labels[index]) / f"{index:05}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels[index]).save(path)

@@ -79,7 +79,7 @@ def write_report(folder: Path, sections: list[Section], weights: str, data: str)
         reasons = "; ".join(f"{section.kind}: {section.reason}" for section in sections)
         raise ConfigError(f"{data} has labels for no evaluation. {reasons}")
     title = f"What the features of {weights} are worth on {data}"
-    rows = [row for section in sections if section.told for row in _rows(section.told)]
+    rows = [row for section in sections if section.told for row in rows_of(section.told)]
     table = "\n".join(["| " + " | ".join(row) + " |" for row in (HEADER, ["---"] * len(HEADER), *rows)])
     content = {
         "report.json": json.dumps({section.kind: section.told or {"left_out": section.reason} for section in sections}),
@@ -115,7 +115,7 @@ def compare(one: Path, other: Path) -> dict[str, Any]:
     }
 
 
-def _rows(told: dict[str, Any]) -> Iterator[list[str]]:
+def rows_of(told: dict[str, Any]) -> Iterator[list[str]]:
     """A table's rows of a result: the headline with what it is compared with, then the other scores."""
     for name, score in told["scores"].items():
         first = name == told["headline"]

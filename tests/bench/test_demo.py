@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench.gates import demo
-from bench.report import demo_table
+from bench.tables.trials import demo_table
 from fastdino import demo as run
 
 SHORT = "--data.num-images 64 --data.image-size 24 --data.num-workers 0 --views.global-size 24 --views.local-size 12"

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench import compare, record, report
+from bench import compare, record
+from bench.tables import form
 from tests.bench.conftest import Python
 
 CPU = torch.device("cpu")
@@ -31,7 +32,7 @@ def test_no_figure_is_lost_for_want_of_a_commit(capsys: pytest.CaptureFixture[st
     for _ in range(2):
         where = record.provenance(CPU, "bench.x")
         assert (where["commit"], where["dirty"]) == ("unknown", None)
-    assert report._state(where).startswith("commit unknown, ")
+    assert form.state(where).startswith("commit unknown, ")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("git rev-parse: unknown, because ")
 
@@ -43,7 +44,7 @@ def test_a_copy_without_git_is_told_its_commit(
     monkeypatch.setenv("FASTDINO_COMMIT", "0" * 40)
     where = record.provenance(CPU, "bench.x")
     assert (where["commit"], where["dirty"]) == ("0" * 40, None)
-    assert report._state(where).startswith("commit 000000000, ")
+    assert form.state(where).startswith("commit 000000000, ")
     assert not capsys.readouterr().err
 
 
