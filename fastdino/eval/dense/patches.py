@@ -6,7 +6,7 @@ needs what training teaches.
 
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -22,8 +22,11 @@ from fastdino.config.errors import require
 from fastdino.data.benchmarks.class_folders import BANK_SEED, TEST_SEED
 from fastdino.data.sources.shapes import CLASSES, ShapesSource, check_shows_shapes
 from fastdino.data.views import normalize
+from fastdino.eval.dense.pictures.pca import colors
+from fastdino.eval.dense.segment.miou import mean_iou
+from fastdino.eval.dense.tokens import Read, tokens_of
 from fastdino.eval.evaluation import Evaluation, Subject
-from fastdino.eval.features import Reading, Tokens, check_size, device_and_dtype, evaluating, our_vit
+from fastdino.eval.features import Reading, Tokens, check_size, device_and_dtype, our_vit
 from fastdino.eval.intervals import Score
 from fastdino.eval.pictures import SHEET_ROWS, new_figure
 from fastdino.eval.result import Found, Picture
@@ -32,8 +35,6 @@ from fastdino.model.vit import ViT
 
 NUM_CLASSES = 1 + len(CLASSES)  # 0 is the background, an object's class its label + 1
 RIDGE = 1e-3  # penalty of a weight, in variances of its feature
-
-Read = Callable[[Tensor], Tensor]  # uint8 (B, 3, s, s) on the CPU -> (B, rows, columns, D)
 
 
 class Patches(NamedTuple):
@@ -94,25 +95,6 @@ def fit_probe(batches: Iterator[tuple[Tensor, Tensor]], counts: Tensor) -> Probe
     return Probe(weight, prior - (origin + mean) @ weight)
 
 
-def mean_iou(confusion: Tensor) -> float:
-    """Mean intersection over union of the classes that occur, from (C, C) counts by true and by given class."""
-    both = confusion.diagonal().double()
-    union = confusion.sum(0) + confusion.sum(1) - both
-    return (both / union)[union > 0].mean().item()
-
-
-def tokens_of(vit: ViT, reading: Reading) -> Read:
-    """Its patches after the final norm, on its device."""
-    device, dtype = device_and_dtype(vit)
-
-    def read(images: Tensor) -> Tensor:
-        x = normalize(images.to(device), reading.normalize).to(dtype)
-        with evaluating(vit), torch.autocast(device.type, torch.bfloat16, enabled=reading.precision == "bf16"):
-            return vit.patch_tokens(x)
-
-    return read
-
-
 def raw_pixels(patch: int, reading: Reading) -> Read:
     """Every pixel of a patch as the network is shown it."""
     return lambda images: F.pixel_unshuffle(normalize(images, reading.normalize), patch).movedim(1, -1)
@@ -124,22 +106,6 @@ def fresh_vit(vit: ViT, model: ModelConfig, seed: int) -> ViT:
     grid = rows * vit.patch_size, columns * vit.patch_size
     fresh = build_backbone(replace(model, attention="auto"), grid, seed=seed)
     return our_vit(fresh, "patch tokens").to(*device_and_dtype(vit))
-
-
-def colors(tokens: Tensor) -> Tensor:
-    """(n, rows, columns, D) -> the same with 3 for D, fp64 in [0, 1]: red, green and blue by principal components.
-
-    Each component from its 2nd to its 98th percentile, the sign of its largest weight positive.
-    """
-    x = tokens.double().flatten(0, 2)
-    x = x - x.mean(0)
-    _, directions = torch.linalg.eigh(x.T @ x)  # the last has the largest variance
-    directions = directions[:, -3:].flip(1)
-    largest = directions.gather(0, directions.abs().argmax(dim=0, keepdim=True))
-    found = x @ (directions * largest.sign())
-    low, high = found.quantile(0.02, dim=0), found.quantile(0.98, dim=0)
-    scaled = (found - low) / (high - low).clamp(min=1e-12)
-    return scaled.clamp(0, 1).view(*tokens.shape[:3], 3)
 
 
 def draw_patches(path: Path, shown: Patches, tokens: Tensor, told: Tensor) -> None:

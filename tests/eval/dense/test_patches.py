@@ -21,14 +21,12 @@ from fastdino.eval.dense.patches import (
     Patches,
     PatchProbe,
     Probe,
-    colors,
     fit_probe,
     fresh_vit,
-    mean_iou,
     raw_pixels,
     render,
-    tokens_of,
 )
+from fastdino.eval.dense.tokens import tokens_of
 from fastdino.model import ViT
 
 CONFIG = Config(
@@ -93,17 +91,6 @@ def test_a_rare_class_is_told():
     probe = fit_probe(iter([(tokens, classes)]), classes.bincount())
     assert (probe(tokens)[:30] == 1).float().mean() > 0.8
     assert (probe(tokens)[30:] == 0).float().mean() > 0.8
-
-
-def test_mean_iou_by_hand():
-    """Of class 0 three of 4 found and one too many, of class 1 two of 3 and one too many; there is no class 2."""
-    truth, told = [0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 1, 0]
-    confusion = torch.zeros(3, 3, dtype=torch.int64)
-    for pair in zip(truth, told, strict=True):
-        confusion[pair] += 1
-    assert mean_iou(confusion) == pytest.approx((3 / 5 + 2 / 4) / 2)
-    confusion[1, 2] = 1  # what is told of a class that does not occur is wrong twice
-    assert mean_iou(confusion) == pytest.approx((3 / 5 + 2 / 5 + 0) / 3)
 
 
 # ----------------------------------------------------------------------------------------------------------- patches
@@ -171,30 +158,6 @@ def test_tokens_that_tell_all_score_1_and_tokens_that_tell_nothing_a_prior(batch
     score, told = evaluation.probe(lambda images: torch.zeros(len(images), 3, 3, 2), train, test)
     assert len(told.unique()) == 1, "classes weigh alike, so any one"
     assert 0 < score < 2 / NUM_CLASSES**2
-
-
-# ----------------------------------------------------------------------------------------------------------- picture
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_colors_are_the_principal_components(seed):
-    """Of tokens that vary along three known directions, the most along the first."""
-    rng = torch.Generator().manual_seed(seed)
-    values = torch.rand(2, 4, 5, 3, generator=rng).double() * torch.tensor([9.0, 3.0, 1.0])
-    basis = torch.linalg.qr(torch.randn(7, 3, generator=rng, dtype=torch.float64))[0].T
-    found = colors(values @ basis + 5)
-    assert found.shape == (2, 4, 5, 3)
-    assert found.min() == 0
-    assert found.max() == 1
-    for component in range(3):
-        pair = torch.stack([found[..., component].flatten(), values[..., component].flatten()])
-        largest = basis[component][basis[component].abs().argmax()]
-        assert torch.corrcoef(pair)[0, 1] * largest.sign() > 0.85
-    torch.testing.assert_close(colors(3 * (values @ basis) - 8), found)
-
-
-def test_colors_of_equal_tokens():
-    assert colors(torch.ones(1, 2, 2, 5)).isfinite().all()
 
 
 # --------------------------------------------------------------------------------------------------- random features

@@ -1,0 +1,121 @@
+"""Images become the tokens of their patches, a batch at a time: what every dense evaluation reads."""
+
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastdino.config import DataConfig
+from fastdino.data.benchmarks.masks import Masked
+from fastdino.data.draws import sample
+from fastdino.data.sources.composed import Subset
+from fastdino.data.sources.decode import BadImage, image_endings
+from fastdino.data.sources.folder import FileSource
+from fastdino.data.sources.opening import open_part
+from fastdino.data.sources.source import Source
+from fastdino.data.views import normalize
+from fastdino.data.views.evaluation import whole_view
+from fastdino.eval.features import EvaluationError, Reading, check_size, device_and_dtype, evaluating
+from fastdino.model.vit import ViT
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+Read = Callable[[Tensor], Tensor]  # uint8 (B, C, s, s) -> (B, rows, columns, D)
+
+
+class Shown(NamedTuple):
+    """Images as the network sees them: the whole of each, squeezed to a square."""
+
+    indices: list[int]
+    """Places in the source."""
+    pixels: Tensor
+    """uint8 (B, C, s, s)."""
+    sizes: list[tuple[int, int]]
+    """Width and height of each before."""
+    masks: list[np.ndarray]
+    """uint8 (height, width) of each; none where the source has none."""
+
+
+def tokens_of(vit: ViT, reading: Reading) -> Read:
+    """Its patches after the final norm, on its device."""
+    device, dtype = device_and_dtype(vit)
+
+    def read(images: Tensor) -> Tensor:
+        x = normalize(images.to(device), reading.normalize).to(dtype)
+        with evaluating(vit), torch.autocast(device.type, torch.bfloat16, enabled=reading.precision == "bf16"):
+            return vit.patch_tokens(x)
+
+    return read
+
+
+def in_whole_patches(vit: ViT, reading: Reading) -> Reading:
+    """The same at the nearest size that patches tile, which the log says. Raises EvaluationError for another reason
+    that the backbone cannot take it."""
+    patch = vit.patch_size
+    size = max(1, round(reading.size / patch)) * patch
+    if size != reading.size:
+        log.info("images of %d pixels: %d do not divide into patches of %d", size, reading.size, patch)
+    reading = replace(reading, size=size)
+    check_size(vit, reading)
+    return reading
+
+
+def open_images(data: str, config: DataConfig, num_images: int, seed: int) -> Source:
+    """At most ``num_images`` images, drawn, of what --data names; or the one image that it is.
+
+    Raises ConfigError as :func:`open_part` does.
+    """
+    path = Path(os.path.expanduser(data))
+    if os.path.isfile(path) and os.fsencode(path.suffix.lower()) in image_endings(config.takes_arrays):
+        return FileSource(os.fsencode(path.parent), [os.fsencode(path.name)], np.full(1, -1, np.int32), config)
+    source = open_part(data, config)
+    return Subset(source, sample(seed, num_images, len(source)))
+
+
+def shown(
+    source: Source | Masked, size: int, batch: int, indices: Sequence[int] | None = None, masks: bool = False
+) -> Iterator[Shown]:
+    """The images of ``source``, all or those at ``indices``, in batches; with ``masks`` also these.
+
+    One batch is read while another is worked on, and no more are held. Raises EvaluationError that names an image or a
+    mask that cannot be read.
+    """
+    mask_of: Any = getattr(source, "mask", None)
+
+    def load(index: int) -> tuple[Tensor, tuple[int, int], np.ndarray | None]:
+        image = source.read(index)[0]
+        mask = mask_of(index) if masks else None
+        return whole_view(image, size), (image.shape[1], image.shape[0]), mask
+
+    places = list(range(len(source)) if indices is None else indices)
+    chunks = [places[start : start + batch] for start in range(0, len(places), batch)]
+    loaded = _ahead(lambda chunk: [load(index) for index in chunk], chunks)
+    bar = tqdm(chunks, desc="images", unit="batch", leave=False, disable=None)
+    try:
+        for chunk, rows in zip(bar, loaded, strict=True):
+            pixels, sizes, found = zip(*rows, strict=True)
+            yield Shown(chunk, torch.stack(pixels), list(sizes), [mask for mask in found if mask is not None])
+    except BadImage as error:
+        raise EvaluationError(f"{error}: mend or delete it") from error
+
+
+def _ahead(work: Callable[[list[int]], T], chunks: list[list[int]]) -> Iterator[T]:
+    """``work`` of each chunk, of the next one meanwhile. One thread: a source need not be read by two at once."""
+    with ThreadPoolExecutor(1) as pool:
+        coming: deque[Future[T]] = deque()
+        for chunk in chunks:
+            coming.append(pool.submit(work, chunk))
+            if len(coming) > 1:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()

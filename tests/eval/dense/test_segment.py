@@ -1,0 +1,179 @@
+"""Segmentation: mIoU, neighbours, clusters, the linear head on answers worked out by hand; the whole evaluation."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdino.data.benchmarks.masks import VOID
+from fastdino.eval.dense.segment import linear
+from fastdino.eval.dense.segment.clusters import fit_clusters, match
+from fastdino.eval.dense.segment.in_context import Examples, class_shares, collect, in_context
+from fastdino.eval.dense.segment.linear import Head, Recipe, fit_head, pixel_loss
+from fastdino.eval.dense.segment.miou import confusion, mean_iou, overlaps
+from fastdino.eval.features import EvaluationError
+
+# -------------------------------------------------------------------------------------------------------------- mIoU
+
+
+def test_confusion_and_miou_by_hand() -> None:
+    """Of the four pixels one is VOID. Class 0: one of two found, none too many. Class 1: found, and one too many."""
+    truth, told = torch.tensor([[0, 0], [1, VOID]], dtype=torch.uint8), torch.tensor([[0, 1], [1, 0]])
+    found = confusion(truth, told, 3)
+    assert found.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 0]]
+    both, union = overlaps(found)
+    assert (both.tolist(), union.tolist()) == ([1, 1, 0], [2, 2, 0])
+    assert mean_iou(found) == 0.5
+
+
+def test_mean_iou_by_hand():
+    """Of class 0 three of 4 found and one too many, of class 1 two of 3 and one too many; there is no class 2."""
+    truth, told = [0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 1, 0]
+    confusion = torch.zeros(3, 3, dtype=torch.int64)
+    for pair in zip(truth, told, strict=True):
+        confusion[pair] += 1
+    assert mean_iou(confusion) == pytest.approx((3 / 5 + 2 / 4) / 2)
+    confusion[1, 2] = 1  # what is told of a class that does not occur is wrong twice
+    assert mean_iou(confusion) == pytest.approx((3 / 5 + 2 / 5 + 0) / 3)
+
+
+# --------------------------------------------------------------------------------------------------------- in context
+
+
+def test_shares_of_classes_in_a_patch() -> None:
+    """2 x 3 patches of 2 pixels; VOID pixels are not counted."""
+    mask = torch.tensor(
+        [[0, 0, 1, 1, VOID, VOID], [0, 2, 1, VOID, VOID, VOID], [0, 1, 2, 2, 2, 2], [1, 2, 2, 2, 2, 2]],
+        dtype=torch.uint8,
+    )
+    found = class_shares(torch.stack([mask, torch.zeros_like(mask)]), 2, 3)
+    assert found.shape == (2, 2, 3, 3)
+    assert found[0, 0].tolist() == [[0.75, 0, 0.25], [0, 1, 0], [0, 0, 0]]
+    assert found[0, 1].tolist() == [[0.25, 0.5, 0.25], [0, 0, 1], [0, 0, 1]]
+    assert found[1].tolist() == [[[1, 0, 0]] * 3] * 2
+
+
+def test_neighbours_by_hand() -> None:
+    """cos 1, .8 and 0 to three examples: at temperature .2 two neighbours weigh e^5 : e^4."""
+    examples = Examples(torch.tensor([[1.0, 0], [0.8, 0.6], [0, 1]]), torch.eye(3))
+    found = in_context(torch.tensor([[[5.0, 0]]]), examples, neighbours=2, temperature=0.2)
+    e = np.exp(1)
+    np.testing.assert_allclose(found, [[[e / (1 + e), 1 / (1 + e), 0]]], rtol=1e-5)
+    every = in_context(torch.tensor([5.0, 0])[None], examples, neighbours=30, temperature=0.2)
+    assert every.sum().item() == pytest.approx(1), "no more neighbours than examples"
+
+
+def test_neighbours_do_not_depend_on_how_many_are_asked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws = torch.Generator().manual_seed(0)
+    examples = Examples(
+        F.normalize(torch.randn(40, 6, generator=draws), dim=-1), torch.rand(40, 3, generator=draws).softmax(-1)
+    )
+    queries = torch.randn(5, 4, 6, generator=draws)
+    whole = in_context(queries, examples)
+    assert whole.shape == (5, 4, 3)
+    monkeypatch.setattr("fastdino.eval.dense.segment.in_context._AT_ONCE", 300)
+    torch.testing.assert_close(in_context(queries, examples), whole)
+
+
+class Painted:
+    """Images of 3 x 3 patches of 4 pixels, each of the gray level of its class: who sees gray knows all."""
+
+    def __init__(self, count: int, seed: int = 0, void: bool = False) -> None:
+        draws = np.random.default_rng(seed)
+        self.truth = draws.integers(0, 3, (count, 3, 3)).astype(np.uint8)
+        self.void, self.classes = void, ["a", "b", "c"]
+
+    def __len__(self) -> int:
+        return len(self.truth)
+
+    def read(self, index: int, room: Any = None) -> tuple[np.ndarray, int]:
+        gray = self.truth[index].repeat(4, 0).repeat(4, 1)
+        return np.repeat(gray[..., None], 3, axis=2), -1
+
+    def mask(self, index: int) -> np.ndarray:
+        mask = self.truth[index].repeat(4, 0).repeat(4, 1)
+        if self.void:
+            mask[:, :4] = VOID
+        return mask
+
+    def name(self, index: int) -> str:
+        return f"painted {index}"
+
+    def fingerprint(self) -> str:
+        return "painted"
+
+
+def one_hot(images: Tensor) -> Tensor:
+    """(B, 3, 12, 12) -> (B, 3, 3, 3)."""
+    return F.one_hot(images[:, 0, ::4, ::4].long(), 3).float()
+
+
+@pytest.mark.parametrize("batch", [2, 64])
+@pytest.mark.parametrize("most", [7, 30, 10_000])
+def test_examples_are_capped_and_drawn_from_every_image(most: int, batch: int) -> None:
+    """They do not depend on the batch, and patches that are VOID are none of them."""
+    source = Painted(10, void=True)
+    found = collect(one_hot, source, 12, 4, batch=batch, most=most)
+    assert len(found.tokens) == {7: 7, 30: 30, 10_000: 60}[most]
+    assert (found.classes.sum(-1) - 1).abs().max() < 1e-6
+    assert torch.equal(found.tokens, collect(one_hot, source, 12, 4, batch=3, most=most).tokens)
+    if most == 30:
+        assert not torch.equal(found.tokens, collect(one_hot, source, 12, 4, batch=batch, most=most, seed=1).tokens)
+
+
+# ---------------------------------------------------------------------------------------------------------- clusters
+
+
+def test_clusters_are_named_by_hand() -> None:
+    """Clusters 0 and 1 both have most pixels of class 0: one to one, the other takes what is left; or both take it."""
+    clusters = torch.tensor([0, 0, 0, 1, 1, 1, 2])
+    classes = F.one_hot(torch.tensor([0, 0, 0, 0, 0, 1, 2]), 3).float()
+    assert match(clusters, classes, 3).tolist() == [0, 1, 2]
+    assert match(clusters, classes[:, [1, 0, 2]], 3).tolist() == [1, 0, 2]
+    assert match(clusters, classes, 4)[:3].tolist() == [0, 0, 2]
+
+
+@pytest.mark.parametrize("num_clusters", [3, 6])
+def test_far_clusters_tell_all(num_clusters: int) -> None:
+    draws = torch.Generator().manual_seed(0)
+    classes = torch.arange(60) % 3
+    tokens = F.normalize(torch.eye(3)[[2, 0, 1]][classes] + 0.05 * torch.randn(60, 3, generator=draws), dim=-1)
+    tell = fit_clusters(Examples(tokens, F.one_hot(classes, 3).float()), num_clusters)
+    assert torch.equal(tell(9 * tokens.view(3, 4, 5, 3)).argmax(-1).flatten(), classes)
+    with pytest.raises(EvaluationError, match=r"--clusters=61 of 60 patches"):
+        fit_clusters(Examples(tokens, F.one_hot(classes, 3).float()), 61)
+
+
+# ------------------------------------------------------------------------------------------------------- linear head
+
+
+def test_loss_by_hand() -> None:
+    """Two patches side by side, as many pixels as patches: log(1 + e^-1) each; VOID has none."""
+    scores = torch.tensor([[[[1.0, 0], [0, 1.0]]]])
+    loss = float(np.log(1 + np.exp(-1)))
+    assert pixel_loss(scores, torch.tensor([[[0, 1]]], dtype=torch.uint8)).item() == pytest.approx(loss)
+    assert pixel_loss(scores, torch.tensor([[[1, VOID]]], dtype=torch.uint8)).item() == pytest.approx(1 + loss)
+    assert pixel_loss(scores, torch.full((1, 1, 2), VOID, dtype=torch.uint8)).item() == 0
+
+
+def test_the_head_is_batch_norm_and_a_linear_layer() -> None:
+    head, tokens = Head(4, 3), torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0)) * 7 + 3
+    flat = tokens.view(-1, 4)
+    normed = (flat - flat.mean(0)) / (flat.var(0, correction=0) + 1e-5).sqrt()
+    torch.testing.assert_close(head(tokens).view(-1, 3), normed @ head.linear.weight.T)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_head_learns_what_patches_tell(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same from memory as from images that are read again, but for the rounding of tokens."""
+    if not kept:
+        monkeypatch.setattr(linear, "KEPT_BYTES", 0)
+    source, test = Painted(20, void=True), Painted(5, seed=1)
+    head = fit_head(one_hot, source, 12, Recipe(60, lr=0.1, batch=8))
+    assert not head.training
+    pixels = torch.stack([torch.from_numpy(test.read(i)[0]) for i in range(5)]).permute(0, 3, 1, 2)
+    told = head(one_hot(pixels)).argmax(-1)
+    assert np.array_equal(told, test.truth)
