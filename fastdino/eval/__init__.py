@@ -1,7 +1,7 @@
 """Evaluation of frozen features."""
 
 from fastdino.eval.classify.knn import KNeighbors, Knn
-from fastdino.eval.dense.attention_maps import AttentionMaps, best_head_iou, draw_sheet, head_maps, keep_mass
+from fastdino.eval.dense.attention_maps import AttentionMaps, head_maps, keep_mass
 from fastdino.eval.dense.patches import PatchProbe
 from fastdino.eval.evaluation import Evaluation, Subject
 from fastdino.eval.features import EvaluationError, Features, Reading, extract
@@ -20,8 +20,6 @@ __all__ = [
     "PatchProbe",
     "Reading",
     "Subject",
-    "best_head_iou",
-    "draw_sheet",
     "extract",
     "head_maps",
     "keep_mass",

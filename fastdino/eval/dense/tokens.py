@@ -1,20 +1,19 @@
 """Images become the tokens of their patches, a batch at a time: what every dense evaluation reads."""
 
-import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastdino.config import DataConfig
+from fastdino.config import Config, DataConfig
 from fastdino.data.benchmarks.masks import Masked
 from fastdino.data.draws import sample
 from fastdino.data.sources.composed import Subset
@@ -24,10 +23,18 @@ from fastdino.data.sources.opening import open_part
 from fastdino.data.sources.source import Source
 from fastdino.data.views import normalize
 from fastdino.data.views.evaluation import whole_view
-from fastdino.eval.features import EvaluationError, Reading, check_size, device_and_dtype, evaluating
+from fastdino.eval.evaluation import Evaluation, Subject
+from fastdino.eval.features import (
+    EvaluationError,
+    Reading,
+    Tokens,
+    check_size,
+    device_and_dtype,
+    evaluating,
+    our_vit,
+)
 from fastdino.model.vit import ViT
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 Read = Callable[[Tensor], Tensor]  # uint8 (B, C, s, s) -> (B, rows, columns, D)
@@ -58,16 +65,39 @@ def tokens_of(vit: ViT, reading: Reading) -> Read:
     return read
 
 
-def in_whole_patches(vit: ViT, reading: Reading) -> Reading:
-    """The same at the nearest size that patches tile, which the log says. Raises EvaluationError for another reason
-    that the backbone cannot take it."""
-    patch = vit.patch_size
-    size = max(1, round(reading.size / patch)) * patch
-    if size != reading.size:
-        log.info("images of %d pixels: %d do not divide into patches of %d", size, reading.size, patch)
-    reading = replace(reading, size=size)
-    check_size(vit, reading)
-    return reading
+@dataclass(frozen=True, kw_only=True)
+class Dense(Evaluation):
+    """The base of the evaluations of patches: the whole image is squeezed to a square of whole patches."""
+
+    controls: ClassVar[tuple[str, ...]] = ("random_init",)
+    zoom: ClassVar[int] = 1
+    """The default of --size, in sides of a global view."""
+
+    def reading(self, config: Config, tokens: Tokens = "cls") -> Reading:
+        """As of every evaluation, but at the nearest size that patches tile."""
+        reading, patch = super().reading(config, tokens), config.model.patch_size
+        return replace(reading, size=max(1, round(self.asked(config) / patch)) * patch)
+
+    def asked(self, config: Config) -> int:
+        """The size before it is rounded."""
+        return self.size or self.zoom * config.views.global_size
+
+    def network(self, subject: Subject) -> tuple[ViT, Reading]:
+        """The backbone, and how it is shown images. Raises EvaluationError where it has no patches."""
+        vit, reading = our_vit(subject.backbone, f"eval {self.kind}"), self.reading(subject.config)
+        check_size(vit, reading)
+        return vit, reading
+
+    def read_by(self, subject: Subject) -> dict[str, Any]:
+        """The protocol's beginning."""
+        reading = self.reading(subject.config)
+        return {"size": reading.size, "normalize": reading.normalize, "precision": reading.precision}
+
+    def rounded(self, subject: Subject) -> list[str]:
+        """A note where the size is another than was asked for."""
+        asked, size = self.asked(subject.config), self.reading(subject.config).size
+        patch = subject.config.model.patch_size
+        return [] if asked == size else [f"size {size}: {asked} does not divide into patches of {patch}"]
 
 
 def open_images(data: str, config: DataConfig, num_images: int, seed: int) -> Source:
