@@ -3,10 +3,16 @@
 from fastdino.eval.classify.knn import KNeighbors, Knn
 from fastdino.eval.dense.attention_maps import AttentionMaps, head_maps, keep_mass
 from fastdino.eval.dense.patches import PatchProbe
+from fastdino.eval.dense.segment.segment import Segment
 from fastdino.eval.evaluation import Evaluation, Subject
 from fastdino.eval.features import EvaluationError, Features, Reading, extract
 
-EVALUATIONS: dict[str, type[Evaluation]] = {"knn": Knn, "attention": AttentionMaps, "patches": PatchProbe}
+EVALUATIONS: dict[str, type[Evaluation]] = {
+    "knn": Knn,
+    "attention": AttentionMaps,
+    "patches": PatchProbe,
+    "segment": Segment,
+}
 """The kinds of ``fastdino eval KIND PATH``."""
 
 __all__ = [
@@ -19,6 +25,7 @@ __all__ = [
     "Knn",
     "PatchProbe",
     "Reading",
+    "Segment",
     "Subject",
     "extract",
     "head_maps",

@@ -1,20 +1,37 @@
 """Segmentation: mIoU, neighbours, clusters, the linear head on answers worked out by hand; the whole evaluation."""
 
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
-from fastdino.data.benchmarks.masks import VOID
+from fastdino.cli import main
+from fastdino.config import Config, ConfigError, DataConfig, ModelConfig, ViewsConfig
+from fastdino.data.benchmarks.masks import VOID, MaskedSets
+from fastdino.eval import Segment, Subject
+from fastdino.eval.dense.pictures.sheets import class_colours
 from fastdino.eval.dense.segment import linear
 from fastdino.eval.dense.segment.clusters import fit_clusters, match
 from fastdino.eval.dense.segment.in_context import Examples, class_shares, collect, in_context
 from fastdino.eval.dense.segment.linear import Head, Recipe, fit_head, pixel_loss
 from fastdino.eval.dense.segment.miou import confusion, mean_iou, overlaps
+from fastdino.eval.dense.segment.segment import Told, count, tell_images
 from fastdino.eval.features import EvaluationError
+from fastdino.eval.result import read_shares
+from fastdino.model import build_backbone
+
+SMALL = Config(
+    model=ModelConfig(arch="vit_nano", patch_size=4, drop_path=0.0),
+    views=ViewsConfig(global_size=12, local_size=8),
+    data=DataConfig(image_size=16),
+)
 
 # -------------------------------------------------------------------------------------------------------------- mIoU
 
@@ -177,3 +194,159 @@ def test_the_head_learns_what_patches_tell(kept: bool, monkeypatch: pytest.Monke
     pixels = torch.stack([torch.from_numpy(test.read(i)[0]) for i in range(5)]).permute(0, 3, 1, 2)
     told = head(one_hot(pixels)).argmax(-1)
     assert np.array_equal(told, test.truth)
+
+
+# --------------------------------------------------------------------------------------------------------- the whole
+
+
+class Halves(Painted):
+    """Images whose left and right are of one class each, so that no pixel lies between three patches."""
+
+    def __init__(self, count: int, seed: int = 0) -> None:
+        super().__init__(count, seed)
+        sides = np.random.default_rng(seed).integers(0, 3, (count, 1, 2)).astype(np.uint8)
+        self.truth = np.repeat(sides[:, :, [0, 0, 1]], 3, axis=1)
+
+
+def test_patches_that_tell_all_score_100_and_each_pixel_is_told() -> None:
+    source = Halves(9)
+    examples = collect(one_hot, Halves(9, seed=1), 12, 4, batch=4, most=1000)
+    told = list(tell_images(one_hot, lambda x: in_context(x, examples), source, 12, 4))
+    assert [image.place for image in told] == [*range(9)]
+    for image in told:
+        assert np.array_equal(image.told, source.mask(image.place))
+    matrix, shares = count(iter(told), source)
+    assert (shares.value(), matrix.sum().item()) == (100, 9 * 144)
+
+
+def test_what_each_image_adds_is_the_miou_of_one_confusion_matrix() -> None:
+    """Of images of several sizes, one of which is VOID all over and adds nothing."""
+    draws = np.random.default_rng(0)
+    told = []
+    for i, (height, width) in enumerate([(3, 4), (5, 2), (2, 2), (7, 7)]):
+        truth, guess = draws.integers(0, 4, (2, height, width)).astype(np.uint8)
+        truth[truth == 3] = VOID
+        told.append(Told(i, torch.zeros(0), np.full_like(truth, VOID) if i == 2 else truth, guess % 3))
+    source = Painted(4)
+    matrix, shares = count(iter(told), source)
+    assert shares.items == ["painted 0", "painted 1", "painted 3"]
+    assert shares.value() == pytest.approx(100 * mean_iou(matrix))
+    every = [(image.truth.ravel(), image.told.ravel()) for image in told]
+    truth, guess = (np.concatenate(x) for x in zip(*every, strict=True))
+    iou = [
+        ((truth == c) & (guess == c)).sum() / ((truth == c) | ((guess == c) & (truth != VOID))).sum() for c in range(3)
+    ]
+    assert mean_iou(matrix) == pytest.approx(np.mean(iou))
+    with pytest.raises(EvaluationError, match="of no class at all"):
+        count(iter(told[2:3]), source)
+
+
+def folder_of_masks(root: Path, num_images: int = 10) -> None:
+    """Photographs of no size in common; what is bright is of class 1, and a border of none."""
+    for i in range(num_images):
+        size = (40 + i, 30 - i)
+        pixels = np.full((size[1], size[0], 3), 20, np.uint8)
+        pixels[5:, : 12 + i] = 220
+        mask = np.where(pixels[..., 0] > 100, 1, 0).astype(np.uint8)
+        mask[:, 0] = VOID
+        for folder, picture, ending in (("images", pixels, "jpg"), ("masks", mask, "png")):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(root / folder / f"{i}.{ending}")
+
+
+@pytest.mark.parametrize(
+    ("flags", "made_by"),
+    [
+        ([], {"method": "in-context", "patches": 1152, "neighbours": 30, "temperature": 0.02}),
+        (["--method", "linear", "--steps", "30"],
+         {"method": "linear", "steps": 30, "lr": 0.001, "weight_decay": 0.0001, "batch": 16}),
+        (["--method", "cluster"], {"method": "cluster", "patches": 1152, "clusters": 2, "match": "hungarian"}),
+        (["--method", "cluster", "--clusters", "5"],
+         {"method": "cluster", "patches": 1152, "clusters": 5, "match": "many to one"}),
+    ],
+)  # fmt: skip
+def test_the_command_on_a_folder(
+    tmp_path: Path, flags: list[str], made_by: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each method, on ten photographs: what is written says how it was made, and holds what a comparison needs."""
+    folder_of_masks(tmp_path / "data")
+    out = ["--out", str(tmp_path / "out")]
+    main(["eval", "segment", "random:demo", "--data", str(tmp_path / "data"), *out, "--baselines", "no", *flags])
+    told = json.loads(capsys.readouterr().out)
+    protocol = {"size": 72, "normalize": "image", "precision": "fp32"}
+    assert told["protocol"] == protocol | made_by
+    data = told["data"]
+    assert (data["train"], data["test"], data["classes"]) == (8, 2, 2)
+    assert data["rule"] == "every 5th image is judged by the others"
+    score = told["scores"]["miou"]
+    assert score["low"] <= score["value"] <= score["high"]
+    assert told["also"]["iou"].keys() == {"0", "1"}
+    assert np.mean([*told["also"]["iou"].values()]) == pytest.approx(score["value"], abs=1e-3)
+    assert score["value"] > 60, "bright and dark are told without training"
+    assert told["files"] == ["segment.png", "segment.npz"]
+    shares = read_shares(tmp_path / "out/segment.json")
+    assert shares.items == ["images/0.jpg", "images/5.jpg"]
+    assert shares.value() == pytest.approx(score["value"], abs=1e-3)
+
+
+def test_the_command_on_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the random start beside it; a size that patches do not tile is rounded, and the truth of the images that
+    are judged is not seen by what is learned."""
+    arguments = ["eval", "segment", "random:demo", "--num-images", "24", "--size", "47", "--out", str(tmp_path / "out")]
+    main([*arguments, "--seed", "3"])
+    told = json.loads(capsys.readouterr().out)
+    assert (told["data"]["train"], told["data"]["test"], told["data"]["classes"]) == (24, 24, 13)
+    assert told["protocol"]["size"] == 48
+    assert "size 48: 47 does not divide into patches of 6" in told["notes"]
+    assert told["baselines"]["random_init"]["value"] > 3
+    with Image.open(tmp_path / "out/segment.png") as sheet:
+        assert sheet.height > 2 * sheet.width, "eight rows of three, and a legend"
+
+
+def test_poisoned_truth_changes_nothing_but_the_score() -> None:
+    """Whatever the masks of the images that are judged say, the same is told of each pixel."""
+    subject = Subject(build_backbone(ModelConfig(arch="vit_nano", patch_size=4), 12), SMALL, Path())
+    evaluation = Segment(size=12, baselines="no", steps=5, method="linear")
+    told = []
+    for shift in (0, 1):
+        test = Halves(6, seed=1)
+        truth = (test.truth + shift) % 3
+        test.mask = lambda index, truth=truth: truth[index].repeat(4, 0).repeat(4, 1)  # type: ignore[method-assign]
+        found = evaluation.judge(subject, MaskedSets(Halves(6), test, "by hand"))
+        told.append((found.arrays["confusion"].sum(0), found.scores["miou"].value))
+    assert np.array_equal(told[0][0], told[1][0]), "as many pixels are told to be of each class"
+    assert told[0][1] != told[1][1]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{"num_images": 0}, {"neighbours": 0}, {"temperature": 0}, {"memory": 0}, {"steps": 0}, {"lr": 0}, {"clusters": 1}],
+)
+def test_flags_that_cannot_work(flags: dict[str, Any]) -> None:
+    (name,) = flags
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')}={flags[name]} must be"):
+        Segment(**flags)
+
+
+def test_what_cannot_be_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vit = build_backbone(ModelConfig(arch="vit_nano", patch_size=4), 12)
+    subject = Subject(vit, SMALL, tmp_path)
+    with pytest.raises(ConfigError, match=r"--clusters=5 must be at least 13: the classes there are"):
+        Segment(method="cluster", clusters=5)(subject)
+    with pytest.raises(EvaluationError, match=r"eval segment need one of our ViTs .*not Flatten"):
+        Segment()(Subject(torch.nn.Flatten(), SMALL, tmp_path))
+    folder_of_masks(tmp_path)
+    (tmp_path / "images/7.jpg").write_bytes(b"torn")
+    with pytest.raises(EvaluationError, match=r"cannot read image images/7\.jpg: .*mend or delete it"):
+        Segment(data=str(tmp_path))(subject)
+    monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
+    with pytest.raises(EvaluationError, match=r"--method cluster needs scikit-learn: pip install 'fastdino\[eval\]'"):
+        Segment(method="cluster")(subject)
+
+
+def test_colours_of_classes_are_far_apart() -> None:
+    colours = class_colours(21, first_is_nothing=True).astype(int)
+    assert colours.shape == (22, 3)
+    assert (colours[0].tolist(), colours[-1].tolist()) == ([0, 0, 0], [255, 255, 255])
+    apart = np.abs(colours[:, None] - colours[None]).sum(-1) + 999 * np.eye(22, dtype=int)
+    assert apart.min() > 30

@@ -1,6 +1,7 @@
 """Segmentation without labels but for names: k-means on patches, each cluster then named after a class."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,16 +11,23 @@ from fastdino.eval.dense.segment.in_context import Examples
 from fastdino.eval.features import EvaluationError
 
 
+def k_means() -> Any:
+    """scikit-learn's class. Raises EvaluationError where it is not installed."""
+    try:
+        from sklearn.cluster import KMeans
+    except ImportError as error:
+        raise EvaluationError("--method cluster needs scikit-learn: pip install 'fastdino[eval]'") from error
+    return KMeans
+
+
 def fit_clusters(examples: Examples, num_clusters: int, seed: int = 0) -> Callable[[Tensor], Tensor]:
     """k-means of the examples' tokens: (.., D) tokens -> (.., C), one for the class of the nearest center.
 
     Raises EvaluationError where there are fewer examples than clusters.
     """
-    from sklearn.cluster import KMeans
-
     if len(examples.tokens) < num_clusters:
         raise EvaluationError(f"--clusters={num_clusters} of {len(examples.tokens)} patches: give more images")
-    found = KMeans(num_clusters, n_init=3, random_state=seed).fit(examples.tokens.cpu().numpy())
+    found = k_means()(num_clusters, n_init=3, random_state=seed).fit(examples.tokens.cpu().numpy())
     centers = torch.from_numpy(found.cluster_centers_).to(examples.tokens)
     named = match(_nearest(examples.tokens, centers), examples.classes, num_clusters)
 
