@@ -14,12 +14,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdino.config import Config, DataConfig
+from fastdino.data.benchmarks.class_folders import NUM_SHAPES, TEST_SEED
 from fastdino.data.benchmarks.masks import Masked
 from fastdino.data.draws import sample
 from fastdino.data.sources.composed import Subset
 from fastdino.data.sources.decode import BadImage, image_endings
 from fastdino.data.sources.folder import FileSource
 from fastdino.data.sources.opening import open_part
+from fastdino.data.sources.shapes import ShapesSource, check_shows_shapes
 from fastdino.data.sources.source import Source
 from fastdino.data.views import normalize
 from fastdino.data.views.evaluation import whole_view
@@ -101,15 +103,22 @@ class Dense(Evaluation):
 
 
 def open_images(data: str, config: DataConfig, num_images: int, seed: int) -> Source:
-    """At most ``num_images`` images, drawn, of what --data names; or the one image that it is.
+    """At most ``num_images`` images, drawn, of :func:`all_images`."""
+    source = all_images(data, config)
+    return Subset(source, sample(seed, num_images, len(source)))
 
-    Raises ConfigError as :func:`open_part` does.
-    """
+
+def all_images(data: str, config: DataConfig) -> Source:
+    """What --data names: shapes, an image, or what else :func:`open_part` opens. Raises ConfigError as it does."""
+    if data == "shapes":
+        check_shows_shapes(config)
+        return ShapesSource(NUM_SHAPES, config.image_size, TEST_SEED)
     path = Path(os.path.expanduser(data))
     if os.path.isfile(path) and os.fsencode(path.suffix.lower()) in image_endings(config.takes_arrays):
-        return FileSource(os.fsencode(path.parent), [os.fsencode(path.name)], np.full(1, -1, np.int32), config)
-    source = open_part(data, config)
-    return Subset(source, sample(seed, num_images, len(source)))
+        source = FileSource(os.fsencode(path.parent), [os.fsencode(path.name)], np.full(1, -1, np.int32), config)
+        source.labels = []
+        return source
+    return open_part(data, config)
 
 
 def shown(

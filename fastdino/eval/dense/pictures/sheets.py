@@ -108,6 +108,15 @@ def draw_cells(
     figure.canvas.print_png(path)
 
 
+def draw_pairs(path: Path, pairs: Sequence[tuple[Cell, Cell]], *, across: int = 4, inches: float = 2.2) -> None:
+    """Writes a PNG of pairs side by side, the second of each below the first."""
+    rows: list[list[Cell]] = []
+    for start in range(0, len(pairs), across):
+        upper, lower = zip(*pairs[start : start + across], strict=True)
+        rows += [[*upper], [*lower]]
+    draw_cells(path, rows, inches=inches)
+
+
 def _box(size: tuple[int, int], inches: float) -> tuple[float, float]:
     longest = max(size)
     return inches * size[0] / longest, inches * size[1] / longest
