@@ -30,8 +30,8 @@ def trial(flags: list[str], seed: int, folder: Path) -> list[Case]:
     """Figures of the demo with ``flags``, see :func:`fastdino.demo.run_demo` and :class:`fastdino.eval.PatchProbe`."""
     config = configured("demo", ["--run.dir", str(folder), "--run.seed", str(seed), *flags])
     found = run_demo(config)
-    probe = PatchProbe(data="shapes")(Subject(run_backbone(folder)[0], config, folder))
-    return [{"features": "teacher", **found, **{key: x for key, x in probe.items() if key.startswith("patch_miou")}}]
+    probe = PatchProbe()(Subject(run_backbone(folder)[0], config, folder)).found.scores
+    return [{"features": "teacher", **found, **{name: round(score.value, 2) for name, score in probe.items()}}]
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from fastdino.eval.dense.segment import linear
 from fastdino.eval.dense.segment.clusters import fit_clusters, match
 from fastdino.eval.dense.segment.in_context import Examples, class_shares, collect, in_context
 from fastdino.eval.dense.segment.linear import Head, Recipe, fit_head, pixel_loss
-from fastdino.eval.dense.segment.miou import confusion, mean_iou, overlaps
+from fastdino.eval.dense.segment.miou import add_up, confusion, overlaps
 from fastdino.eval.dense.segment.segment import Told, count, tell_images
 from fastdino.eval.features import EvaluationError
 from fastdino.eval.result import read_shares
@@ -43,18 +43,23 @@ def test_confusion_and_miou_by_hand() -> None:
     assert found.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 0]]
     both, union = overlaps(found)
     assert (both.tolist(), union.tolist()) == ([1, 1, 0], [2, 2, 0])
-    assert mean_iou(found) == 0.5
+    assert add_up([("a", found)])[1].value() == 50
 
 
-def test_mean_iou_by_hand():
-    """Of class 0 three of 4 found and one too many, of class 1 two of 3 and one too many; there is no class 2."""
-    truth, told = [0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 1, 0]
-    confusion = torch.zeros(3, 3, dtype=torch.int64)
-    for pair in zip(truth, told, strict=True):
-        confusion[pair] += 1
-    assert mean_iou(confusion) == pytest.approx((3 / 5 + 2 / 4) / 2)
-    confusion[1, 2] = 1  # what is told of a class that does not occur is wrong twice
-    assert mean_iou(confusion) == pytest.approx((3 / 5 + 2 / 5 + 0) / 3)
+def miou(*images: Tensor) -> float:
+    return add_up([(str(i), x) for i, x in enumerate(images)])[1].value() / 100
+
+
+def test_mean_iou_by_hand() -> None:
+    """Of class 0 three of 4 found and one too many, of class 1 two of 3 and one too many; there is no class 2. It is
+    that of all pixels, whatever image they are of."""
+    truth, told = torch.tensor([0, 0, 0, 0, 1, 1, 1]), torch.tensor([0, 0, 0, 1, 1, 1, 0])
+    found = confusion(truth, told, 3)
+    assert miou(found) == pytest.approx((3 / 5 + 2 / 4) / 2)
+    parts = [confusion(truth[part], told[part], 3) for part in (slice(2), slice(2, 7))]
+    assert miou(*parts) == pytest.approx((3 / 5 + 2 / 4) / 2)
+    found[1, 2] = 1  # what is told of a class that does not occur is wrong twice
+    assert miou(found) == pytest.approx((3 / 5 + 2 / 5 + 0) / 3)
 
 
 # --------------------------------------------------------------------------------------------------------- in context
@@ -230,13 +235,15 @@ def test_what_each_image_adds_is_the_miou_of_one_confusion_matrix() -> None:
     source = Painted(4)
     matrix, shares = count(iter(told), source)
     assert shares.items == ["painted 0", "painted 1", "painted 3"]
-    assert shares.value() == pytest.approx(100 * mean_iou(matrix))
+    assert matrix.sum() == 12 + 10 + 49 - sum((x.truth == VOID).sum() for x in told if x.place != 2)
     every = [(image.truth.ravel(), image.told.ravel()) for image in told]
     truth, guess = (np.concatenate(x) for x in zip(*every, strict=True))
     iou = [
         ((truth == c) & (guess == c)).sum() / ((truth == c) | ((guess == c) & (truth != VOID))).sum() for c in range(3)
     ]
-    assert mean_iou(matrix) == pytest.approx(np.mean(iou))
+    assert shares.value() == pytest.approx(100 * np.mean(iou))
+    both, union = overlaps(matrix)
+    assert (both / union).tolist() == pytest.approx(iou)
     with pytest.raises(EvaluationError, match="of no class at all"):
         count(iter(told[2:3]), source)
 

@@ -1,8 +1,14 @@
 """Mean intersection over union, by one confusion matrix of all pixels."""
 
+from collections.abc import Iterable
+
+import numpy as np
+import torch
 from torch import Tensor
 
 from fastdino.data.benchmarks.masks import VOID
+from fastdino.eval.features import EvaluationError
+from fastdino.eval.intervals import Shares
 
 
 def confusion(truth: Tensor, told: Tensor, num_classes: int) -> Tensor:
@@ -24,7 +30,24 @@ def overlaps(confusion: Tensor) -> tuple[Tensor, Tensor]:
     return both, confusion.sum(0) + confusion.sum(1) - both
 
 
-def mean_iou(confusion: Tensor) -> float:
-    """Mean intersection over union of the classes that occur, from (C, C) counts by true and by given class."""
-    both, union = overlaps(confusion)
-    return (both.double() / union)[union > 0].mean().item()
+def add_up(images: Iterable[tuple[str, Tensor]]) -> tuple[Tensor, Shares]:
+    """Names and confusions of images -> the confusion of all pixels, (C, C), and what each image adds to the mean
+    over classes of intersection over union, of those classes that occur. An image without a pixel adds nothing.
+
+    Raises EvaluationError where there is none at all.
+    """
+    total = torch.zeros((), dtype=torch.int64)
+    names: list[str] = []
+    rows: list[Tensor] = []
+    for name, found in images:
+        if not found.any():
+            continue
+        both, union = overlaps(found)
+        there = union.nonzero().flatten()
+        rows.append(torch.stack([torch.full_like(there, len(names)), there, both[there], union[there]]))
+        names.append(name)
+        total = total + found
+    if not rows:
+        raise EvaluationError("the masks of the images that are judged are of no class at all")
+    item, group, part, whole = torch.cat(rows, dim=1).numpy()
+    return total, Shares(names, item, group, part.astype(np.float64), whole.astype(np.float64))

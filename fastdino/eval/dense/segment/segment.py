@@ -1,6 +1,6 @@
 """What each pixel shows, told from the tokens of frozen patches, and judged by mean intersection over union."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -17,7 +17,7 @@ from fastdino.eval.dense.pictures.sheets import Cell, class_colours, draw_cells,
 from fastdino.eval.dense.segment.clusters import fit_clusters, k_means
 from fastdino.eval.dense.segment.in_context import collect, in_context
 from fastdino.eval.dense.segment.linear import Recipe, enlarged, fit_head
-from fastdino.eval.dense.segment.miou import confusion, overlaps
+from fastdino.eval.dense.segment.miou import add_up, confusion, overlaps
 from fastdino.eval.dense.tokens import Dense, Read, shown, tokens_of
 from fastdino.eval.evaluation import Subject
 from fastdino.eval.features import EvaluationError
@@ -53,29 +53,11 @@ def tell_images(
             yield Told(images.indices[i], images.pixels[i], mask, nearest(classes, *mask.shape))
 
 
-def count(told: Iterator[Told], source: Masked) -> tuple[Tensor, Shares]:
-    """The confusion matrix of all pixels, (C, C) int64, and what each image adds to the mIoU.
-
-    Raises EvaluationError where no pixel is of a class.
-    """
-    num_classes = len(source.classes)
-    total = torch.zeros(num_classes, num_classes, dtype=torch.int64)
-    names: list[str] = []
-    rows: list[Tensor] = []
-    for image in told:
-        found = confusion(torch.from_numpy(image.truth), torch.from_numpy(image.told), num_classes)
-        if not found.any():
-            continue
-        both, union = overlaps(found)
-        there = union.nonzero().flatten()
-        item = torch.full_like(there, len(names))
-        rows.append(torch.stack([item, there, both[there], union[there]]))
-        names.append(source.name(image.place))
-        total += found
-    if not rows:
-        raise EvaluationError("the masks of the images that are judged are of no class at all")
-    item, group, part, whole = torch.cat(rows, dim=1).numpy()
-    return total, Shares(names, item, group, part.astype(np.float64), whole.astype(np.float64))
+def count(told: Iterable[Told], source: Masked) -> tuple[Tensor, Shares]:
+    """The confusion matrix of all pixels, (C, C) int64, and what each image adds to the mIoU: :func:`add_up`."""
+    classes = len(source.classes)
+    every = ((x.place, confusion(torch.from_numpy(x.truth), torch.from_numpy(x.told), classes)) for x in told)
+    return add_up((source.name(place), found) for place, found in every)
 
 
 @dataclass(frozen=True, kw_only=True)
