@@ -156,7 +156,7 @@ def open_classes(root: str, data: DataConfig, num_images: int | None = None, see
     but 0 and 255, 255 is the object.
 
     Raises ConfigError for an unknown layout, an image without a mask, a mask that cannot be read or is of another size
-    than its image, and masks of less than two classes.
+    than its image, masks of less than two classes, and a class of the second set that the first lacks.
     """
     if root == "shapes":
         check_shows_shapes(data)
@@ -171,18 +171,7 @@ def open_classes(root: str, data: DataConfig, num_images: int | None = None, see
         drawn = [_drawn(ade20k_pairs(at, x), num_images, seed) for x in ("training", "validation")]
         values = np.array([VOID, *range(NUM_CLASSES)])
         return _known(at, drawn, data, values, ade20k_classes(at), "ADE20K's training and validation")
-    train_pairs, test_pairs, rule = _strided(*_sets(folder, data))
-    if not train_pairs or not test_pairs:
-        raise ConfigError(f"{root} ({rule}) needs an image to learn from and one to judge, each with a mask")
-    drawn = [_drawn(pairs, num_images, seed) for pairs in (train_pairs, test_pairs)]
-    seen = np.flatnonzero(sum(_count(folder, pairs) for pairs in drawn)).tolist()
-    ids = seen if seen == [0, VOID] else [value for value in seen if value != VOID]
-    if len(ids) < 2:
-        raise ConfigError(f"the masks of {root} hold the value {seen[0]} and no other class: there is nothing to tell")
-    values = np.full(256, VOID, np.int16)
-    values[ids] = range(len(ids))
-    learned, judged = (MaskedFiles(folder, pairs, data, values, [str(i) for i in ids]) for pairs in drawn)
-    return MaskedSets(learned, judged, rule)
+    return _by_values(folder, data, num_images, seed)
 
 
 def open_objects(root: str, data: DataConfig, num_images: int, seed: int = 0) -> Masked | None:
@@ -219,6 +208,28 @@ def open_objects(root: str, data: DataConfig, num_images: int, seed: int = 0) ->
     if np.flatnonzero(_count(folder, drawn)).tolist() in ([VOID], [0, VOID]):
         values[VOID] = 1
     return MaskedFiles(folder, drawn, data, values, names)
+
+
+def _by_values(root: Path, data: DataConfig, num_images: int | None, seed: int) -> MaskedSets:
+    """Of a folder of masks, whose values say which classes there are."""
+    train, test, rule = _strided(*_sets(root, data))
+    if not train or not test:
+        raise ConfigError(f"{root} ({rule}) needs an image to learn from and one to judge, each with a mask")
+    drawn = [_drawn(pairs, num_images, seed) for pairs in (train, test)]
+    counts = [_count(root, pairs) for pairs in drawn]
+    seen = np.flatnonzero(sum(counts)).tolist()
+    ids = seen if seen == [0, VOID] else [value for value in seen if value != VOID]
+    if len(ids) < 2:
+        raise ConfigError(f"the masks of {root} hold the value {seen[0]} and no other class: there is nothing to tell")
+    if unseen := [str(value) for value in ids if not counts[0][value]]:
+        raise ConfigError(
+            f"masks of {root} that are judged hold the classes {', '.join(unseen[:4])}, which none to learn from holds "
+            f"({rule}): give more images, or move some"
+        )
+    values = np.full(256, VOID, np.int16)
+    values[ids] = range(len(ids))
+    learned, judged = (MaskedFiles(root, pairs, data, values, [str(i) for i in ids]) for pairs in drawn)
+    return MaskedSets(learned, judged, rule)
 
 
 def _existing(root: str) -> Path:

@@ -203,7 +203,8 @@ def test_a_mask_of_0_and_255_shows_an_object_and_beside_others_255_is_void(tmp_p
     assert sets.test.classes == ["0", "255"]
     for source in (sets.train, sets.test, objects):
         assert np.array_equal(source.mask(0), [[0, 0, 0], [0, 1, 1]])
-    mask(tmp_path / "masks/0.png", [[0, 9, 0], [0, 255, 255]], mode="L")
+    for i in range(2):
+        mask(tmp_path / f"masks/{i}.png", [[0, 9, 0], [0, 255, 255]], mode="L")
     sets, objects = open_classes(str(tmp_path), DATA), open_objects(str(tmp_path), DATA, 9)
     assert objects is not None
     assert sets.test.classes == ["0", "9"]
@@ -275,6 +276,15 @@ def test_masks_that_are_refused(tmp_path: Path, spoil: Any, says: str) -> None:
     if "class" not in says:
         with pytest.raises(ConfigError, match=says):
             open_objects(str(tmp_path), DATA, 100)
+
+
+def test_a_class_that_cannot_be_learned_is_named(tmp_path: Path) -> None:
+    folder_of_masks(tmp_path)
+    mask(tmp_path / "masks/sub/5.png", [[0, 7, 9], [0, 1, 2]])
+    with pytest.raises(ConfigError, match=r"judged hold the classes 7, 9, which none to learn from holds \(every 5th"):
+        open_classes(str(tmp_path), DATA)
+    mask(tmp_path / "masks/sub/4.png", [[0, 7, 9], [0, 1, 2]])
+    assert open_classes(str(tmp_path), DATA).test.classes == ["0", "1", "2", "7", "9"]
 
 
 def test_one_image_is_too_few(tmp_path: Path) -> None:
