@@ -12,10 +12,13 @@ from torch import nn
 
 from fastdino.config import Config
 from fastdino.data.benchmarks.class_folders import bank_and_test
+from fastdino.data.benchmarks.masks import Masked, ShapeMasks
 from fastdino.data.sources.shapes import ShapesSource
 from fastdino.data.sources.source import Source
-from fastdino.eval import AttentionMaps, Features, Knn, Reading, extract
-from fastdino.eval.pictures import new_figure
+from fastdino.eval import Features, Knn, Reading, extract
+from fastdino.eval.dense.attention_maps import attend, draw_sheet, jaccard
+from fastdino.eval.features import our_vit
+from fastdino.eval.pictures import SHEET_ROWS, new_figure
 from fastdino.model import build_network
 from fastdino.training.export import run_backbone
 from fastdino.training.trainer import train
@@ -40,7 +43,7 @@ def run_demo(config: Config) -> dict[str, float]:
     teacher, _, _ = run_backbone(folder)
     fresh = [_random_backbone(config, seed) for seed in range(NUM_INITIALISATIONS)]
     bank, test, _ = bank_and_test("shapes", config.data)
-    masks = ShapesSource(NUM_MASKS, config.data.image_size, MASK_SEED)
+    masks = ShapeMasks(ShapesSource(NUM_MASKS, config.data.image_size, MASK_SEED))
     sheet = folder / "attention.png"
     summary = {
         "knn_teacher": _knn(teacher, bank, test, config),
@@ -85,11 +88,15 @@ def _pixel_knn(bank: Source, test: Source, standardise: bool) -> float:
     return _accuracy(pixels(bank), pixels(test))
 
 
-def _attention_iou(backbone: nn.Module, source: Source, config: Config, sheet: Path | None = None) -> float:
+def _attention_iou(backbone: nn.Module, source: Masked, config: Config, sheet: Path | None = None) -> float:
     # The whole image at its own size, above that of the views: more patches, so finer maps.
     reading = Reading(size=config.data.image_size, normalize=config.data.normalize)
-    evaluation = AttentionMaps(num_images=len(source), batch=BATCH)
-    return evaluation.overlap(backbone, source, reading, sheet)["attention_iou"]
+    vit = our_vit(backbone, "attention maps")
+    found = jaccard(vit, source, reading, batch=BATCH)
+    if sheet is not None:
+        ((images, maps),) = attend(vit, source, reading, SHEET_ROWS, range(SHEET_ROWS), masks=True)
+        draw_sheet(sheet, images, maps, head=found.head)
+    return found.one_head.mean().item()
 
 
 def _draw_curves(folder: Path, summary: dict[str, float]) -> None:

@@ -30,7 +30,7 @@ def trial(flags: list[str], seed: int, folder: Path) -> list[Case]:
     """Figures of the demo with ``flags``, see :func:`fastdino.demo.run_demo` and :class:`fastdino.eval.PatchProbe`."""
     config = configured("demo", ["--run.dir", str(folder), "--run.seed", str(seed), *flags])
     found = run_demo(config)
-    probe = PatchProbe(data="shapes")(Subject(run_backbone(folder)[0], config, folder)).write(folder)
+    probe = PatchProbe()(Subject(run_backbone(folder)[0], config, folder)).write(folder)
     return [{"features": "teacher", **found, **{key: score["value"] for key, score in probe["scores"].items()}}]
 
 

@@ -17,6 +17,7 @@ class Purpose(IntEnum):
     SHAPES = 4
     MASKS = 5
     MIXTURE = 6
+    SAMPLE = 7
 
 
 def random_bits(purpose: Purpose, seed: int, first: int, second: int, count: int) -> np.ndarray:
@@ -38,6 +39,12 @@ def stream(purpose: Purpose, seed: int, first: int, second: int) -> Iterator[flo
     generator = _philox(purpose, seed, first, second)
     while True:
         yield from _unit(generator.random_raw(_BLOCK)).tolist()
+
+
+def sample(seed: int, count: int, total: int) -> list[int]:
+    """``count`` of ``total`` places, or all of them where there are no more: drawn without replacement, in order."""
+    bits = random_bits(Purpose.SAMPLE, seed, 0, 0, total)
+    return sorted(np.argsort(bits, kind="stable")[:count].tolist())
 
 
 def _philox(purpose: Purpose, seed: int, first: int, second: int) -> np.random.Philox:

@@ -1,12 +1,22 @@
 """Evaluation of frozen features."""
 
 from fastdino.eval.classify.knn import KNeighbors, Knn
-from fastdino.eval.dense.attention_maps import AttentionMaps, best_head_iou, draw_sheet, head_maps, keep_mass
+from fastdino.eval.dense.attention_maps import AttentionMaps, head_maps, keep_mass
 from fastdino.eval.dense.patches import PatchProbe
+from fastdino.eval.dense.pictures.pca import Pca
+from fastdino.eval.dense.pictures.similarity import Similarity
+from fastdino.eval.dense.segment.segment import Segment
 from fastdino.eval.evaluation import Evaluation, Subject
 from fastdino.eval.features import EvaluationError, Features, Reading, extract
 
-EVALUATIONS: dict[str, type[Evaluation]] = {"knn": Knn, "attention": AttentionMaps, "patches": PatchProbe}
+EVALUATIONS: dict[str, type[Evaluation]] = {
+    "knn": Knn,
+    "attention": AttentionMaps,
+    "patches": PatchProbe,
+    "segment": Segment,
+    "pca": Pca,
+    "similarity": Similarity,
+}
 """The kinds of ``fastdino eval KIND PATH``."""
 
 __all__ = [
@@ -18,10 +28,11 @@ __all__ = [
     "KNeighbors",
     "Knn",
     "PatchProbe",
+    "Pca",
     "Reading",
+    "Segment",
+    "Similarity",
     "Subject",
-    "best_head_iou",
-    "draw_sheet",
     "extract",
     "head_maps",
     "keep_mass",

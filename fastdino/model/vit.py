@@ -218,6 +218,19 @@ class ViT(nn.Module):
         weights = last.attn.cls_weights(last.norm1(tokens).view(*packing.lengths[0], -1), turns)
         return weights[:, :, self.num_prefix :]
 
+    def last_keys(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, rows, columns, D): keys of the patches in the last block, all heads one after the other.
+
+        They are as the layer makes them, before a rotation: what a patch shows, without where it lies. Source: LOST
+        (Simeoni et al. 2021), whose features they are.
+        """
+        tokens, (packing, *_) = self._all_but_last_block([x.unsqueeze(0)])
+        last = self.blocks[-1]
+        assert isinstance(last, Block)
+        _, keys, _ = last.attn.qkv(last.norm1(tokens))
+        keys = keys.flatten(2).view(*packing.lengths[0], -1)
+        return keys[:, self.num_prefix :].unflatten(1, self._grid(*x.shape[-2:]))
+
     def _all_but_last_block(
         self, groups: list[Tensor], masks: Masks | None = None, whole: bool = False
     ) -> tuple[Tensor, tuple[Packing, Rotation | None, Reading | None, Drops]]:

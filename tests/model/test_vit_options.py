@@ -83,6 +83,21 @@ def test_images_patches_and_attention_equal_the_textbook(variant: str) -> None:
     torch.testing.assert_close(vit.attention_maps(x), want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_last_keys_are_the_second_third_of_the_last_projection(variant: str) -> None:
+    """Of the patches alone, in their places, heads in order, before any rotation."""
+    vit, x = nano(**VARIANTS[variant]), views((3, 3, 24, 40))["0"]
+    last, seen = vit.blocks[-1], []
+    hook = last.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    vit.patch_tokens(x)
+    hook.remove()
+    into = nn.functional.layer_norm(seen[0], (96,), last.norm1.weight, last.norm1.bias, last.norm1.eps)
+    bias = torch.zeros(96).double() if vit.pos_embed is None else last.attn.qkv.bias[96:192]
+    want = into.view(3, vit.num_prefix + 15, 96) @ last.attn.qkv.weight[96:192].T + bias
+    want = want[:, vit.num_prefix :].unflatten(1, (3, 5))
+    torch.testing.assert_close(vit.last_keys(x), want, rtol=1e-10, atol=1e-10)
+
+
 def test_without_masks_no_patch_is_given() -> None:
     vit, groups = nano(mask_token=True), views((2, 3, 3, 48, 48), (4, 3, 3, 24, 24))
     cls, patches = vit(groups)

@@ -127,9 +127,9 @@ class FolderSource(FileSource):
     def __init__(self, path: str | Path, config: DataConfig | None = None) -> None:
         config = config or DataConfig()
         root = os.fsencode(os.path.expanduser(path))
-        _check_folder(root)
+        check_folder(root)
         others: Counter[str] = Counter()
-        paths = list(_scan(root, image_endings(config.takes_arrays), others))
+        paths = list(scan(root, image_endings(config.takes_arrays), others))
         if not paths:
             raise ConfigError(_no_images(printable(root), config.takes_arrays, others))
         classes = [path.partition(b"/")[0] if b"/" in path else None for path in paths]
@@ -144,7 +144,7 @@ class FolderSource(FileSource):
         warn_of_unused_bits(printable(root), len(self), self.encoded, config)
 
 
-def _check_folder(root: bytes) -> None:
+def check_folder(root: bytes) -> None:
     """Raises ConfigError that says what is at ``root`` instead of a folder."""
     try:
         if stat.S_ISDIR(os.stat(root).st_mode):
@@ -159,7 +159,7 @@ def _check_folder(root: bytes) -> None:
     raise ConfigError(f"{printable(root)!r} {what}: give {TAKEN}")
 
 
-def _scan(root: bytes, endings: frozenset[bytes], others: Counter[str]) -> Iterator[bytes]:
+def scan(root: bytes, endings: frozenset[bytes], others: Counter[str]) -> Iterator[bytes]:
     """Paths of images below ``root``, relative to it, told by their ``endings``; counts those of ``others``."""
     pending: list[tuple[bytes, tuple[tuple[int, int], ...]]] = [
         (b"", ())

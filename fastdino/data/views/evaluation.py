@@ -30,6 +30,20 @@ def center_view(image: np.ndarray, size: int, crop: float = 0.875) -> Tensor:
     return torch.from_numpy(view.transpose(2, 0, 1).copy())
 
 
+def whole_view(image: np.ndarray, size: int) -> Tensor:
+    """The whole of an image, uint8 (h, w, C), squeezed to uint8 (C, size, size), bicubic: its mask still fits."""
+    view = joined([resize(band, size, size) for band in pictures(image)])
+    return torch.from_numpy(view.transpose(2, 0, 1).copy())
+
+
+def nearest(values: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(h, w) of any type at another size: at each pixel's center, what lies there."""
+    rows, columns = (
+        ((2 * np.arange(n) + 1) * old) // (2 * n) for n, old in zip((height, width), values.shape, strict=True)
+    )
+    return values[rows[:, None], columns]
+
+
 def normalize(views: Tensor, kind: Literal["imagenet", "image"]) -> Tensor:
     """uint8 views (..., C, h, w) as network input, fp32 of the same shape on the same device.
 

@@ -1,28 +1,31 @@
 """What the CLS token looks at: attention per head, pictures of it, and how well it covers the objects."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
+from tqdm import tqdm
 
 from fastdino.config.errors import require
-from fastdino.data.benchmarks.class_folders import bank_and_test
+from fastdino.data.benchmarks.masks import VOID, Masked, open_objects
+from fastdino.data.draws import sample
 from fastdino.data.sources.decode import BadImage
 from fastdino.data.sources.opening import open_part
 from fastdino.data.sources.source import Source
 from fastdino.data.views import normalize
-from fastdino.data.views.reference import joined, pictures
-from fastdino.eval.evaluation import Evaluation, Subject
-from fastdino.eval.features import EvaluationError, Reading, check_size, device_and_dtype, evaluating, our_vit
-from fastdino.eval.intervals import Score
-from fastdino.eval.pictures import SHEET_ROWS, new_figure
+from fastdino.data.views.evaluation import nearest, whole_view
+from fastdino.eval.dense.pictures.sheets import Cell, draw_cells, heat, in_colour, over
+from fastdino.eval.dense.tokens import Dense, Shown, open_images, shown
+from fastdino.eval.evaluation import Subject
+from fastdino.eval.features import EvaluationError, Reading, device_and_dtype, evaluating
+from fastdino.eval.intervals import Shares
+from fastdino.eval.pictures import SHEET_ROWS
 from fastdino.eval.result import Found, Picture
 from fastdino.model.vit import ViT
 
@@ -46,146 +49,211 @@ def keep_mass(maps: Tensor, mass: float = 0.6) -> Tensor:
     return kept.unflatten(-1, maps.shape[-2:])
 
 
-def head_ious(maps: Tensor, masks: Tensor, mass: float = 0.6) -> Tensor:
-    """(H,) mean intersection over union of each head's attention, keeping ``mass`` of it, with the object masks.
+def object_ious(maps: Tensor, mask: np.ndarray, mass: float = 0.6) -> Tensor:
+    """(H, 1 + K) fp64 intersection over union of each head's attention with all K objects together, then with each.
 
     Args:
-        maps: (n, H, rows, columns) attention.
-        masks: (n, h, w) bool, true on the object; maps are enlarged to them by nearest neighbour, as in DINO v1.
-
-    An image without an object in it counts as 0.
+        maps: (H, rows, columns) attention, of which ``mass`` is kept, and enlarged to the mask by the nearest patch.
+        mask: uint8 (h, w): 0 is no object, any other value an object. VOID pixels are of none.
+        mass: share of the attention.
     """
-    kept = F.interpolate(keep_mass(maps, mass).float(), size=masks.shape[-2:], mode="nearest").bool()
-    objects = masks.to(kept.device).unsqueeze(1)  # (n, 1, h, w)
-    intersection = (kept & objects).sum(dim=(-2, -1))
-    union = (kept | objects).sum(dim=(-2, -1)).clamp(min=1)
-    return (intersection / union).mean(dim=0)
+    ids = [value for value in np.unique(mask).tolist() if value not in (0, VOID)]
+    kept = np.stack([nearest(head, *mask.shape) for head in keep_mass(maps, mass).cpu().numpy()])
+    area = np.bincount(mask.ravel(), minlength=256)[ids]
+    both = np.stack([np.bincount(mask[head], minlength=256)[ids] for head in kept])  # (H, K)
+    of_head = kept.sum(axis=(1, 2))[:, None]
+    both, area = (np.concatenate([x.sum(-1, keepdims=True), x], axis=-1) for x in (both, area))
+    return torch.from_numpy(both / np.maximum(of_head + area - both, 1))
 
 
-def best_head_iou(maps: Tensor, masks: Tensor, mass: float = 0.6) -> float:
-    """:func:`head_ious` of the head with the highest mean over all n images: one head for the whole set.
+class Jaccard(NamedTuple):
+    """How well attention covers the objects of n images, under two conventions."""
 
-    To pick the best head image by image, as is also done, lets the masks choose each answer: the more heads, the
-    higher it scores, even with random attention.
+    names: list[str]  # of the images
+    one_head: Tensor  # (n,) fp64: of the head with the highest mean over the images, with all objects of each
+    best_head_per_object: Tensor  # (n,) fp64: mean over the objects of an image, each with the head that covers it best
+    head: int  # that is taken by the first
+    without_object: int  # images that are left out
+
+
+def jaccard(vit: ViT, source: Masked, reading: Reading, mass: float = 0.6, batch: int = 64) -> Jaccard:
+    """Intersection over union of the attention that is kept with the objects of every image of ``source``.
+
+    ``best_head_per_object`` lets the masks choose each answer: the more heads, the higher it scores, even with random
+    attention. It is what papers after DINO's report (evaluate_segmentation.py of Naseer et al. 2021).
+
+    Raises EvaluationError where an image cannot be read, or none shows an object.
     """
-    return head_ious(maps, masks, mass).max().item()
+    names, together, best = [], [], []
+    for images, maps in attend(vit, source, reading, batch, masks=True):
+        for index, of_heads, mask in zip(images.indices, maps, images.masks, strict=True):
+            found = object_ious(of_heads, mask, mass)
+            if found.shape[1] > 1:
+                names.append(source.name(index))
+                together.append(found[:, 0])
+                best.append(found[:, 1:].amax(0).mean())
+    if not names:
+        raise EvaluationError(f"none of the {len(source)} masks shows an object")
+    heads = torch.stack(together)
+    head = int(heads.mean(0).argmax())
+    return Jaccard(names, heads[:, head], torch.stack(best), head, len(source) - len(names))
+
+
+def attend(
+    vit: ViT,
+    source: Source | Masked,
+    reading: Reading,
+    batch: int,
+    indices: Sequence[int] | None = None,
+    masks: bool = False,
+) -> Iterator[tuple[Shown, Tensor]]:
+    """Images in batches, and the attention of each head, (B, H, rows, columns) fp32."""
+    for images in shown(source, reading.size, batch, indices, masks):
+        yield images, _maps(vit, images.pixels, reading)
+
+
+def _maps(vit: ViT, pixels: Tensor, reading: Reading) -> Tensor:
+    device, _ = device_and_dtype(vit)
+    with torch.autocast(device.type, torch.bfloat16, enabled=reading.precision == "bf16"):
+        return head_maps(vit, normalize(pixels, reading.normalize))
 
 
 def draw_sheet(
-    path: Path, images: Sequence[Image.Image], maps: Tensor, mass: float = 0.6, masks: Tensor | None = None
+    path: Path, images: Shown, maps: Tensor, mass: float = 0.6, head: int | None = None, overlay: bool = False
 ) -> None:
     """Writes a PNG with a row per image: the image, each head's attention, and the patches that hold ``mass`` of it.
 
     Args:
         path: where to.
-        images: n pictures.
+        images: n images. The outline of the objects of their masks, if they have any, is drawn on every picture.
         maps: (n, H, rows, columns) attention.
-        mass: share of the attention that the last column keeps: that of the heads' mean, or with masks that of the
-            head with the highest mean overlap over these n images.
-        masks: (n, h, w) bool, true on the object, whose outline is drawn on every picture.
+        mass: share of the attention that the last column keeps.
+        head: of which it keeps it; without, of the heads' mean.
+        overlay: attention is drawn over the image.
     """
-    titles = ["image", *(f"head {i}" for i in range(maps.shape[1])), f"{mass:.0%} of the mean"]
-    shown = maps.mean(dim=1)
-    if masks is not None:
-        best = int(head_ious(maps, masks, mass).argmax())
-        shown, titles[-1] = maps[:, best], f"{mass:.0%} of head {best}"
-    figure = new_figure(1.3 * len(titles), 1.3 * len(images) + 0.3, dpi=110)
-    axes = figure.subplots(len(images), len(titles), squeeze=False)
-    for i, (image, row, kept) in enumerate(zip(images, axes, keep_mass(shown, mass).cpu(), strict=True)):
-        pixels = np.asarray(image)
-        extent = (0, image.width, image.height, 0)
-        patches = F.interpolate(kept[None, None].float(), size=pixels.shape[:2], mode="nearest")[0, 0].bool().numpy()
-        pictures = [pixels, *maps[i].cpu().numpy(), np.where(patches[..., None], pixels, pixels // 4)]
-        for ax, picture in zip(row, pictures, strict=True):
-            ax.imshow(picture, cmap="inferno", extent=extent)
-            if masks is not None:
-                outline = masks[i].cpu().numpy()
-                ax.contour(outline, levels=[0.5], colors="cyan", linewidths=0.8, extent=extent, origin="upper")
-            ax.set_axis_off()
-    for ax, title in zip(axes[0], titles, strict=True):
-        ax.set_title(title, fontsize=9)
-    figure.canvas.print_png(path)
+    titles = ["image", *(f"head {i}" for i in range(maps.shape[1]))]
+    titles.append(f"{mass:.0%} of " + ("the mean" if head is None else f"head {head}"))
+    kept = keep_mass(maps.mean(dim=1) if head is None else maps[:, head], mass).cpu().numpy()
+    rows = []
+    for i, size in enumerate(images.sizes):
+        pixels = in_colour(images.pixels[i].permute(1, 2, 0).numpy())
+        heads = [heat(x) for x in maps[i].cpu().numpy()]
+        if overlay:
+            heads = [over(pixels, x) for x in maps[i].cpu().numpy()]
+        outline = (images.masks[i] > 0) & (images.masks[i] != VOID) if images.masks else None
+        cells = [pixels, *heads, lit(pixels, kept[i])]
+        named = titles if i == 0 else [""] * len(titles)
+        rows.append([Cell(x, size, title, outline=outline) for x, title in zip(cells, named, strict=True)])
+    draw_cells(path, rows, inches=1.3)
+
+
+def lit(pixels: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """uint8 (h, w, 3), whose patches that are not ``kept`` (rows, columns) are darkened."""
+    return np.where(nearest(kept, *pixels.shape[:2])[..., None], pixels, pixels // 4)
+
+
+def draw_frame(path: Path, frames: Source, index: int, vit: ViT, reading: Reading, mass: float = 0.6) -> None:
+    """Writes a frame as a PNG of its own size: what holds ``mass`` of the heads' mean is lit, under the attention.
+
+    Raises EvaluationError where the frame cannot be read. Source: video_generation.py of DINO v1.
+    """
+    try:
+        image = frames.read(index)[0]
+    except BadImage as error:
+        raise EvaluationError(f"{error}: mend or delete it") from error
+    mean = _maps(vit, whole_view(image, reading.size).unsqueeze(0), reading)[0].mean(0)
+    kept = keep_mass(mean, mass)
+    seen = over(lit(in_colour(image), kept.cpu().numpy()), torch.where(kept, mean, 0).cpu().numpy())
+    Image.fromarray(seen).save(path, "PNG")
+
+
+Opened = tuple[Source | Masked, Masked | None, Source | None]  # images, the same with masks if any, frames
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionMaps(Evaluation):
-    """A sheet of images with the attention of each head of the last block, as PNG.
+class AttentionMaps(Dense):
+    """How well the attention of the last block covers the objects, and a sheet of it, head by head.
 
-    Images are not cropped: the whole of each is squeezed to --size, a multiple of the patch. --data is a folder of
-    images in any nesting. Of more than three channels the first three are shown as red, green and blue. With --data
-    shapes, whose objects are known, attention_iou is printed too: how well the best head covers them.
+    --data is an image, a folder of images in any nesting, or one with masks: images/ and masks/ with equal stems,
+    masks beside their images, PASCAL VOC; or shapes. Images are squeezed to --size, and drawn at random where there are
+    more than --num-images. Of more than three channels the first three are shown as red, green and blue.
+
+    With masks it finds the Jaccard index (intersection over union) in percent: jaccard_one_head, of the head with the
+    highest mean over all images, and jaccard_best_head_per_object, which lets the masks choose a head for each object.
     """
 
     kind: ClassVar[str] = "attention"
     needs: ClassVar[str] = "images, best with masks"
-    controls: ClassVar[tuple[str, ...]] = ("random_init",)
 
     num_images: int = 100
-    """Images over which the best head is found; the sheet shows the first eight."""
+    """Images that are looked at; the sheet shows eight of them."""
     mass: float = 0.6
-    """Share of the attention that the last column keeps; DINO's value."""
+    """Share of the attention that is kept; DINO's value."""
+    overlay: bool = False
+    """Draw the attention over the images."""
+    video: Path | None = None
+    """Folder of frames. Each becomes a PNG in attention-video/ that shows what the heads' mean keeps."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.num_images >= 1, "--num-images", self.num_images, "at least 1", "a count of images")
         require(0 < self.mass < 1, "--mass", self.mass, "between 0 and 1", "a share of the attention")
 
-    def open(self, subject: Subject) -> Source:
-        """The images."""
-        vit = our_vit(subject.backbone, "attention maps")
-        check_size(vit, self.reading(subject.config))
-        if self.data == "shapes":
-            return bank_and_test(self.data, subject.config.data).test
-        return open_part(self.data, subject.config.data)
+    def open(self, subject: Subject) -> Opened:
+        """The images, with masks where there are any, and the frames of --video."""
+        self.network(subject)
+        config = subject.config.data
+        frames = None if self.video is None else open_part(self.video, config)
+        masked = open_objects(self.data, config, self.num_images, self.seed)
+        return masked or open_images(self.data, config, self.num_images, self.seed), masked, frames
 
-    def judge(self, subject: Subject, data: Source) -> Found:
-        """attention_iou in percent when the images have masks, and a sheet."""
-        reading = self.reading(subject.config)
-        found = self.overlap(subject.backbone, data, reading)
-        scores = {name: Score(100 * x, math.nan, math.nan, "none") for name, x in found.items()}
-        protocol = {"size": reading.size, "normalize": reading.normalize, "mass": self.mass}
+    def judge(self, subject: Subject, data: Opened) -> Found:
+        """The Jaccard index under both conventions where there are masks, and the pictures."""
+        vit, reading = self.network(subject)
+        source, masked, frames = data
+        protocol = {**self.read_by(subject), "mass": self.mass}
+        told: dict[str, Any] = {"images": len(source), "fingerprint": source.fingerprint()}
+        notes = self.rounded(subject)
+        head: int | None = None
+        scores, arrays, shares = {}, {}, None
 
-        def draw(path: Path) -> None:
-            self.overlap(subject.backbone, data, reading, path)
+        def sheet(path: Path) -> None:
+            some = sample(self.seed, SHEET_ROWS, len(source))
+            (images, maps), *_ = attend(vit, source, reading, SHEET_ROWS, some, masks=masked is not None)
+            draw_sheet(path, images, maps, self.mass, head, self.overlay)
 
+        if masked is not None:
+            found = jaccard(vit, masked, reading, self.mass, self.batch)
+            shares = Shares.mean(found.names, found.one_head.numpy())
+            best = Shares.mean(found.names, found.best_head_per_object.numpy())
+            scores = {"jaccard_one_head": shares.score(), "jaccard_best_head_per_object": best.score()}
+            arrays = {"best_head_per_object": found.best_head_per_object.numpy()}
+            head = found.head
+            if found.without_object:
+                notes.append(f"{found.without_object} images without an object are left out")
         return Found(
             scores=scores,
+            also={} if head is None else {"head": head},
             protocol=protocol,
-            data={"images": min(self.num_images, len(data))},
-            pictures=[Picture("", draw)],
+            data=told,
+            notes=notes,
+            shares=shares,
+            arrays=arrays,
+            pictures=[Picture("", sheet), *self._film(vit, reading, frames)],
         )
 
-    def overlap(
-        self, backbone: nn.Module, source: Source, reading: Reading, sheet: Path | None = None
-    ) -> dict[str, float]:
-        """{"attention_iou": :func:`best_head_iou`} of the first num_images of ``source`` if it has masks, else nothing.
+    def _film(self, vit: ViT, reading: Reading, frames: Source | None) -> list[Picture]:
+        """A picture per frame, drawn one after the other."""
+        if frames is None:
+            return []
 
-        ``sheet`` is a PNG to write with the first SHEET_ROWS. Raises EvaluationError when the backbone has no CLS
-        attention or an image cannot be read.
-        """
-        vit = our_vit(backbone, "attention maps")
-        check_size(vit, reading)
-        try:
-            images = [_resized(source.read(i)[0], reading.size) for i in range(min(self.num_images, len(source)))]
-        except BadImage as error:
-            raise EvaluationError(f"{error}: mend or delete it") from error
-        pixels = torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image in images])
-        maps = torch.cat([head_maps(vit, normalize(x, reading.normalize)) for x in pixels.split(self.batch)])
-        mask_of: Any = getattr(source, "mask", None)
-        masks = torch.stack([torch.as_tensor(np.asarray(mask_of(i))) for i in range(len(images))]) if mask_of else None
-        if sheet is not None:
-            shown = [_in_colour(image) for image in images[:SHEET_ROWS]]
-            draw_sheet(sheet, shown, maps[:SHEET_ROWS], self.mass, None if masks is None else masks[:SHEET_ROWS])
-        return {} if masks is None else {"attention_iou": best_head_iou(maps, masks, self.mass)}
+        def ticks() -> Iterator[int]:  # none until the first frame is drawn
+            yield from tqdm(range(len(frames)), desc="frames", unit="frame", leave=False, disable=None)
 
+        bar = ticks()
 
-def _resized(image: np.ndarray, size: int) -> np.ndarray:
-    """The whole image at (size, size, C), so that its mask still fits."""
-    return joined([band.resize((size, size), Image.Resampling.BICUBIC) for band in pictures(image)])
+        def draw(path: Path, index: int) -> None:
+            next(bar)
+            draw_frame(path, frames, index, vit, reading, self.mass)
 
-
-def _in_colour(image: np.ndarray) -> Image.Image:
-    """The first three of its channels as red, green and blue; of one or two the first as gray."""
-    if image.shape[2] < 3:
-        return Image.fromarray(image[..., 0]).convert("RGB")
-    return Image.fromarray(np.ascontiguousarray(image[..., :3]))
+        return [Picture(f"-video/{i:05d}", partial(draw, index=i)) for i in range(len(frames))]

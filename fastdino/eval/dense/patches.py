@@ -4,10 +4,8 @@ To find where an object is shows little: random features do it, and raw pixels n
 needs what training teaches.
 """
 
-import math
-import statistics
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -17,23 +15,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from fastdino.config import Config, ModelConfig
+from fastdino.config import Config
 from fastdino.config.errors import require
 from fastdino.data.benchmarks.class_folders import BANK_SEED, TEST_SEED
 from fastdino.data.sources.shapes import CLASSES, ShapesSource, check_shows_shapes
 from fastdino.data.views import normalize
-from fastdino.eval.evaluation import Evaluation, Subject
-from fastdino.eval.features import Reading, Tokens, check_size, device_and_dtype, evaluating, our_vit
-from fastdino.eval.intervals import Score
-from fastdino.eval.pictures import SHEET_ROWS, new_figure
+from fastdino.eval.controls import fresh
+from fastdino.eval.dense.pictures.pca import colors
+from fastdino.eval.dense.pictures.sheets import Cell, class_colours, draw_cells
+from fastdino.eval.dense.segment.miou import add_up, confusion
+from fastdino.eval.dense.tokens import Dense, Read, tokens_of
+from fastdino.eval.evaluation import Subject
+from fastdino.eval.features import Reading, our_vit
+from fastdino.eval.intervals import Shares, normal
+from fastdino.eval.pictures import SHEET_ROWS
 from fastdino.eval.result import Found, Picture
-from fastdino.model import build_backbone
-from fastdino.model.vit import ViT
 
 NUM_CLASSES = 1 + len(CLASSES)  # 0 is the background, an object's class its label + 1
 RIDGE = 1e-3  # penalty of a weight, in variances of its feature
-
-Read = Callable[[Tensor], Tensor]  # uint8 (B, 3, s, s) on the CPU -> (B, rows, columns, D)
 
 
 class Patches(NamedTuple):
@@ -94,52 +93,9 @@ def fit_probe(batches: Iterator[tuple[Tensor, Tensor]], counts: Tensor) -> Probe
     return Probe(weight, prior - (origin + mean) @ weight)
 
 
-def mean_iou(confusion: Tensor) -> float:
-    """Mean intersection over union of the classes that occur, from (C, C) counts by true and by given class."""
-    both = confusion.diagonal().double()
-    union = confusion.sum(0) + confusion.sum(1) - both
-    return (both / union)[union > 0].mean().item()
-
-
-def tokens_of(vit: ViT, reading: Reading) -> Read:
-    """Its patches after the final norm, on its device."""
-    device, dtype = device_and_dtype(vit)
-
-    def read(images: Tensor) -> Tensor:
-        x = normalize(images.to(device), reading.normalize).to(dtype)
-        with evaluating(vit), torch.autocast(device.type, torch.bfloat16, enabled=reading.precision == "bf16"):
-            return vit.patch_tokens(x)
-
-    return read
-
-
 def raw_pixels(patch: int, reading: Reading) -> Read:
     """Every pixel of a patch as the network is shown it."""
     return lambda images: F.pixel_unshuffle(normalize(images, reading.normalize), patch).movedim(1, -1)
-
-
-def fresh_vit(vit: ViT, model: ModelConfig, seed: int) -> ViT:
-    """Another of the same architecture, grid and place that has not learned."""
-    rows, columns = vit.grid
-    grid = rows * vit.patch_size, columns * vit.patch_size
-    fresh = build_backbone(replace(model, attention="auto"), grid, seed=seed)
-    return our_vit(fresh, "patch tokens").to(*device_and_dtype(vit))
-
-
-def colors(tokens: Tensor) -> Tensor:
-    """(n, rows, columns, D) -> the same with 3 for D, fp64 in [0, 1]: red, green and blue by principal components.
-
-    Each component from its 2nd to its 98th percentile, the sign of its largest weight positive.
-    """
-    x = tokens.double().flatten(0, 2)
-    x = x - x.mean(0)
-    _, directions = torch.linalg.eigh(x.T @ x)  # the last has the largest variance
-    directions = directions[:, -3:].flip(1)
-    largest = directions.gather(0, directions.abs().argmax(dim=0, keepdim=True))
-    found = x @ (directions * largest.sign())
-    low, high = found.quantile(0.02, dim=0), found.quantile(0.98, dim=0)
-    scaled = (found - low) / (high - low).clamp(min=1e-12)
-    return scaled.clamp(0, 1).view(*tokens.shape[:3], 3)
 
 
 def draw_patches(path: Path, shown: Patches, tokens: Tensor, told: Tensor) -> None:
@@ -151,22 +107,18 @@ def draw_patches(path: Path, shown: Patches, tokens: Tensor, told: Tensor) -> No
         tokens: (n, rows, columns, D).
         told: (n, rows, columns) classes by the probe.
     """
-    titles = ("image", "tokens", "probe", "truth")
-    figure = new_figure(1.3 * len(titles), 1.3 * len(told) + 0.3, dpi=110)
-    axes = figure.subplots(len(told), len(titles), squeeze=False)
-    columns = shown.images.permute(0, 2, 3, 1), colors(tokens).cpu(), told, shown.classes
-    for row, pictures in zip(axes, zip(*columns, strict=True), strict=True):
-        for ax, picture in zip(row, pictures, strict=True):
-            objects = np.ma.masked_equal(picture.numpy(), 0) if picture.ndim == 2 else picture.numpy()
-            ax.imshow(objects, cmap="tab20", vmin=0, vmax=19, interpolation="nearest")
-            ax.set(xticks=[], yticks=[])
-    for ax, title in zip(axes[0], titles, strict=True):
-        ax.set_title(title, fontsize=9)
-    figure.canvas.print_png(path)
+    of_class = class_colours(NUM_CLASSES, first_is_nothing=True)
+    columns = shown.images.permute(0, 2, 3, 1), colors(tokens).cpu(), of_class[told], of_class[shown.classes]
+    size = shown.images.shape[3], shown.images.shape[2]
+    rows: list[list[Cell]] = []
+    for pictures in zip(*columns, strict=True):
+        titles = ("image", "tokens", "probe", "truth") if not rows else ("",) * 4
+        rows.append([Cell(np.asarray(x), size, title) for x, title in zip(pictures, titles, strict=True)])
+    draw_cells(path, rows, inches=1.3)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatchProbe(Evaluation):
+class PatchProbe(Dense):
     """Patch mIoU in percent of a linear probe on rendered shapes, as JSON with its baselines; and a picture.
 
     The probe tells from a patch's token which of 12 classes of object it shows, or that it shows background. The same
@@ -181,7 +133,7 @@ class PatchProbe(Evaluation):
     data: str = "shapes"
     """Only shapes: of a folder of images it is not known what each patch shows."""
     size: int | None = None
-    """Side in pixels, a multiple of the patch, at which shapes are rendered; default: near data.image_size."""
+    """Side in pixels at which shapes are rendered; default: data.image_size, less what is no whole patch."""
     num_images: int = 1200
     """Images that the probe learns from; half as many are judged."""
     num_random: int = 3
@@ -195,52 +147,52 @@ class PatchProbe(Evaluation):
         require(self.num_images >= least, "--num-images", self.num_images, f"at least {least}", "every class is judged")
         require(self.num_random >= 0, "--num-random", self.num_random, "0 or more", "a count of initialisations")
 
-    def reading(self, config: Config, tokens: Tokens = "cls") -> Reading:
-        """At the size at which shapes are rendered for training, in whole patches: none is cropped or resized."""
+    def asked(self, config: Config) -> int:
+        """The size at which shapes are rendered for training: none is cropped or resized."""
         patch = config.model.patch_size
-        size = self.size or max(patch, config.data.image_size // patch * patch)
-        return replace(super().reading(config, tokens), size=size)
+        return self.size or max(patch, config.data.image_size // patch * patch)
 
     def open(self, subject: Subject) -> tuple[Patches, Patches]:
         """Images to learn from, and others to judge."""
         check_shows_shapes(subject.config.data)
-        vit, reading = our_vit(subject.backbone, "patch tokens"), self.reading(subject.config)
-        check_size(vit, reading)
+        vit, reading = self.network(subject)
         train = render(self.num_images, reading.size, vit.patch_size, BANK_SEED)
         return train, render(self.num_images // 2, reading.size, vit.patch_size, TEST_SEED)
 
     def judge(self, subject: Subject, data: tuple[Patches, Patches]) -> Found:
         """patch_miou, the same of the baselines, and a sheet."""
         train, test = data
-        vit, reading = our_vit(subject.backbone, "patch tokens"), self.reading(subject.config)
+        vit, reading = self.network(subject)
         found, told = self.probe(tokens_of(vit, reading), train, test)
-        scores = {"patch_miou": found}
+        scores = {"patch_miou": found.score()}
         if self.num_random:
-            fresh = (fresh_vit(vit, subject.config.model, seed) for seed in range(self.num_random))
-            each = [self.probe(tokens_of(other, reading), train, test)[0] for other in fresh]
-            scores["patch_miou_random_init"] = statistics.mean(each)
-        scores["patch_miou_raw_pixels"], _ = self.probe(raw_pixels(vit.patch_size, reading), train, test)
-        protocol = {"size": reading.size, "normalize": reading.normalize, "precision": reading.precision}
+            starts = [fresh(vit, subject.config.model, reading.size, seed) for seed in range(self.num_random)]
+            each = [self.probe(tokens_of(our_vit(x, "patches"), reading), train, test)[0].value() for x in starts]
+            scores["patch_miou_random_init"] = normal(each, "random starts")
+        scores["patch_miou_raw_pixels"] = self.probe(raw_pixels(vit.patch_size, reading), train, test)[0].score()
 
         def draw(path: Path) -> None:
             shown = Patches(*(x[:SHEET_ROWS] for x in test))
             draw_patches(path, shown, tokens_of(vit, reading)(shown.images), told[:SHEET_ROWS])
 
         return Found(
-            scores={name: Score(100 * x, math.nan, math.nan, "none") for name, x in scores.items()},
-            protocol=protocol,
+            scores=scores,
+            protocol=self.read_by(subject),
             data={"classes": NUM_CLASSES, "train": len(train.images), "test": len(test.images)},
+            notes=self.rounded(subject),
+            shares=found,
             pictures=[Picture("", draw)],
         )
 
-    def probe(self, read: Read, train: Patches, test: Patches) -> tuple[float, Tensor]:
-        """Mean IoU over all patches of ``test`` of a probe that learned from ``train``, and its (n, rows, columns)."""
+    def probe(self, read: Read, train: Patches, test: Patches) -> tuple[Shares, Tensor]:
+        """What each image of ``test`` adds to the mean IoU over all patches, of a probe that learned from ``train``;
+        and what it tells, (n, rows, columns)."""
         counts = train.classes.flatten().bincount(minlength=NUM_CLASSES)
         probe = fit_probe(self._batches(read, train), counts)
-        told = torch.cat([probe(tokens).cpu() for tokens, _ in self._batches(read, test)])
-        pairs = test.classes.flatten() * NUM_CLASSES + told
-        confusion = pairs.bincount(minlength=NUM_CLASSES**2).view(NUM_CLASSES, NUM_CLASSES)
-        return mean_iou(confusion), told.view_as(test.classes)
+        told = torch.cat([probe(tokens).cpu() for tokens, _ in self._batches(read, test)]).view_as(test.classes)
+        every = zip(test.classes, told, strict=True)
+        _, shares = add_up((f"shapes {TEST_SEED}/{i}", confusion(*x, NUM_CLASSES)) for i, x in enumerate(every))
+        return shares, told
 
     def _batches(self, read: Read, patches: Patches) -> Iterator[tuple[Tensor, Tensor]]:
         """(n, D) tokens and their (n,) classes, on the tokens' device."""

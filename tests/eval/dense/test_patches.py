@@ -15,20 +15,18 @@ from fastdino.data.benchmarks.class_folders import BANK_SEED, TEST_SEED
 from fastdino.data.sources.shapes import ShapesSource
 from fastdino.data.views import normalize
 from fastdino.eval import Reading, Subject
+from fastdino.eval.controls import fresh
 from fastdino.eval.dense.patches import (
     NUM_CLASSES,
     RIDGE,
     Patches,
     PatchProbe,
     Probe,
-    colors,
     fit_probe,
-    fresh_vit,
-    mean_iou,
     raw_pixels,
     render,
-    tokens_of,
 )
+from fastdino.eval.dense.tokens import tokens_of
 from fastdino.model import ViT
 
 CONFIG = Config(
@@ -95,17 +93,6 @@ def test_a_rare_class_is_told():
     assert (probe(tokens)[30:] == 0).float().mean() > 0.8
 
 
-def test_mean_iou_by_hand():
-    """Of class 0 three of 4 found and one too many, of class 1 two of 3 and one too many; there is no class 2."""
-    truth, told = [0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 1, 0]
-    confusion = torch.zeros(3, 3, dtype=torch.int64)
-    for pair in zip(truth, told, strict=True):
-        confusion[pair] += 1
-    assert mean_iou(confusion) == pytest.approx((3 / 5 + 2 / 4) / 2)
-    confusion[1, 2] = 1  # what is told of a class that does not occur is wrong twice
-    assert mean_iou(confusion) == pytest.approx((3 / 5 + 2 / 5 + 0) / 3)
-
-
 # ----------------------------------------------------------------------------------------------------------- patches
 
 
@@ -165,36 +152,12 @@ def test_tokens_that_tell_all_score_1_and_tokens_that_tell_nothing_a_prior(batch
     def knows(images: Tensor) -> Tensor:
         return F.one_hot(images[:, 0, ::4, ::4].long(), NUM_CLASSES).float()
 
-    score, told = evaluation.probe(knows, train, test)
-    assert score == 1
+    shares, told = evaluation.probe(knows, train, test)
+    assert shares.value() == 100
     assert torch.equal(told, test.classes)
-    score, told = evaluation.probe(lambda images: torch.zeros(len(images), 3, 3, 2), train, test)
+    shares, told = evaluation.probe(lambda images: torch.zeros(len(images), 3, 3, 2), train, test)
     assert len(told.unique()) == 1, "classes weigh alike, so any one"
-    assert 0 < score < 2 / NUM_CLASSES**2
-
-
-# ----------------------------------------------------------------------------------------------------------- picture
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_colors_are_the_principal_components(seed):
-    """Of tokens that vary along three known directions, the most along the first."""
-    rng = torch.Generator().manual_seed(seed)
-    values = torch.rand(2, 4, 5, 3, generator=rng).double() * torch.tensor([9.0, 3.0, 1.0])
-    basis = torch.linalg.qr(torch.randn(7, 3, generator=rng, dtype=torch.float64))[0].T
-    found = colors(values @ basis + 5)
-    assert found.shape == (2, 4, 5, 3)
-    assert found.min() == 0
-    assert found.max() == 1
-    for component in range(3):
-        pair = torch.stack([found[..., component].flatten(), values[..., component].flatten()])
-        largest = basis[component][basis[component].abs().argmax()]
-        assert torch.corrcoef(pair)[0, 1] * largest.sign() > 0.85
-    torch.testing.assert_close(colors(3 * (values @ basis) - 8), found)
-
-
-def test_colors_of_equal_tokens():
-    assert colors(torch.ones(1, 2, 2, 5)).isfinite().all()
+    assert 0 < shares.value() < 200 / NUM_CLASSES**2
 
 
 # --------------------------------------------------------------------------------------------------- random features
@@ -206,9 +169,9 @@ def test_random_features_are_of_the_same_architecture_and_grid():
         arch="vit_nano", patch_size=8, drop_path=0.3, registers=3, layer_scale=0.1, attention="xformers"
     )  # which a machine that evaluates may lack
     state = torch.get_rng_state()
-    one, same, other = (fresh_vit(trained, model, seed) for seed in (0, 0, 1))
+    one, same, other = (fresh(trained, model, 32, seed) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), state)
-    wanted = {name: x.shape for name, x in trained.named_parameters() if name != "mask_token"}
+    wanted = {name: x.shape for name, x in trained.named_parameters()}
     assert {name: x.shape for name, x in one.named_parameters()} == wanted
     assert one.grid == trained.grid
     weights = [x.patch_embed.proj.weight for x in (one, same, other, trained)]
@@ -251,7 +214,7 @@ def values(evaluation, backbone, folder):
 
 def test_random_features_are_averaged(tmp_path):
     alone = PatchProbe(num_images=48, num_random=0)
-    each = [values(alone, fresh_vit(vit(), CONFIG.model, seed), tmp_path)["patch_miou"] for seed in range(2)]
+    each = [values(alone, fresh(vit(), CONFIG.model, 32, seed), tmp_path)["patch_miou"] for seed in range(2)]
     found = values(PatchProbe(num_images=48, num_random=2), vit(), tmp_path)["patch_miou_random_init"]
     assert found == pytest.approx(np.mean(each))
     assert each[0] != each[1]
@@ -293,14 +256,15 @@ def test_flags_that_cannot_work(flags, says):
 
 
 def test_what_cannot_be_evaluated_leaves_nothing(tmp_path):
-    subject = Subject(vit(), CONFIG, tmp_path)
-    for evaluation, judged, says in (
-        (PatchProbe(size=33), subject, "33x33 pixels does not divide into patches of 8"),
-        (PatchProbe(), Subject(nn.Flatten(), CONFIG, tmp_path), r"patch tokens need one of our ViTs .*not Flatten"),
-    ):
-        with pytest.raises(ValueError, match=says):
-            evaluation(judged)
+    with pytest.raises(ValueError, match=r"eval patches need one of our ViTs .*not Flatten"):
+        PatchProbe()(Subject(nn.Flatten(), CONFIG, tmp_path))
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_size_that_patches_do_not_tile_is_rounded(tmp_path):
+    told = PatchProbe(num_images=24, num_random=0, size=33)(Subject(vit(), CONFIG, tmp_path)).json()
+    assert told["protocol"]["size"] == 32
+    assert "size 32: 33 does not divide into patches of 8" in told["notes"]
 
 
 def test_a_probe_without_a_class_scores_the_others():

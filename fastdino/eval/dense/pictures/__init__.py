@@ -1,0 +1,1 @@
+"""Pictures of what the tokens of patches are alike in."""

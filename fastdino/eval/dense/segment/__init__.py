@@ -1,0 +1,1 @@
+"""What class each pixel is of, told from the tokens of patches."""
