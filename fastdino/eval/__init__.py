@@ -5,8 +5,14 @@ from fastdino.eval.dense.attention_maps import AttentionMaps, best_head_iou, dra
 from fastdino.eval.dense.patches import PatchProbe
 from fastdino.eval.evaluation import Evaluation, Subject
 from fastdino.eval.features import EvaluationError, Features, Reading, extract
+from fastdino.eval.retrieve.retrieval import Retrieval
 
-EVALUATIONS: dict[str, type[Evaluation]] = {"knn": Knn, "attention": AttentionMaps, "patches": PatchProbe}
+EVALUATIONS: dict[str, type[Evaluation]] = {
+    "knn": Knn,
+    "retrieval": Retrieval,
+    "attention": AttentionMaps,
+    "patches": PatchProbe,
+}
 """The kinds of ``fastdino eval KIND PATH``."""
 
 __all__ = [
@@ -19,6 +25,7 @@ __all__ = [
     "Knn",
     "PatchProbe",
     "Reading",
+    "Retrieval",
     "Subject",
     "best_head_iou",
     "draw_sheet",

@@ -1,10 +1,11 @@
-"""The one view of an image that an evaluation takes, and pixels as network input."""
+"""The views of an image that evaluations take, and pixels as network input."""
 
 from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fastdino.data.views.reference import joined, pictures, resize
@@ -28,6 +29,20 @@ def center_view(image: np.ndarray, size: int, crop: float = 0.875) -> Tensor:
     left, top = round((width - size) / 2), round((height - size) / 2)
     view = joined([resize(band, width, height).crop((left, top, left + size, top + size)) for band in bands])
     return torch.from_numpy(view.transpose(2, 0, 1).copy())
+
+
+def whole_view(image: np.ndarray, side: int) -> np.ndarray:
+    """All of an image, uint8 (h, w, C), its longer side at most ``side``: Pillow's thumbnail by Lanczos, as DINO v1's
+    eval_image_retrieval.py has it. A smaller image stays as it is."""
+    bands = pictures(image)
+    for band in bands:
+        band.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return joined(bands)
+
+
+def squeezed_view(image: np.ndarray, side: int) -> np.ndarray:
+    """All of an image, uint8 (h, w, C), as (side, side, C), bicubic, whatever its proportions."""
+    return joined([resize(band, side, side) for band in pictures(image)])
 
 
 def normalize(views: Tensor, kind: Literal["imagenet", "image"]) -> Tensor:
