@@ -5,11 +5,13 @@ from fastdino.eval.dense.attention_maps import AttentionMaps, best_head_iou, dra
 from fastdino.eval.dense.patches import PatchProbe
 from fastdino.eval.evaluation import Evaluation, Subject
 from fastdino.eval.features import EvaluationError, Features, Reading, extract
+from fastdino.eval.retrieve.copydetect import CopyDetection
 from fastdino.eval.retrieve.retrieval import Retrieval
 
 EVALUATIONS: dict[str, type[Evaluation]] = {
     "knn": Knn,
     "retrieval": Retrieval,
+    "copydetect": CopyDetection,
     "attention": AttentionMaps,
     "patches": PatchProbe,
 }
@@ -18,6 +20,7 @@ EVALUATIONS: dict[str, type[Evaluation]] = {
 __all__ = [
     "EVALUATIONS",
     "AttentionMaps",
+    "CopyDetection",
     "Evaluation",
     "EvaluationError",
     "Features",
