@@ -18,6 +18,7 @@ class Purpose(IntEnum):
     MASKS = 5
     MIXTURE = 6
     SAMPLE = 7
+    COPIES = 8
 
 
 def random_bits(purpose: Purpose, seed: int, first: int, second: int, count: int) -> np.ndarray:

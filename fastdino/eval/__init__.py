@@ -8,16 +8,21 @@ from fastdino.eval.dense.pictures.similarity import Similarity
 from fastdino.eval.dense.segment.segment import Segment
 from fastdino.eval.evaluation import Evaluation, Subject
 from fastdino.eval.features import EvaluationError, Features, Reading, extract
+from fastdino.eval.retrieve.copydetect import CopyDetection
+from fastdino.eval.retrieve.retrieval import Retrieval
 
-EVALUATIONS: dict[str, type[Evaluation]] = {
-    "knn": Knn,
-    "attention": AttentionMaps,
-    "patches": PatchProbe,
-    "segment": Segment,
-    "pca": Pca,
-    "similarity": Similarity,
-}
-"""The kinds of ``fastdino eval KIND PATH``."""
+KINDS: tuple[type[Evaluation], ...] = (
+    Knn,
+    Retrieval,
+    CopyDetection,
+    AttentionMaps,
+    Segment,
+    PatchProbe,
+    Pca,
+    Similarity,
+)
+EVALUATIONS = {kind.kind: kind for kind in KINDS}
+"""The kinds of ``fastdino eval KIND WEIGHTS``."""
 
 __all__ = [
     "EVALUATIONS",
@@ -28,10 +33,7 @@ __all__ = [
     "KNeighbors",
     "Knn",
     "PatchProbe",
-    "Pca",
     "Reading",
-    "Segment",
-    "Similarity",
     "Subject",
     "extract",
     "head_maps",

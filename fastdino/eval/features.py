@@ -18,7 +18,8 @@ from fastdino.model.vit import ViT
 
 Images = tuple[Tensor, Tensor, Tensor]
 """Of a batch: uint8 (B, C, s, s), labels int64 (B,), and their places in the source, int64 (B,)."""
-Tokens = Literal["cls", "mean", "cls+mean", "last4", "last4+mean"]
+Tokens = Literal["cls", "mean", "cls+mean", "last4", "last4+mean", "gem", "cls+gem"]
+GEM_POWER = 3.0  # of the generalised mean of patches, as it is in retrieval
 
 
 class EvaluationError(UserError, ValueError):
@@ -41,7 +42,8 @@ class Reading:
     """C, as in training: data.channels."""
     tokens: Tokens = "cls"
     """What is a feature, after the final norm: what the backbone gives, its CLS token; the mean of the patches; both;
-    CLS tokens of the last four blocks, the last one last; these and the mean."""
+    CLS tokens of the last four blocks, the last one last; these and the mean; the generalised mean of the patches; the
+    CLS token and that."""
 
 
 class Features(NamedTuple):
@@ -147,10 +149,22 @@ def reader(backbone: nn.Module, tokens: Tokens) -> Callable[[Tensor], Tensor]:
 
     def see(images: Tensor) -> Tensor:
         layers = vit.intermediate_layers(images, 4 if first == "last4" else 1)
-        parts = [] if first == "mean" else [cls for cls, _ in layers]
-        return torch.cat([*parts, layers[-1][1].mean(1)] if "mean" in tokens else parts, dim=1)
+        parts, patches = [] if first in ("mean", "gem") else [cls for cls, _ in layers], layers[-1][1]
+        if "mean" in tokens:
+            parts.append(patches.mean(1))
+        if "gem" in tokens:
+            parts.append(gem(patches.float(), GEM_POWER).to(patches.dtype))
+        return torch.cat(parts, dim=1)
 
     return see
+
+
+def gem(tokens: Tensor, power: float) -> Tensor:
+    """(B, N, D) -> (B, D), the generalised mean (mean of x^p)^(1/p) of tokens x that are clamped at 1e-6.
+
+    Source: Radenovic et al. 2018, where p is 3; DINO's copy detection has 4.
+    """
+    return tokens.clamp(min=1e-6).pow(power).mean(dim=1).pow(1 / power)
 
 
 def check_any(features: Features) -> None:

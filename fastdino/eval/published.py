@@ -55,6 +55,14 @@ PUBLISHED = [
     *_rows("README of facebookresearch/dinov2", r"dinov2-{}$", HUGGING_FACE_V2),
 ]
 
+OXFORD, PARIS, COPYDAYS = "roxford5k v1", "rparis6k v1", "copydays v1"
+"""What a result calls these data sets where all is as DINO v1 has it."""
+PUBLISHED += [
+    Published("retrieval", "map_medium", "dino_deitsmall16_pretrain", OXFORD, 41.8, "README of facebookresearch/dino"),
+    Published("retrieval", "map_medium", "dino_deitsmall16_pretrain", PARIS, 63.1, "README of facebookresearch/dino"),
+    Published("copydetect", "map_strong", "dino_vitbase8_pretrain", COPYDAYS, 85.8, "README of facebookresearch/dino"),
+]
+
 
 def published(kind: str, headline: str, file: str, data: str) -> Published | None:
     """What is reported of the weights in a file of that name, where data and kind are the same; else None."""

@@ -15,6 +15,7 @@ from fastdino.data.sources.shapes import ShapesSource
 from fastdino.data.sources.source import Source
 from fastdino.data.views import center_view, normalize
 from fastdino.eval import Features, Reading, extract
+from fastdino.eval.features import gem
 from fastdino.model import ViT, build_backbone, export_backbone, restore_backbone
 
 READING = Reading(size=32)
@@ -125,6 +126,8 @@ def test_tokens_are_those_of_the_layers() -> None:
         "cls+mean": torch.cat([cls, mean], 1),
         "last4": last4,
         "last4+mean": torch.cat([last4, mean], 1),
+        "gem": gem(patches, 3),
+        "cls+gem": torch.cat([cls, gem(patches, 3)], 1),
     }
     for tokens, features in want.items():
         got = seen(backbone, source, Reading(size=32, tokens=tokens)).vectors

@@ -1,10 +1,11 @@
-"""The one view of an image that an evaluation takes, and pixels as network input."""
+"""The views of an image that evaluations take, and pixels as network input."""
 
 from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fastdino.data.views.reference import joined, pictures, resize
@@ -30,10 +31,14 @@ def center_view(image: np.ndarray, size: int, crop: float = 0.875) -> Tensor:
     return torch.from_numpy(view.transpose(2, 0, 1).copy())
 
 
+def squeezed_view(image: np.ndarray, side: int) -> np.ndarray:
+    """All of an image, uint8 (h, w, C), as (side, side, C), bicubic, whatever its proportions."""
+    return joined([resize(band, side, side) for band in pictures(image)])
+
+
 def whole_view(image: np.ndarray, size: int) -> Tensor:
-    """The whole of an image, uint8 (h, w, C), squeezed to uint8 (C, size, size), bicubic: its mask still fits."""
-    view = joined([resize(band, size, size) for band in pictures(image)])
-    return torch.from_numpy(view.transpose(2, 0, 1).copy())
+    """The same as uint8 (C, size, size): its mask still fits."""
+    return torch.from_numpy(squeezed_view(image, size).transpose(2, 0, 1).copy())
 
 
 def nearest(values: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -42,6 +47,15 @@ def nearest(values: np.ndarray, height: int, width: int) -> np.ndarray:
         ((2 * np.arange(n) + 1) * old) // (2 * n) for n, old in zip((height, width), values.shape, strict=True)
     )
     return values[rows[:, None], columns]
+
+
+def thumbnail_view(image: np.ndarray, side: int) -> np.ndarray:
+    """All of an image, uint8 (h, w, C), its longer side at most ``side``: Pillow's thumbnail by Lanczos, as DINO v1's
+    eval_image_retrieval.py has it. A smaller image stays as it is."""
+    bands = pictures(image)
+    for band in bands:
+        band.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return joined(bands)
 
 
 def normalize(views: Tensor, kind: Literal["imagenet", "image"]) -> Tensor:
