@@ -5,13 +5,20 @@ from fastdino.eval.dense.attention_maps import AttentionMaps, best_head_iou, dra
 from fastdino.eval.dense.patches import PatchProbe
 from fastdino.eval.evaluation import Evaluation, Subject
 from fastdino.eval.features import EvaluationError, Features, Reading, extract
+from fastdino.eval.objects.discover import Discover
 
-EVALUATIONS: dict[str, type[Evaluation]] = {"knn": Knn, "attention": AttentionMaps, "patches": PatchProbe}
+EVALUATIONS: dict[str, type[Evaluation]] = {
+    "knn": Knn,
+    "attention": AttentionMaps,
+    "patches": PatchProbe,
+    "discover": Discover,
+}
 """The kinds of ``fastdino eval KIND PATH``."""
 
 __all__ = [
     "EVALUATIONS",
     "AttentionMaps",
+    "Discover",
     "Evaluation",
     "EvaluationError",
     "Features",

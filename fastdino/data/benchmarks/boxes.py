@@ -22,6 +22,7 @@ _SIDES = ("xmin", "ymin", "xmax", "ymax")
 class Item(NamedTuple):
     """An image and where its objects are."""
 
+    name: str
     path: Path
     boxes: np.ndarray  # (m, 4) fp64, m >= 1: left, top, right, bottom; the right and the bottom lie outside
 
@@ -32,11 +33,12 @@ class BoxedFiles:
     Args:
         items: the images.
         rule: by which they were listed, for the record.
+        bare: how many were left out, because they have no box.
         config: how they are decoded.
     """
 
-    def __init__(self, items: Sequence[Item], rule: str, config: DataConfig) -> None:
-        self.items, self.rule, self._config = list(items), rule, config
+    def __init__(self, items: Sequence[Item], rule: str, bare: int, config: DataConfig) -> None:
+        self.items, self.rule, self.bare, self._config = list(items), rule, bare, config
 
     def __len__(self) -> int:
         return len(self.items)
@@ -49,9 +51,12 @@ class BoxedFiles:
         """(m, 4) fp64 pixels."""
         return self.items[index].boxes
 
+    def mask(self, index: int) -> None:
+        """There is none."""
+
     def name(self, index: int) -> str:
-        """The file's."""
-        return self.items[index].path.name
+        """What to call the image."""
+        return self.items[index].name
 
 
 def open_boxes(root: str, config: DataConfig, listed: Path | None = None) -> BoxedFiles | None:
@@ -59,7 +64,7 @@ def open_boxes(root: str, config: DataConfig, listed: Path | None = None) -> Box
 
     Of VOC the boxes of all objects, also of those that are marked as difficult, of the images in
     ImageSets/Main/trainval.txt, or without it of every .xml; less 1 on the left and the top, because VOC counts pixels
-    from 1. Of COCO all but crowds, rounded to whole pixels. Images without a box are left out; the rule counts them.
+    from 1. Of COCO all but crowds, rounded to whole pixels. Images without a box are left out.
 
     Args:
         root: the folder, or a .json file of COCO.
@@ -84,8 +89,7 @@ def open_boxes(root: str, config: DataConfig, listed: Path | None = None) -> Box
         raise ConfigError(f"no image of {root} has a box ({rule}): there is nothing to discover")
     if lost := [str(item.path) for item in items if not os.path.isfile(item.path)]:
         raise ConfigError(f"{len(lost)} of {len(items)} images with boxes are not there, such as {lost[0]}")
-    bare = len(found) - len(items)
-    return BoxedFiles(items, rule + (f"; {bare} without a box are left out" if bare else ""), config)
+    return BoxedFiles(items, rule, len(found) - len(items), config)
 
 
 def _listed(file: Path | None) -> set[str] | None:
@@ -122,7 +126,7 @@ def _voc(folder: Path, listed: Path | None) -> tuple[list[Item], str]:
     _check_listed(wanted, known, annotations)
     images = {path.stem: path for path in (folder / "JPEGImages").iterdir()}
     at = {stem: images.get(stem, folder / "JPEGImages" / f"{stem}.jpg") for stem in sorted(wanted)}
-    return [Item(path, _voc_boxes(annotations / f"{stem}.xml")) for stem, path in at.items()], rule
+    return [Item(path.name, path, _voc_boxes(annotations / f"{stem}.xml")) for stem, path in at.items()], rule
 
 
 def _voc_boxes(path: Path) -> np.ndarray:
@@ -174,7 +178,7 @@ def _coco(file: Path, listed: Path | None) -> tuple[list[Item], str]:
         _check_listed(wanted, {Path(name).stem for name in names.values()}, file)
         names = {id_: name for id_, name in names.items() if Path(name).stem in wanted}
     at = _images_of(file, next(iter(names.values()), ""))
-    return [Item(at / name, np.rint(arrays[id_])) for id_, name in names.items()], rule
+    return [Item(name, at / name, np.rint(arrays[id_])) for id_, name in names.items()], rule
 
 
 def _solid(annotations: list[dict[str, Any]]) -> Iterator[tuple[Any, list[float]]]:

@@ -1,4 +1,4 @@
-"""How well a mask covers an object (J), how well it follows its outline (F), and both over a video."""
+"""How well a mask covers an object (J) and how well it follows its outline (F), in an image and over a video."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,7 +6,18 @@ from typing import NamedTuple
 import numpy as np
 
 TOLERANCE = 0.008  # of the image's diagonal: how far apart two outlines may be
+BETA = 0.3  # how much precision counts against recall in the F of saliency
 QUARTERS = 4  # of a video, whose first and last the decay compares
+
+
+class Saliency(NamedTuple):
+    """How well a mask tells the objects of an image from the rest, shares of 1."""
+
+    iou: float
+    accuracy: float
+    """Of pixels."""
+    f: float
+    """(1 + b) P R / (b P + R) of precision P and recall R, with b = 0.3."""
 
 
 class Course(NamedTuple):
@@ -23,6 +34,16 @@ def region(found: np.ndarray, true: np.ndarray) -> float:
     """J: intersection over union of two (h, w) bool masks; 1 when both are empty."""
     union = np.count_nonzero(found | true)
     return float(np.count_nonzero(found & true) / union) if union else 1.0
+
+
+def saliency(found: np.ndarray, true: np.ndarray) -> Saliency:
+    """Of two bool masks of one shape. Source: metric.py of TokenCut, whose maximum over thresholds is
+    that of one mask."""
+    right, f = np.count_nonzero(found & true), 0.0
+    if right:
+        precision, recall = right / np.count_nonzero(found), right / np.count_nonzero(true)
+        f = (1 + BETA) * precision * recall / (BETA * precision + recall)
+    return Saliency(region(found, true), float((found == true).mean()), f)
 
 
 def outline_f(found: np.ndarray, true: np.ndarray) -> float:

@@ -64,7 +64,8 @@ def test_voc(below: str, tmp_path: Path) -> None:
     assert found.boxes(0).tolist() == [[0, 0, 40, 30]]
     assert found.boxes(1).tolist() == [[4, 5, 20, 21.7], [1, 1, 3, 3]]
     assert found.read(0).shape == (30, 40, 3)
-    assert found.rule.endswith("trainval.txt; 1 without a box are left out")
+    assert found.rule.endswith("trainval.txt")
+    assert found.bare == 1
 
 
 def test_voc_without_a_list_and_with_another(tmp_path: Path) -> None:
@@ -75,6 +76,7 @@ def test_voc_without_a_list_and_with_another(tmp_path: Path) -> None:
     (tmp_path / "JPEGImages/d.jpg").rename(tmp_path / "JPEGImages/d.png")
     found = opened(tmp_path)
     assert [found.name(i) for i in range(len(found))] == ["a.jpg", "b.jpg", "d.png"]
+    assert found.read(2).shape == (30, 40, 3)
 
 
 @pytest.mark.parametrize("folder", ["train2014", "images/train2014", "images", "."])
@@ -87,7 +89,7 @@ def test_coco(folder: str, tmp_path: Path) -> None:
         assert found.boxes(1).tolist() == [[10, 6, 31, 16], [1, 2, 1, 6]]
         assert found.read(0).shape == (30, 40, 3)
     (tmp_path / "list.txt").write_text("COCO_1.jpg")
-    assert [item.path.name for item in opened(tmp_path, tmp_path / "list.txt").items] == ["COCO_1.jpg"]
+    assert [item.name for item in opened(tmp_path, tmp_path / "list.txt").items] == ["COCO_1.jpg"]
 
 
 def test_other_folders_have_no_boxes(tmp_path: Path) -> None:
