@@ -6,12 +6,14 @@ from fastdino.eval.dense.patches import PatchProbe
 from fastdino.eval.evaluation import Evaluation, Subject
 from fastdino.eval.features import EvaluationError, Features, Reading, extract
 from fastdino.eval.objects.discover import Discover
+from fastdino.eval.objects.video import VideoObjects
 
 EVALUATIONS: dict[str, type[Evaluation]] = {
     "knn": Knn,
     "attention": AttentionMaps,
     "patches": PatchProbe,
     "discover": Discover,
+    "video": VideoObjects,
 }
 """The kinds of ``fastdino eval KIND PATH``."""
 
@@ -27,6 +29,7 @@ __all__ = [
     "PatchProbe",
     "Reading",
     "Subject",
+    "VideoObjects",
     "best_head_iou",
     "draw_sheet",
     "extract",

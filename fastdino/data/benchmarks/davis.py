@@ -39,6 +39,11 @@ class Video:
     def __len__(self) -> int:
         return len(self.frames)
 
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the first frame. Raises BadImage."""
+        return _size(self.frames[0])
+
     def read(self, index: int) -> np.ndarray:
         """uint8 (height, width, channels). Raises BadImage."""
         name = f"{self.name}/{self.frames[index].name}"
@@ -87,11 +92,17 @@ def open_videos(root: str, config: DataConfig, masks: Path | None = None) -> lis
     return videos
 
 
-def write_mask(path: Path, mask: np.ndarray) -> None:
+def mask_png(mask: np.ndarray) -> bytes:
     """A PNG of an (h, w) mask that keeps its values, coloured by :func:`palette`, as DAVIS has them."""
-    image = Image.fromarray(mask.astype(np.uint8), "P")
+    image, buffer = Image.fromarray(mask.astype(np.uint8), "P"), io.BytesIO()
     image.putpalette(palette().ravel().tolist())
-    image.save(path, "PNG")
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def mask_of_png(png: bytes) -> np.ndarray:
+    """uint8 (h, w): what :func:`mask_png` was given."""
+    return np.asarray(Image.open(io.BytesIO(png)))
 
 
 @lru_cache
@@ -149,7 +160,7 @@ def _check(video: Video) -> None:
         raise ConfigError(f"video {video.name}: {error}") from error
     first = sizes[video.frames[0]]
     if other := next((path for path, size in sizes.items() if size != first), None):
-        (width, height), (others_width, others_height) = first, sizes[other]
+        (height, width), (others_height, others_width) = first, sizes[other]
         raise ConfigError(
             f"video {video.name}: {other} is of {others_width} x {others_height} pixels, and the first frame of "
             f"{width} x {height}: all frames and masks of a video have one size"
@@ -165,10 +176,10 @@ def _check(video: Video) -> None:
 
 
 def _size(path: Path) -> tuple[int, int]:
-    """Width and height by the file's header. Raises BadImage."""
+    """Height and width by the file's header. Raises BadImage."""
     try:
         with Image.open(io.BytesIO(file_bytes(path, path.name))) as image:
-            return image.size
+            return image.height, image.width
     except BadImage:
         raise
     except Exception as error:

@@ -41,7 +41,7 @@ def propagate(
 
 
 def follow(
-    frames: Iterable[Tensor], first: Tensor, *, context: int = 7, radius: int = 12, k: int = 5, temperature: float = 0.1
+    frames: Iterable[Tensor], first: Tensor, context: int = 7, radius: int = 12, k: int = 5, temperature: float = 0.1
 ) -> Iterator[Tensor]:
     """Soft labels of every frame but the first, each from the first and from up to ``context`` frames before it.
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastdino.data.benchmarks.davis import write_mask
+from fastdino.data.benchmarks.davis import mask_png
 from fastdino.data.sources.shapes import SILHOUETTES, TEXTURES, ShapesSource
 
 # Silhouette, texture, colour, radius in shares of the height; where it begins and how far it goes in shares of a side.
@@ -38,7 +38,7 @@ def write_video(frames: Path, masks: Path, num_frames: int = 6, height: int = 48
     for index in range(num_frames):
         image, mask = frame(index / (num_frames - 1), height, width)
         Image.fromarray(image).save(frames / f"{index:05d}.png")
-        write_mask(masks / f"{index:05d}.png", mask)
+        (masks / f"{index:05d}.png").write_bytes(mask_png(mask))
 
 
 def write_davis(root: Path, names: tuple[str, ...] = ("one", "two"), listed: bool = True, **size: int) -> None:

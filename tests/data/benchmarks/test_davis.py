@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from fastdino.config import ConfigError, DataConfig
-from fastdino.data.benchmarks.davis import open_videos, palette, write_mask
+from fastdino.data.benchmarks.davis import mask_png, open_videos, palette
 from tests.data.benchmarks.moving_shapes import frame, write_davis, write_video
 
 CONFIG = DataConfig()
@@ -63,7 +63,7 @@ def test_what_255_is(tmp_path: Path) -> None:
 
 def test_masks_keep_their_values(tmp_path: Path) -> None:
     values = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    write_mask(tmp_path / "a.png", values)
+    (tmp_path / "a.png").write_bytes(mask_png(values))
     with Image.open(tmp_path / "a.png") as image:
         assert image.mode == "P"
         assert np.array_equal(np.asarray(image), values)
