@@ -50,7 +50,7 @@ class VideoObjects(Evaluation):
     The masks of the first frame are spread from frame to frame: a patch takes the labels of the patches in the first
     frame and in the frames before that look most alike and lie near. --data is a folder of DAVIS, or one of frames with
     --masks. As in the DAVIS challenge, the first and the last frame are not judged. Every frame's mask is written to
-    masks/ in --out, as a PNG with a palette; without masks to compare with, that is all.
+    video-masks/ in --out, as a PNG with a palette; without masks to compare with, that is all.
     """
 
     kind: ClassVar[str] = "video"
@@ -102,7 +102,7 @@ class VideoObjects(Evaluation):
         names, (js, fs) = list(objects), np.array([*objects.values()]).reshape(-1, 2, 3).transpose(1, 0, 2)
         each_object = {"j_and_f": (js[:, 0] + fs[:, 0]) / 2, "j": js[:, 0], "f": fs[:, 0]}
         shares = {name: Shares.mean(names, values) for name, values in each_object.items() if names}
-        also: dict[str, Any] = {"masks": "masks/VIDEO/FRAME.png"}
+        also: dict[str, Any] = {"masks": "video-masks/VIDEO/FRAME.png"}
         for name, measured in (("j", js), ("f", fs)) if names else ():
             also |= {f"{name}_{what}": 100 * float(measured[:, i].mean()) for i, what in ((1, "recall"), (2, "decay"))}
         lost = [name for one in tracked for name in one.lost]
@@ -207,7 +207,7 @@ def _write(videos: list[Video], tracked: list[Tracked], path: Path) -> None:
     shown = []
     for video, found in zip(videos, tracked, strict=True):
         for frame, png in zip(video.frames, found.masks, strict=True):
-            with whole_file(path.parent / "masks" / video.name / f"{frame.stem}.png") as file:
+            with whole_file(path.parent / "video-masks" / video.name / f"{frame.stem}.png") as file:
                 file.write_bytes(png)
     for video, found in [*zip(videos, tracked, strict=True)][:SHOWN_VIDEOS]:
         places = np.unique(np.linspace(0, len(video) - 1, SHOWN_FRAMES).round().astype(int)).tolist()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fastdino.eval.objects.contours import course, outline, outline_f, region
+from fastdino.eval.objects.contours import course, outline, outline_f, region, saliency
 
 SIZE = (60, 80)  # a diagonal of 100 pixels, so outlines may be ceil(0.8) = 1 apart
 
@@ -23,6 +23,17 @@ def test_region() -> None:
     assert region(NOTHING, square()) == region(square(), NOTHING) == 0
     assert region(square(), square(left=35)) == pytest.approx(50 / 150)
     assert region(square(side=5), square()) == pytest.approx(25 / 100)
+
+
+def test_saliency_by_hand() -> None:
+    """6 of 8 pixels that were found are right, of 10: P = 3/4, R = 3/5; 6 of 20 are wrong."""
+    true, found = np.arange(20) < 10, np.arange(20) >= 4
+    found[12:] = False
+    iou, accuracy, f = saliency(found, true)
+    assert iou == pytest.approx(6 / 12)
+    assert accuracy == pytest.approx(14 / 20)
+    assert f == pytest.approx(1.3 * 0.75 * 0.6 / (0.3 * 0.75 + 0.6))
+    assert saliency(~true, true) == (0, 0, 0)
 
 
 def test_outline() -> None:
@@ -67,5 +78,6 @@ def test_course_by_hand() -> None:
     assert mean == pytest.approx(4.4 / 9)
     assert recall == pytest.approx(4 / 9)  # a half itself is not above
     assert decay == pytest.approx((1.0 + 0.9 + 0.8) / 3 - (0.2 + 0.0 + 0.0) / 3)  # frames 1 to 3 and 7 to 9
+    assert course([1.0, 1.0, 0.9, 0.5, 0.2, 0.0]).decay == pytest.approx(0.9)  # borders at 1, 2.25, 3.5, 4.75 and 6
     assert course([0.7]) == (0.7, 1.0, 0.0)
     assert course(list(np.linspace(1, 0, 400))).decay == pytest.approx(0.75, abs=0.01)  # more frames than a byte counts

@@ -47,7 +47,7 @@ def test_davis(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = run("--data", str(tmp_path / "data"), "--size", "48", "--out", str(out), capsys=capsys)
     expected = []
     for name in ("one", "two"):
-        truth, found = tmp_path / "data/Annotations/480p" / name, out / "masks" / name
+        truth, found = tmp_path / "data/Annotations/480p" / name, out / "video-masks" / name
         assert np.array_equal(values(found / "00000.png"), values(truth / "00000.png"))
         assert len([*found.iterdir()]) == 6
         for number in (1, 2):
@@ -76,7 +76,7 @@ def test_frames_with_one_mask(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     told = run(*flags, "--out", str(tmp_path / "out"), capsys=capsys)
     assert told["scores"] == {}
     assert "nothing is judged" in told["notes"][0]
-    found = [values(path) for path in sorted((tmp_path / "out/masks/frames").iterdir())]
+    found = [values(path) for path in sorted((tmp_path / "out/video-masks/frames").iterdir())]
     assert [x.shape for x in found] == [(48, 64)] * 3
     assert {*np.unique(found[1])} <= {0, 1, 2}
     assert (found[1] == 1).any()
