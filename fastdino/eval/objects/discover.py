@@ -17,6 +17,7 @@ from fastdino.data.benchmarks import boxes as benchmarks
 from fastdino.data.benchmarks import masks
 from fastdino.data.benchmarks.masks import VOID, Masked
 from fastdino.data.draws import sample
+from fastdino.data.sources.decode import BadImage
 from fastdino.data.views import normalize
 from fastdino.data.views.reference import joined, pictures, resize
 from fastdino.eval.dense.attention_maps import head_maps, keep_mass
@@ -161,10 +162,13 @@ class Discover(Evaluation):
             raise ConfigError(
                 f"{self.data} has neither boxes nor masks of objects: looked for {benchmarks.LAYOUTS}; {masks.LAYOUTS}"
             )
-        found_masks = MaskedObjects(source)
-        if not any(len(found_masks.boxes(i)) for i in range(len(source))):
-            raise ConfigError(f"no mask of {self.data} shows an object: there is nothing to discover")
-        return found_masks
+        masked = MaskedObjects(source)
+        try:
+            if any(len(masked.boxes(i)) for i in range(len(source))):  # the first tells, in most
+                return masked
+        except BadImage as error:
+            raise ConfigError(f"{error}: mend or delete it") from error
+        raise ConfigError(f"no mask of {self.data} shows an object: there is nothing to discover")
 
     def judge(self, subject: Subject, data: Objects) -> Found:
         """corloc_METHOD of each method; with masks iou_METHOD, accuracy_METHOD and f_METHOD too."""

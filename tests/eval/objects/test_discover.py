@@ -124,6 +124,16 @@ def test_images_without_objects_are_left_out(tmp_path: Path) -> None:
     assert evaluation.judge(subject(tmp_path), data).scores["iou_tokencut"].value > iou
 
 
+def test_half_precision(tmp_path: Path) -> None:
+    """Finds about the same."""
+    told, image = subject(tmp_path), ShapesSource(1, 52, seed=1).read(0)[0]
+    boxes = []
+    for precision in ("fp32", "bf16"):
+        evaluation = Discover(methods=METHODS, precision=precision)
+        boxes.append(evaluation.find(told.backbone, evaluation.reading(CONFIG), image)["lost"][0])
+    assert np.abs(boxes[0] - boxes[1]).max() <= 6
+
+
 def test_fewer_images_are_drawn(tmp_path: Path) -> None:
     write_images(tmp_path, 6)
     for place in (tmp_path, tmp_path / "VOC"):
@@ -156,6 +166,20 @@ def test_what_is_refused(tmp_path: Path) -> None:
         evaluation(told)
     with pytest.raises(UserError, match="our ViTs"):
         Discover().open(Subject(torch.nn.Linear(2, 2), CONFIG, tmp_path))
+
+
+def test_masks_that_cannot_be_read(tmp_path: Path) -> None:
+    """Their headers are whole, so only what decodes them sees it."""
+    for folder in ("JPEGImages", "SegmentationClass", "SegmentationObject", "ImageSets/Segmentation"):
+        (tmp_path / folder).mkdir(parents=True)
+    mask = np.random.default_rng(0).integers(0, 3, (40, 30)).astype(np.uint8)
+    Image.fromarray(mask).save(tmp_path / "JPEGImages/a.jpg")
+    Image.fromarray(mask).save(tmp_path / "SegmentationObject/a.png")
+    png = (tmp_path / "SegmentationObject/a.png").read_bytes()
+    (tmp_path / "SegmentationObject/a.png").write_bytes(png[: len(png) // 2])
+    (tmp_path / "ImageSets/Segmentation/val.txt").write_text("a")
+    with pytest.raises(ConfigError, match=r"SegmentationObject/a\.png.*mend or delete it"):
+        Discover(data=str(tmp_path)).open(subject(tmp_path))
 
 
 @pytest.mark.parametrize(
