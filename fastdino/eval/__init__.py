@@ -8,6 +8,8 @@ from fastdino.eval.dense.pictures.similarity import Similarity
 from fastdino.eval.dense.segment.segment import Segment
 from fastdino.eval.evaluation import Evaluation, Subject
 from fastdino.eval.features import EvaluationError, Features, Reading, extract
+from fastdino.eval.objects.discover import Discover
+from fastdino.eval.objects.video import VideoObjects
 from fastdino.eval.retrieve.copydetect import CopyDetection
 from fastdino.eval.retrieve.retrieval import Retrieval
 
@@ -17,6 +19,8 @@ KINDS: tuple[type[Evaluation], ...] = (
     CopyDetection,
     AttentionMaps,
     Segment,
+    Discover,
+    Video,
     PatchProbe,
     Pca,
     Similarity,

@@ -1,0 +1,1 @@
+"""Objects that nobody labelled: found in images, and followed through videos."""
