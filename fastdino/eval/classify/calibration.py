@@ -1,0 +1,98 @@
+"""What a classifier's probabilities are worth: calibration, and the remedies for classes of unequal size.
+
+Below: n images, C classes.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NUM_BINS = 15
+_BISECTIONS = 60
+_SHARPEST, _FLATTEST = -7.0, 7.0  # logarithms of the temperatures that are tried
+
+
+def class_weights(counts: Tensor) -> Tensor:
+    """(C,) counts -> (C,) fp64 weights of an image by its class, n / (C n_c): every class then weighs the same.
+
+    scikit-learn's "balanced". A class without images weighs nothing.
+    """
+    counts = counts.double()
+    return torch.where(counts > 0, counts.sum() / (len(counts) * counts), 0.0)
+
+
+def logit_adjustment(counts: Tensor, tau: float = 1.0) -> Tensor:
+    """(C,) counts of training images -> (C,) fp64, -tau log(share): what to add to the logits of a trained classifier.
+
+    It then tells the class that is most likely if all were as frequent (Menon et al. 2021, eq. 9). A class without
+    images gets as much as one with a single image.
+    """
+    counts = counts.double().clamp(min=1)
+    return -tau * (counts / counts.sum()).log()
+
+
+def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = NUM_BINS) -> float:
+    """Mean gap of confidence and accuracy over bins of equally many images; equal confidences share a bin.
+
+    Args:
+        confidence: (n,) probability of the predicted class.
+        correct: (n,) bool, whether it is the true one.
+
+    Source: Guo et al. 2017, whose bins are of equal width; of equal mass, none is nearly empty.
+    """
+    return sum(share * abs(told - right) for share, told, right in reliability(confidence, correct, bins))
+
+
+def reliability(confidence: Tensor, correct: Tensor, bins: int = NUM_BINS) -> list[tuple[float, float, float]]:
+    """Of each bin that is not empty its share of the images, their mean confidence and their accuracy."""
+    told, right = confidence.double().cpu().numpy(), correct.double().cpu().numpy()
+    edges = np.unique(np.quantile(told, np.arange(1, bins) / bins))
+    place = np.searchsorted(edges, told, side="left")
+    found = [(told[place == bin_], right[place == bin_]) for bin_ in np.unique(place)]
+    return [(len(a) / len(told), float(a.mean()), float(b.mean())) for a, b in found]
+
+
+def negative_log_likelihood(logits: Tensor, labels: Tensor) -> float:
+    """Mean of -log p(true class), from (n, C) logits and (n,) labels."""
+    return F.cross_entropy(logits.double(), labels).item()
+
+
+def brier_score(logits: Tensor, labels: Tensor) -> float:
+    """Mean squared distance of the probabilities to the one-hot truth, in [0, 2] (Brier 1950)."""
+    probabilities = logits.double().softmax(dim=1)
+    return (probabilities - F.one_hot(labels, logits.shape[1])).square().sum(dim=1).mean().item()
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """T that minimises the cross-entropy of softmax(logits / T); logits (n, C) of images that were not trained on.
+
+    Source: Guo et al. 2017. The targets are smoothed by 1 / (n + 1), as Platt (1999) does for two classes: n images
+    that are all told right are no proof of certainty, and T would be 0.
+    """
+    z = logits.double()
+    smoothing = 1 / (len(z) + 1)
+    target = (1 - smoothing) * z.gather(1, labels.unsqueeze(1)).squeeze(1) + smoothing * z.mean(dim=1)
+    low, high = _SHARPEST, _FLATTEST
+    for _ in range(_BISECTIONS):  # the slope by 1 / T grows with 1 / T, so it is 0 at one place
+        middle = (low + high) / 2
+        expected = ((z / np.exp(middle)).softmax(dim=1) * z).sum(dim=1)
+        low, high = (middle, high) if (expected - target).mean() > 0 else (low, middle)
+    return float(np.exp((low + high) / 2))
+
+
+def calibration(logits: Tensor, labels: Tensor, temperature: float | None = None) -> dict[str, Any]:
+    """ECE in percent, NLL and Brier score of (n, C) logits of test images; also at a temperature, if there is one."""
+    found = _three(logits, labels)
+    if temperature is not None:
+        found |= {"temperature": temperature, "scaled": _three(logits.double() / temperature, labels)}
+    return found
+
+
+def _three(logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    confidence, told = logits.double().softmax(dim=1).max(dim=1)
+    error = expected_calibration_error(confidence, told == labels)
+    nll, brier = negative_log_likelihood(logits, labels), brier_score(logits, labels)
+    return {"ece": 100 * error, "nll": nll, "brier": brier}
