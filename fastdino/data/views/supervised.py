@@ -13,6 +13,9 @@ from fastdino.data.draws import Purpose, random_bits
 Augmentation = Literal["strong", "gentle", "none"]
 """strong: a crop of 35 % to 100 % of the area, a flip, RandAugment(2, 9) (Cubuk et al. 2020), as iBOT fine-tunes.
 gentle: a crop of 60 % to 100 %, a flip. none: the view that is evaluated."""
+Kind = Literal["strong", "gentle", "wide"]
+"""wide: a crop of 8 % to 100 %, a flip, as DINO and DINOv2 train linear classifiers."""
+AREA = {"strong": (0.35, 1.0), "gentle": (0.6, 1.0), "wide": (0.08, 1.0)}
 STRONG_SIZE = 96  # pixels from which a view bears the strong one: of a smaller picture it leaves too little
 
 
@@ -26,14 +29,15 @@ class RandomView:
 
     Args:
         size: side in pixels.
-        kind: strong or gentle.
+        kind: strong, gentle or wide.
         seed: of all draws.
+        bilinear: interpolation, as DINO v1 has it; else bicubic.
 
     Raises ConfigError where torchvision is not installed.
     """
 
-    def __init__(self, size: int, kind: Literal["strong", "gentle"], seed: int) -> None:
-        self.seed, self._transform = seed, _transform(size, kind)
+    def __init__(self, size: int, kind: Kind, seed: int, bilinear: bool = False) -> None:
+        self.seed, self._transform = seed, _transform(size, kind, bilinear)
 
     def __call__(self, image: np.ndarray, epoch: int, index: int) -> Tensor:
         """uint8 (h, w, C) -> uint8 (C, size, size); strong takes C = 1 or 3."""
@@ -43,14 +47,14 @@ class RandomView:
             return self._transform(torch.from_numpy(image.transpose(2, 0, 1).copy()))
 
 
-def _transform(size: int, kind: Literal["strong", "gentle"]) -> Callable[[Tensor], Tensor]:
+def _transform(size: int, kind: Kind, bilinear: bool) -> Callable[[Tensor], Tensor]:
     try:
         from torchvision.transforms import InterpolationMode, v2
     except ImportError as error:
         raise ConfigError(f"random views need torchvision ({error}): pip install torchvision") from error
 
-    area = (0.35, 1.0) if kind == "strong" else (0.6, 1.0)
-    steps = [v2.RandomResizedCrop(size, area, interpolation=InterpolationMode.BICUBIC), v2.RandomHorizontalFlip()]
+    how = InterpolationMode.BILINEAR if bilinear else InterpolationMode.BICUBIC
+    steps = [v2.RandomResizedCrop(size, AREA[kind], interpolation=how), v2.RandomHorizontalFlip()]
     if kind == "strong":
         steps.append(v2.RandAugment(2, 9, interpolation=InterpolationMode.BILINEAR))
     return v2.Compose(steps)

@@ -23,7 +23,7 @@ def ramp(height: int = 48, width: int = 48, channels: int = 3) -> np.ndarray:
     return image
 
 
-@pytest.mark.parametrize(("kind", "least"), [("gentle", 0.6), ("strong", 0.35)])
+@pytest.mark.parametrize(("kind", "least"), [("gentle", 0.6), ("strong", 0.35), ("wide", 0.08)])
 def test_a_crop_has_its_share_of_the_image_and_half_are_flipped(kind: str, least: float) -> None:
     view = RandomView(32, kind, seed=0)  # type: ignore[arg-type]
     if kind == "strong":
@@ -35,6 +35,18 @@ def test_a_crop_has_its_share_of_the_image_and_half_are_flipped(kind: str, least
     assert least - 0.06 < share.min() < least + 0.1
     assert share.max() > 0.85
     assert 70 < (right < 0).sum() < 130
+
+
+def test_the_interpolation() -> None:
+    """On an edge, bicubic has rings and bilinear has none."""
+    edge = np.zeros((48, 48, 3), np.uint8)
+    edge[:, 24:] = 200
+    bicubic, bilinear = (
+        torch.stack([RandomView(128, "wide", 0, how)(edge, 0, i) for i in range(8)]) for how in (False, True)
+    )
+    assert bilinear.max() == 200
+    assert bicubic.max() > 205
+    assert (bicubic.float() - bilinear).abs().mean() < 5, "the same crops and flips"
 
 
 def test_strong_views_change_more_than_the_crop() -> None:
