@@ -3,12 +3,17 @@
 Below: n images, C classes.
 """
 
-from typing import Any
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastdino.eval.pictures import new_figure
+from fastdino.eval.result import Found, Picture
 
 NUM_BINS = 15
 _BISECTIONS = 60
@@ -32,6 +37,27 @@ def logit_adjustment(counts: Tensor, tau: float = 1.0) -> Tensor:
     """
     counts = counts.double().clamp(min=1)
     return -tau * (counts / counts.sum()).log()
+
+
+Balance = Literal["none", "weights", "logit-adjust"]
+
+
+class Remedy(NamedTuple):
+    """What is done about classes of unequal size."""
+
+    weights: Tensor | None
+    """(C,) fp64, of an image in the loss by its class; None: all the same."""
+    shift: Tensor
+    """(C,) fp64, added to the logits of a trained classifier."""
+    balanced: bool
+    """Choose by the mean over classes of the accuracy."""
+
+    @classmethod
+    def of(cls, balance: Balance, labels: Tensor, num_classes: int) -> "Remedy":
+        """For (n,) labels of training images, where these are."""
+        counts = labels.bincount(minlength=num_classes)
+        shift = logit_adjustment(counts) if balance == "logit-adjust" else torch.zeros_like(counts).double()
+        return cls(class_weights(counts) if balance == "weights" else None, shift, balance != "none")
 
 
 def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = NUM_BINS) -> float:
@@ -83,16 +109,38 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return float(np.exp((low + high) / 2))
 
 
-def calibration(logits: Tensor, labels: Tensor, temperature: float | None = None) -> dict[str, Any]:
-    """ECE in percent, NLL and Brier score of (n, C) logits of test images; also at a temperature, if there is one."""
-    found = _three(logits, labels)
+def with_calibration(found: Found, logits: Tensor, labels: Tensor, temperature: float | None = None) -> Found:
+    """``found`` with the calibration of (n, C) logits of the test images: ECE in percent, NLL and Brier score; the same
+    at a temperature, if there is one; and a picture of it."""
+    told = _calibration(logits, labels)
     if temperature is not None:
-        found |= {"temperature": temperature, "scaled": _three(logits.double() / temperature, labels)}
-    return found
+        told |= {"temperature": temperature, "scaled": _calibration(logits.double() / temperature, labels)}
+    picture = Picture("-reliability", lambda path: _draw(path, logits, labels, temperature))
+    also = found.also | {"calibration": told}
+    return dataclasses.replace(found, also=also, pictures=[*found.pictures, picture])
 
 
-def _three(logits: Tensor, labels: Tensor) -> dict[str, Any]:
+def _told(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Confidence in the predicted class, and whether it is right."""
     confidence, told = logits.double().softmax(dim=1).max(dim=1)
-    error = expected_calibration_error(confidence, told == labels)
+    return confidence, told == labels
+
+
+def _calibration(logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    error = expected_calibration_error(*_told(logits, labels))
     nll, brier = negative_log_likelihood(logits, labels), brier_score(logits, labels)
     return {"ece": 100 * error, "nll": nll, "brier": brier}
+
+
+def _draw(path: Path, logits: Tensor, labels: Tensor, temperature: float | None) -> None:
+    figure = new_figure(4.2, 4.0, dpi=110)
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    for scale, name in ((1.0, "as trained"), (temperature, f"temperature {temperature or 1:.2f}")):
+        if scale is not None:
+            _, told, right = zip(*reliability(*_told(logits.double() / scale, labels)), strict=True)
+            axes.plot(told, right, marker="o", markersize=4, label=name)
+    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), title="Reliability")
+    axes.set_aspect("equal")
+    axes.legend(loc="upper left", frameon=False, fontsize=8)
+    figure.canvas.print_png(path)

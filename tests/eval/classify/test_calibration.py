@@ -9,14 +9,15 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from fastdino.eval.classify.calibration import (
     brier_score,
-    calibration,
     class_weights,
     expected_calibration_error,
     fit_temperature,
     logit_adjustment,
     negative_log_likelihood,
     reliability,
+    with_calibration,
 )
+from fastdino.eval.result import Found
 
 
 def test_class_weights() -> None:
@@ -62,7 +63,7 @@ def test_temperature() -> None:
     logits, labels = torch.tensor([[4.0, 0.0]]).expand(n, 2), (torch.arange(n) < wrong).long()
     assert fit_temperature(logits, labels) == pytest.approx(4, rel=1e-3)
     assert fit_temperature(logits / 40, labels) == pytest.approx(0.1, rel=1e-3)
-    found = calibration(logits, labels, 4.0)
+    found = with_calibration(Found(scores={}, protocol={}, data={}), logits, labels, 4.0).also["calibration"]
     assert found["scaled"]["ece"] == pytest.approx(0, abs=0.01)
     assert found["ece"] > 20
     assert found["scaled"]["nll"] < found["nll"]
