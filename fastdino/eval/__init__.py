@@ -2,6 +2,7 @@
 
 from fastdino.eval.classify.knn import KNeighbors, Knn
 from fastdino.eval.classify.linear import Linear
+from fastdino.eval.classify.logreg import LogReg
 from fastdino.eval.dense.attention_maps import AttentionMaps, best_head_iou, draw_sheet, head_maps, keep_mass
 from fastdino.eval.dense.patches import PatchProbe
 from fastdino.eval.evaluation import Evaluation, Subject
@@ -10,6 +11,7 @@ from fastdino.eval.features import EvaluationError, Features, Reading, extract
 EVALUATIONS: dict[str, type[Evaluation]] = {
     "knn": Knn,
     "linear": Linear,
+    "logreg": LogReg,
     "attention": AttentionMaps,
     "patches": PatchProbe,
 }
@@ -24,6 +26,7 @@ __all__ = [
     "KNeighbors",
     "Knn",
     "Linear",
+    "LogReg",
     "PatchProbe",
     "Reading",
     "Subject",

@@ -60,6 +60,15 @@ class Remedy(NamedTuple):
         return cls(class_weights(counts) if balance == "weights" else None, shift, balance != "none")
 
 
+def percent_right(told: Tensor, labels: Tensor, balanced: bool = False) -> Tensor:
+    """Percent of (n, ...) predictions that are the (n,) labels, fp64 (...); ``balanced``: the mean over classes."""
+    share = torch.ones_like(labels, dtype=torch.float64)
+    if balanced:
+        share = 1 / labels.bincount().double()[labels]
+    hits = (told.movedim(0, -1) == labels).double()
+    return 100 * (hits @ (share / share.sum()))
+
+
 def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = NUM_BINS) -> float:
     """Mean gap of confidence and accuracy over bins of equally many images; equal confidences share a bin.
 

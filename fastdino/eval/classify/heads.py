@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdino.data.sampler import epoch_order
-from fastdino.eval.classify.calibration import Remedy, fit_temperature
+from fastdino.eval.classify.calibration import Remedy, fit_temperature, percent_right
 from fastdino.eval.features import EvaluationError, Features
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
@@ -113,11 +113,7 @@ class Heads:
         """
         rows = max(1, MAX_ELEMENTS // (len(self) * self.num_classes))
         told = [(self.logits(block) + shift.to(block)).argmax(dim=-1) for block in features.split(rows)]
-        hits = torch.cat(told) == labels.unsqueeze(1)
-        share = torch.ones_like(labels, dtype=torch.float64)
-        if balanced:
-            share = 1 / labels.bincount().double()[labels]
-        percent = 100 * (share / share.sum()) @ hits.double()
+        percent = percent_right(torch.cat(told), labels, balanced)
         return torch.where(torch.tensor(self.finite(), device=percent.device), percent, -math.inf)
 
 
