@@ -1,5 +1,6 @@
 """Evaluation of frozen features."""
 
+from fastdino.eval.classify.fewshot import FewShot
 from fastdino.eval.classify.knn import KNeighbors, Knn
 from fastdino.eval.classify.linear import Linear
 from fastdino.eval.classify.logreg import LogReg
@@ -12,6 +13,7 @@ EVALUATIONS: dict[str, type[Evaluation]] = {
     "knn": Knn,
     "linear": Linear,
     "logreg": LogReg,
+    "fewshot": FewShot,
     "attention": AttentionMaps,
     "patches": PatchProbe,
 }
@@ -23,6 +25,7 @@ __all__ = [
     "Evaluation",
     "EvaluationError",
     "Features",
+    "FewShot",
     "KNeighbors",
     "Knn",
     "Linear",
