@@ -4,6 +4,7 @@ Below: n images, C classes.
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -69,6 +70,18 @@ def percent_right(told: Tensor, labels: Tensor, balanced: bool = False) -> Tenso
     return 100 * (hits @ (share / share.sum()))
 
 
+def best_of(percent: Sequence[float], logits: Callable[[int], Tensor], labels: Tensor) -> int:
+    """Index of the highest; of several, of the one with the lowest cross-entropy. Few images leave many equal.
+
+    Args:
+        percent: of the images, by each of several classifiers.
+        logits: (n, C) of a classifier, by its index.
+        labels: (n,) of the images.
+    """
+    best = [index for index, value in enumerate(percent) if value == max(percent)]
+    return min(best, key=lambda index: negative_log_likelihood(logits(index), labels)) if len(best) > 1 else best[0]
+
+
 def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = NUM_BINS) -> float:
     """Mean gap of confidence and accuracy over bins of equally many images; equal confidences share a bin.
 
@@ -123,7 +136,7 @@ def with_calibration(found: Found, logits: Tensor, labels: Tensor, temperature: 
     at a temperature, if there is one; and a picture of it."""
     told = _calibration(logits, labels)
     if temperature is not None:
-        told |= {"temperature": temperature, "scaled": _calibration(logits.double() / temperature, labels)}
+        told |= {"temperature": round(temperature, 4), "scaled": _calibration(logits.double() / temperature, labels)}
     picture = Picture("-reliability", lambda path: _draw(path, logits, labels, temperature))
     also = found.also | {"calibration": told}
     return dataclasses.replace(found, also=also, pictures=[*found.pictures, picture])
@@ -138,7 +151,7 @@ def _told(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def _calibration(logits: Tensor, labels: Tensor) -> dict[str, Any]:
     error = expected_calibration_error(*_told(logits, labels))
     nll, brier = negative_log_likelihood(logits, labels), brier_score(logits, labels)
-    return {"ece": 100 * error, "nll": nll, "brier": brier}
+    return {"ece": round(100 * error, 4), "nll": round(nll, 4), "brier": round(brier, 4)}
 
 
 def _draw(path: Path, logits: Tensor, labels: Tensor, temperature: float | None) -> None:

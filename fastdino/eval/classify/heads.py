@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdino.data.sampler import epoch_order
-from fastdino.eval.classify.calibration import Remedy, fit_temperature, percent_right
+from fastdino.eval.classify.calibration import Remedy, best_of, fit_temperature, percent_right
 from fastdino.eval.features import EvaluationError, Features
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
@@ -191,7 +191,7 @@ def best_on_held_out(
 ) -> Picked:
     """Of heads that learn from all images, the one whose twin, which learns from some, tells the held-out ones best.
 
-    Both see the same batches, of which the twins leave out what they do not learn from.
+    See :func:`best_of`. Both see the same batches, of which the twins leave out what they do not learn from.
 
     Args:
         learn: (n,) bool, the training images from which the twins learn.
@@ -204,20 +204,25 @@ def best_on_held_out(
     by_test = final.scores(test.vectors, test.labels, remedy.shift)
     by_held = twins.scores(held.vectors, held.labels, remedy.shift, remedy.balanced)
     by_held[by_test.isinf()] = -math.inf
-    head = int(by_held.argmax())
     lost = [name for name, score in zip(final.names, by_held.tolist(), strict=True) if math.isinf(score)]
     if len(lost) == len(final):
         raise EvaluationError("every head diverged: the features are not finite, or the rates are far too high")
-    logits, told = (x.told(head, y.vectors) + remedy.shift.to(y.vectors) for x, y in ((final, test), (twins, held)))
+
+    def held_logits(head: int) -> Tensor:
+        return twins.told(head, held.vectors) + remedy.shift.to(held.vectors)
+
+    head = best_of(by_held.tolist(), held_logits, held.labels)
+    logits = final.told(head, test.vectors) + remedy.shift.to(test.vectors)
+    temperature = fit_temperature(held_logits(head), held.labels)
     each = zip(final.names, by_held.tolist(), by_test.tolist(), strict=True)
     also = {
         "head": final.names[head],
-        "held_out": by_held[head].item(),
+        "held_out": round(by_held[head].item(), 4),
         "best_head_on_test": final.names[int(by_test.argmax())],
-        "heads": {name: {"held_out": a, "test": b} for name, a, b in each if name not in lost},
+        "heads": {name: {"held_out": round(a, 4), "test": round(b, 4)} for name, a, b in each if name not in lost},
     }
     notes = (f"{len(lost)} of {len(final)} heads diverged and are left out: {', '.join(lost)}",) if lost else ()
-    return Picked(logits, also, by_test.max().item(), fit_temperature(told, held.labels), notes)
+    return Picked(logits, also, by_test.max().item(), temperature, notes)
 
 
 def best_on_test(

@@ -14,7 +14,14 @@ from tqdm import tqdm
 
 from fastdino.config.errors import require
 from fastdino.data.benchmarks.class_folders import Sets
-from fastdino.eval.classify.calibration import Balance, Remedy, fit_temperature, percent_right, with_calibration
+from fastdino.eval.classify.calibration import (
+    Balance,
+    Remedy,
+    best_of,
+    fit_temperature,
+    percent_right,
+    with_calibration,
+)
 from fastdino.eval.classify.classification import Classification, held_out
 from fastdino.eval.classify.heads import Picked
 from fastdino.eval.evaluation import Subject
@@ -139,13 +146,15 @@ class LogReg(Classification):
         by_test, converged = zip(*self._path(x, y, queries, remedy), strict=True)
         held = [percent_right(told.argmax(1), y[choose], remedy.balanced).item() for told in by_held]
         right = [percent_right(told.argmax(1), truth).item() for told in by_test]
-        chosen, values = held.index(max(held)), [f"{c:.3g}" for c in self.cs()]
+        chosen, values = best_of(held, by_held.__getitem__, y[choose]), [f"{c:.3g}" for c in self.cs()]
         each = zip(values, held, right, strict=True)
         also = {
             "C": values[chosen],
-            "held_out": held[chosen],
+            "held_out": round(held[chosen], 4),
             "best_C_on_test": values[right.index(max(right))],
-            "values": {c: {"held_out": by_choice, "test": by_truth} for c, by_choice, by_truth in each},
+            "values": {
+                c: {"held_out": round(by_choice, 4), "test": round(by_truth, 4)} for c, by_choice, by_truth in each
+            },
         }
         late = [c for c, done in zip(values, converged, strict=True) if not done]
         notes = (f"not converged after {MAX_ITERATIONS} iterations: C = {', '.join(late)}",) if late else ()

@@ -8,6 +8,7 @@ import torch
 from sklearn.utils.class_weight import compute_class_weight
 
 from fastdino.eval.classify.calibration import (
+    best_of,
     brier_score,
     class_weights,
     expected_calibration_error,
@@ -74,3 +75,18 @@ def test_few_images_that_are_all_right_are_no_proof_of_certainty() -> None:
     """Smoothed, 9 of 9 right are 19 of 20: logits ln 19 apart."""
     logits, labels = torch.tensor([[2.0, 0.0]]).expand(9, 2), torch.zeros(9, dtype=torch.int64)
     assert fit_temperature(logits, labels) == pytest.approx(2 / math.log(19))
+
+
+def test_the_best_of_several() -> None:
+    """The most right; of equals the surest of the truth, which only then is looked at."""
+    labels, asked = torch.tensor([0, 1]), list[int]()
+    logits = [torch.eye(2) * scale for scale in (0.1, 1.0, 3.0, 2.0)]
+
+    def told(index: int) -> torch.Tensor:
+        asked.append(index)
+        return logits[index]
+
+    assert best_of([50.0, 100.0, 50.0, 0.0], told, labels) == 1
+    assert asked == []
+    assert best_of([100.0, 100.0, 50.0, 100.0], told, labels) == 3
+    assert asked == [0, 1, 3]

@@ -184,12 +184,13 @@ def test_the_head_that_is_best_on_held_out_images_is_chosen() -> None:
         heads = how.heads(C, LIKE)
         assert len([*train([(heads, mask)], stream(*bank[:2], how), how)]) == 10
         scores[bool(mask.all())] = [heads.scores(x.vectors, x.labels, remedy.shift) for x in (held, test)]
-    chosen = int(scores[False][0].argmax())
+    most = scores[False][0].max()
+    (chosen,) = (scores[False][0] == most).nonzero().flatten().tolist()
     assert picked.also["head"] == heads.names[chosen]
-    assert picked.also["held_out"] == scores[False][0][chosen].item()
+    assert picked.also["held_out"] == pytest.approx(most.item(), abs=1e-4)
     assert picked.best == scores[True][1].max().item()
     torch.testing.assert_close(picked.logits, heads.told(chosen, test.vectors))
-    assert {pair["test"] for pair in picked.also["heads"].values()} == {*scores[True][1].tolist()}
+    assert [pair["test"] for pair in picked.also["heads"].values()] == pytest.approx(scores[True][1].tolist(), abs=1e-4)
 
 
 def test_all_that_diverge_are_an_error_and_some_a_note() -> None:
