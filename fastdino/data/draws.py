@@ -19,6 +19,7 @@ class Purpose(IntEnum):
     MIXTURE = 6
     SAMPLE = 7
     COPIES = 8
+    SUPERVISED = 9
 
 
 def random_bits(purpose: Purpose, seed: int, first: int, second: int, count: int) -> np.ndarray:

@@ -1,6 +1,9 @@
 """Evaluation of frozen features."""
 
+from fastdino.eval.classify.fewshot import FewShot
 from fastdino.eval.classify.knn import KNeighbors, Knn
+from fastdino.eval.classify.linear import Linear
+from fastdino.eval.classify.logreg import LogReg
 from fastdino.eval.dense.attention_maps import AttentionMaps, head_maps, keep_mass
 from fastdino.eval.dense.patches import PatchProbe
 from fastdino.eval.dense.pictures.pca import Pca
@@ -15,12 +18,15 @@ from fastdino.eval.retrieve.retrieval import Retrieval
 
 KINDS: tuple[type[Evaluation], ...] = (
     Knn,
+    Linear,
+    LogReg,
+    FewShot,
     Retrieval,
     CopyDetection,
     AttentionMaps,
     Segment,
     Discover,
-    Video,
+    VideoObjects,
     PatchProbe,
     Pca,
     Similarity,
