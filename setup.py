@@ -44,6 +44,7 @@ setup(
         "deepspeed==0.19.8",  # the one of fastdino/engine/zero.py
         "xformers>=0.0.34,<0.0.36",
         "timm>=1.0.20",
+        "torchvision>=0.26",  # which timm brings: the random views of fine-tuning
         "numpy>=2",
         "pillow>=11.3",
         "fsspec>=2024.6",
@@ -94,7 +95,6 @@ setup(
             "scikit-learn>=1.7",
             "scipy>=1.13",
             "tifffile>=2026.3",
-            "torchvision>=0.26",  # DINO v1's own augmentation, which the views are compared with
             "transformers>=5,<6",  # Hugging Face's classes, whose weights are read and written
             "wandb>=0.18",
         ],

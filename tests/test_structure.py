@@ -17,6 +17,7 @@ HOME = {
     "PIL": ["fastdino/data/", "fastdino/eval/dense/attention_maps.py"],
     "simplejpeg": ["fastdino/data/sources/decode.py"],
     "timm": ["fastdino/model/"],
+    "torchvision": ["fastdino/data/views/supervised.py"],
     "pyarrow": ["fastdino/data/sources/packed/arrow.py"],
     "fsspec": ["fastdino/data/sources/remote.py", "fastdino/training/checkpoint/objects.py"],
     "tifffile": ["fastdino/data/sources/formats/tiff.py"],

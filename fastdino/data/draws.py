@@ -17,6 +17,7 @@ class Purpose(IntEnum):
     SHAPES = 4
     MASKS = 5
     MIXTURE = 6
+    SUPERVISED = 7
 
 
 def random_bits(purpose: Purpose, seed: int, first: int, second: int, count: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from functools import lru_cache
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from fastdino.config import Config
 from fastdino.data import views
 from fastdino.data.batch import Batch, Masks
-from fastdino.data.makers import BadData, Decoded, Labelled, TrainMaker, Views
+from fastdino.data.makers import Augmented, BadData, Decoded, Labelled, TrainMaker, Views
 from fastdino.data.sampler import Key, Plan
 from fastdino.data.sources.composed import Mixture
 from fastdino.data.sources.source import Source
@@ -207,5 +207,26 @@ def labelled_batches(
             pixels, labels = made.tensors["pixels"][read], made.tensors["labels"][read]
             made.free()
             yield pixels, labels, torch.tensor(seen)[read]
+    finally:
+        batches.close()
+
+
+def augmented_batches(
+    maker: Augmented, keys: Iterator[list[Key]], num_workers: int
+) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """The images of ``keys``, in their order: uint8 (B, C, s, s) views on the CPU and int64 (B,) labels.
+
+    Images that cannot be read are left out, with a warning when it first happens; a batch may have none left.
+    """
+    batches, told = MadeAhead(maker, keys, affordable(num_workers)), set[str]()
+    try:
+        for made in batches:
+            for message in {message for place in made.notes for message in place} - told:
+                log.warning("left out of the training: %s", message)
+                told.add(message)
+            read = torch.tensor([place for place, notes in enumerate(made.notes) if not notes], dtype=torch.int64)
+            pixels, labels = made.tensors["pixels"][read], made.tensors["labels"][read]
+            made.free()
+            yield pixels, labels
     finally:
         batches.close()

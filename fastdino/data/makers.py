@@ -1,7 +1,8 @@
 """What workers make of keys: views, or decoded images and what is drawn for their views; and labelled images."""
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,8 +17,11 @@ from fastdino.data.sampler import Key
 from fastdino.data.sources.decode import BadImage
 from fastdino.data.sources.source import Room, Source
 from fastdino.data.views import device
+from fastdino.data.views.supervised import RandomView
 from fastdino.data.workers import Fields, Hold, Maker, Tensors
 
+View = Callable[[np.ndarray], Tensor]
+"""An image, uint8 (h, w, C), becomes uint8 (C, s, s)."""
 _MAX_ATTEMPTS = 20  # replacements in a row that may be unreadable too: beyond it the source is broken, not an image
 
 
@@ -171,8 +175,8 @@ class Decoded(_Images):
         return device.make_views(uploaded, self.config, self.patch)
 
 
-class Labelled:
-    """Indices become centered views and labels."""
+class _Labelled:
+    """Images with their labels, at their places of a batch."""
 
     def __init__(self, source: Source, size: int, batch_size: int, crop: float, channels: int) -> None:
         self.source, self.size, self.crop = source, size, crop
@@ -181,23 +185,49 @@ class Labelled:
             "labels": ((batch_size,), torch.int64),
         }
 
-    def prepare(self, out: Tensors, keys: list[int]) -> None:
+    def prepare(self, out: Tensors, keys: Sequence[Any]) -> None:
         """Nothing belongs to the batch as a whole."""
 
-    def make(self, out: Tensors, first: int, keys: list[int], hold: Hold) -> list[list[str]]:
-        """Views and labels of some images. Returns why each could not be read, if it could not."""
-        return [self._make(out, place, index, hold) for place, index in enumerate(keys, first)]
+    def name(self, index: int) -> str:
+        """That of the source."""
+        return self.source.name(index)
 
-    def _make(self, out: Tensors, place: int, index: int, hold: Hold) -> list[str]:
+    def _make(self, out: Tensors, place: int, index: int, hold: Hold, view: View) -> list[str]:
+        """Why an image could not be read, if it could not."""
         hold(index)
         try:
             image, label = self.source.read(index)
         except BadImage as error:
             return [str(error)]
-        out["pixels"][place] = views.center_view(image, self.size, self.crop)
+        out["pixels"][place] = view(image)
         out["labels"][place] = label
         return []
 
-    def name(self, index: int) -> str:
-        """That of the source."""
-        return self.source.name(index)
+    def _center_view(self, image: np.ndarray) -> Tensor:
+        return views.center_view(image, self.size, self.crop)
+
+
+class Labelled(_Labelled):
+    """Indices become centered views and labels."""
+
+    def make(self, out: Tensors, first: int, keys: list[int], hold: Hold) -> list[list[str]]:
+        """Views and labels of some images. Returns why each could not be read, if it could not."""
+        return [self._make(out, place, index, hold, self._center_view) for place, index in enumerate(keys, first)]
+
+
+class Augmented(_Labelled):
+    """Keys (epoch, index) become random views and labels; without ``random`` views as :class:`Labelled` makes them."""
+
+    def __init__(
+        self, source: Source, size: int, batch_size: int, crop: float, channels: int, random: RandomView | None
+    ) -> None:
+        super().__init__(source, size, batch_size, crop, channels)
+        self.random = random
+
+    def make(self, out: Tensors, first: int, keys: list[Key], hold: Hold) -> list[list[str]]:
+        """Views and labels of some images. Returns why each could not be read, if it could not."""
+        notes = []
+        for place, (epoch, index) in enumerate(keys, first):
+            view = partial(self.random, epoch=epoch, index=index) if self.random else self._center_view
+            notes.append(self._make(out, place, index, hold, view))
+        return notes
