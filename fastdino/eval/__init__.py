@@ -1,12 +1,18 @@
 """Evaluation of frozen features."""
 
+from fastdino.eval.classify.finetune import FineTune
 from fastdino.eval.classify.knn import KNeighbors, Knn
 from fastdino.eval.dense.attention_maps import AttentionMaps, best_head_iou, draw_sheet, head_maps, keep_mass
 from fastdino.eval.dense.patches import PatchProbe
 from fastdino.eval.evaluation import Evaluation, Subject
 from fastdino.eval.features import EvaluationError, Features, Reading, extract
 
-EVALUATIONS: dict[str, type[Evaluation]] = {"knn": Knn, "attention": AttentionMaps, "patches": PatchProbe}
+EVALUATIONS: dict[str, type[Evaluation]] = {
+    "knn": Knn,
+    "finetune": FineTune,
+    "attention": AttentionMaps,
+    "patches": PatchProbe,
+}
 """The kinds of ``fastdino eval KIND PATH``."""
 
 __all__ = [
@@ -15,6 +21,7 @@ __all__ = [
     "Evaluation",
     "EvaluationError",
     "Features",
+    "FineTune",
     "KNeighbors",
     "Knn",
     "PatchProbe",

@@ -1,9 +1,10 @@
 """A classifier learns: batches become steps, and what is kept is what was best on held-out images."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastdino.data.views import normalize
-from fastdino.eval.features import EvaluationError, Reading, device_and_dtype
+from fastdino.eval.features import EvaluationError, Features, Reading, device_and_dtype
 
+STRENGTHS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)  # C of logistic regression, from strong to weak regularisation
 Balance = Literal["none", "weights", "logit-adjust"]
 Images = tuple[Tensor, Tensor]
 """Of a batch: uint8 (B, C, s, s) and int64 (B,) labels."""
@@ -39,6 +41,50 @@ class BalancedLoss:
         weight = None if self.weight is None else self.weight.to(logits.device)
         shifted = logits.float() + self.shift.to(logits.device)
         return F.cross_entropy(shifted, labels, weight=weight, label_smoothing=smoothing)
+
+
+class Solved(NamedTuple):
+    """A linear classifier of features."""
+
+    weight: Tensor  # (C, D) fp32
+    bias: Tensor  # (C,) fp32
+    c: float
+    """Its inverse strength of regularisation."""
+
+
+def solve(learn: Features, held: Features, loss: BalancedLoss) -> Solved:
+    """Logistic regression on standardised features, by scikit-learn; of STRENGTHS that with the least held-out loss.
+
+    It takes features as they are: the mean and deviation of those learned from are folded in. What is minimised is
+    ``loss``: with logit-adjust the log of the prior leaves the bias, with weights images count by their class.
+    Raises EvaluationError where scikit-learn is not installed, and where a class has no readable image to learn from.
+    """
+    try:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+    except ImportError as error:
+        raise EvaluationError("the head is solved by scikit-learn: pip install 'fastdino[eval]'") from error
+
+    if len(learn.labels.unique()) < len(loss.shift) or not len(held.labels):
+        raise EvaluationError("of a class, or of all held out, no image can be read: see the warnings above")
+    std, mean = torch.std_mean(learn.vectors.double(), dim=0, correction=0)
+    std = torch.where(std > 0, std, 1.0)
+    x, y = ((learn.vectors - mean) / std).cpu().numpy(), learn.labels.cpu().numpy()
+    balanced = None if loss.weight is None else "balanced"
+    model = LogisticRegression(max_iter=1000, tol=1e-6, warm_start=True, class_weight=balanced)
+    found, losses = [], []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # of classes that a plane separates: any large C is as good
+        for c in STRENGTHS:
+            model.set_params(C=c).fit(x, y)
+            weight, bias = (torch.from_numpy(x).to(mean) for x in (model.coef_, model.intercept_))
+            if len(bias) == 1:  # of two classes: that of the second, above the first
+                weight, bias = torch.cat([-weight / 2, weight / 2]), torch.cat([-bias / 2, bias / 2])
+            weight = weight / std
+            bias = bias - weight @ mean - loss.shift.to(mean)
+            found.append(Solved(weight.float(), bias.float(), c))
+            losses.append(float(loss(held.vectors.double() @ weight.T + bias, held.labels)))
+    return found[losses.index(min(losses))]
 
 
 @dataclass(frozen=True, kw_only=True)
