@@ -32,7 +32,7 @@ MAY_IMPORT = {  # rooms of fastdino, or files in them, that a room may import, b
     "data": set(),
     "model": {"data.batch"},
     "method": {"model", "data", "engine"},
-    "engine": set(),
+    "engine": {"model.network"},  # the rates of its layers
     "eval": {"model", "data"},
     "commands": {"recipes", "model", "data", "engine", "eval", "training"},
     "training": {"method", "model", "data", "engine", "eval"},

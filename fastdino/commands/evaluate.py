@@ -22,7 +22,7 @@ from fastdino.distributed import Ranks, init
 from fastdino.eval import EVALUATIONS, Evaluation, Subject
 from fastdino.eval.cache import Cache
 from fastdino.eval.controls import RawPixels
-from fastdino.eval.evaluation import Common, cache_folder
+from fastdino.eval.evaluation import Common, cache_folder, results_folder
 from fastdino.eval.published import PUBLISHED
 from fastdino.eval.suite import Suite, compare, write_report
 from fastdino.launch import place
@@ -95,15 +95,6 @@ def run_one(weights: Weights, evaluation: Evaluation, ranks: Ranks) -> None:
         told = result.write(folder)
         log.info("%s\nwritten to %s", result.table(), folder)
         print(json.dumps({**told, "out": str(folder)}, indent=2))
-
-
-def results_folder(flags: Common, subject: Subject, kind: str) -> Path:
-    """--out, or eval/KIND-DATA beside the weights."""
-    if flags.out is not None:
-        return flags.out.expanduser()
-    words = [word for word in Path(flags.data).parts if word.strip("/.~")][-2:]
-    name = "-".join("".join(c if c.isalnum() or c in "._-" else "_" for c in word) for word in words)
-    return subject.folder / "eval" / f"{kind}-{name or 'data'}"
 
 
 def subject_of(weights: Weights, evaluation: Common, ranks: Ranks) -> Subject:

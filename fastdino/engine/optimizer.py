@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fastdino.config import OptimConfig
 from fastdino.distributed import Ranks
-from fastdino.engine.groups import Group, lr_scales
+from fastdino.engine.groups import Group
 from fastdino.engine.schedules import Now
 from fastdino.engine.shards import Shard
+from fastdino.model.network import layer_rates
 from fastdino_kernels import AdamWHyper, adamw_ema_, ema_update_, make_segments, segment_squares
 
 SGD_MOMENTUM = 0.9  # LARS too
@@ -60,7 +61,7 @@ class Optimizer(torch.optim.Optimizer):
         index = {name: i for i, name in enumerate(names)} | {None: len(names)}  # padding counts as one more parameter
         device, self.num_params = shards[0].param.device, len(names)
         self.sharded, self.ranks = sharded, ranks
-        rates = lr_scales(names, self.config)
+        rates = layer_rates(names, self.config.layer_decay, self.config.patch_embed_lr)
         for group, shard in zip(self.param_groups, shards, strict=True):
             segments = list(shard.segments())
             group["params"], group["shard"] = [shard.param], shard

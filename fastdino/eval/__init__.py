@@ -1,6 +1,7 @@
 """Evaluation of frozen features."""
 
 from fastdino.eval.classify.fewshot import FewShot
+from fastdino.eval.classify.finetune import FineTune
 from fastdino.eval.classify.knn import KNeighbors, Knn
 from fastdino.eval.classify.linear import Linear
 from fastdino.eval.classify.logreg import LogReg
@@ -21,6 +22,7 @@ KINDS: tuple[type[Evaluation], ...] = (
     Linear,
     LogReg,
     FewShot,
+    FineTune,
     Retrieval,
     CopyDetection,
     AttentionMaps,

@@ -98,6 +98,15 @@ def cache_folder(asked: Path | None) -> Path:
     return Path(asked or os.environ.get("FASTDINO_CACHE") or "~/.cache/fastdino/features").expanduser()
 
 
+def results_folder(flags: Common, subject: Subject, kind: str) -> Path:
+    """--out, or eval/KIND-DATA beside the weights."""
+    if flags.out is not None:
+        return flags.out.expanduser()
+    words = [word for word in Path(flags.data).parts if word.strip("/.~")][-2:]
+    name = "-".join("".join(c if c.isalnum() or c in "._-" else "_" for c in word) for word in words)
+    return subject.folder / "eval" / f"{kind}-{name or 'data'}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(Common, ABC):
     """The base of all evaluations: which images are read, and how."""

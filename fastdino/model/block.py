@@ -67,24 +67,22 @@ class Block(nn.Module):
     What is dropped is drawn outside, so that the same input gives the same output and all blocks are one to a compiler.
 
     Attributes:
+        drop_path: probability of dropping a branch, for who draws.
         checkpointing: what is computed again for the gradient. "selective": the norms and the MLP's hidden layer, not
             the products behind them, for recomputation ends with the last tensor that is missing; "full": all of it.
             In here, so that both passes of what is compiled, or is not, are of one kind.
 
     Args:
         shape: widths.
-        drop_path: probability of dropping a branch, for who draws.
         attention: "auto" | "varlen" | "xformers" | "sdpa".
         layer_scale: start of a factor per channel on each branch; 0: none.
         rope: it is given rotary positions. Then keys have no bias.
     """
 
-    def __init__(
-        self, shape: Shape, drop_path: float, attention: str, *, layer_scale: float = 0.0, rope: bool = False
-    ) -> None:
+    def __init__(self, shape: Shape, attention: str, *, layer_scale: float = 0.0, rope: bool = False) -> None:
         super().__init__()
         eps = ROPE_NORM_EPS if rope else NORM_EPS
-        self.drop_path, self.checkpointing = drop_path, "none"
+        self.drop_path, self.checkpointing = 0.0, "none"
         self.norm1 = Norm(shape.width, eps=eps)
         self.attn = Attention(shape, attention, rope)
         self.ls1 = LayerScale(shape.width, layer_scale)

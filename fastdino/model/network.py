@@ -1,6 +1,8 @@
 """Views become points: a backbone and its heads, called once, as a whole."""
 
 import dataclasses
+import re
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -214,6 +216,29 @@ def build_backbone(
         options = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
         options["image_size"] = model.image_size or image_size
         return ViT(model.arch.removeprefix("vit_"), mask_token=mask_token, channels=channels, seed=seed, **options)
+
+
+def takes_weight_decay(name: str, param: Tensor) -> bool:
+    """All but biases and 1-D parameters do, tokens and position embeddings included. Source: DINO v1."""
+    return not (name.endswith(".bias") or param.ndim == 1)
+
+
+def layer_rates(names: Iterable[str], decay: float, patch_embed: float = 1.0) -> dict[str, float]:
+    """What multiplies the learning rate of each parameter of a network: by its depth in the ViT ``backbone``.
+
+    ``decay ** (depth + 1 - layer)``. Layer 0 holds the tokens, the positions and the patch embedding, the last of which
+    is multiplied by ``patch_embed`` besides; block i is layer i + 1; the final norm and what is no part of the backbone
+    have 1. timm's ViTs have the same names. Source: DINOv2's param_groups; Clark et al. 2020, layer-wise decay.
+    """
+    below_norm = re.compile(r"backbone\.(?!(?:model\.)?(?:fc_)?norm\.)(?:model\.)?(?:blocks\.(\d+)\.)?")
+    rates = dict.fromkeys(names, 1.0)
+    inside = {name: int(match[1] or -1) for name in rates if (match := below_norm.match(name))}
+    depth = 1 + max(inside.values(), default=-1)
+    for name, block in inside.items():
+        rates[name] = decay ** (depth - block)
+        if name.startswith("backbone.patch_embed."):
+            rates[name] *= patch_embed
+    return rates
 
 
 def restore_backbone(path: Path, arch: str = "", image_size: int | None = None) -> tuple[Backbone, Config]:

@@ -43,6 +43,14 @@ class TimmBackbone(nn.Module):
         """timm's own module."""
         return self.model
 
+    @property
+    def classifier(self) -> str:
+        """What timm calls the layer that it lacks. Raises ConfigError for a model with several."""
+        name = self.model.pretrained_cfg["classifier"]  # type: ignore[index]
+        if not isinstance(name, str):
+            raise ConfigError(f"model.arch='{self.arch}' has several classifiers, {', '.join(name)}: use another")
+        return name
+
     def regions(self) -> list[tuple[nn.Module, str]]:
         """All of it, since what it consists of is not known here."""
         return [] if any(isinstance(m, nn.SyncBatchNorm) for m in self.modules()) else [(self.model, "forward")]

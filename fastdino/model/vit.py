@@ -93,13 +93,10 @@ class ViT(nn.Module):
         self.register_tokens = nn.Parameter(torch.empty(1, model.registers, width)) if model.registers else None
         self.mask_token = nn.Parameter(torch.empty(1, width)) if mask_token else None
         self.patch_embed = PatchEmbed(model.patch_size, width, channels)
-        rates = [model.drop_path] * depth
-        if model.drop_path_rule == "linear":
-            rates = [model.drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.subsets = model.drop_path_rule == "uniform"  # dropped branches are not computed
         self.blocks = nn.ModuleList(
-            Block(shape, rate, model.attention, layer_scale=model.layer_scale, rope=rope) for rate in rates
+            Block(shape, model.attention, layer_scale=model.layer_scale, rope=rope) for _ in range(depth)
         )
+        self.set_drop_path(model.drop_path, model.drop_path_rule)
         self.packed = model.packed
         self.norm = nn.LayerNorm(width, eps=ROPE_NORM_EPS if rope else NORM_EPS)
         initialise(self, seed)
@@ -138,6 +135,12 @@ class ViT(nn.Module):
         """What blocks compute again in the backward pass, see :class:`fastdino.config.EngineConfig`."""
         for block in self.blocks:
             cast(Block, block).checkpointing = how
+
+    def set_drop_path(self, rate: float, rule: str = "linear") -> None:
+        """Probabilities of dropping branches in training, see :class:`fastdino.config.ModelConfig`."""
+        self.subsets = rule == "uniform"  # dropped branches are not computed
+        for i, block in enumerate(self.blocks):
+            cast(Block, block).drop_path = rate if self.subsets else rate * i / max(len(self.blocks) - 1, 1)
 
     def use_fp8(self) -> None:
         """The blocks' linear layers compute in fp8. Raises ConfigError for a network that is too narrow for it."""

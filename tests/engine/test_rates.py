@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdino.config import HeadConfig, OptimConfig
-from fastdino.engine.groups import lr_scales, parameter_groups
+from fastdino.engine.groups import parameter_groups
 from fastdino.engine.schedules import Now
 from fastdino.model.block import Shape
 from fastdino.model.head import Head
+from fastdino.model.network import layer_rates
 from fastdino.model.vit import ViT
 from tests.engine.test_optimizer import make_engine
 
@@ -72,7 +73,7 @@ def test_groups_and_rates_are_the_official_ones(name: str) -> None:
     official = {f"backbone.{ours(param)}": row for param, row in OFFICIAL[name].items()}
     for head in ("head", "patch_head"):
         official |= {f"{head}.{ours(param)}": row for param, row in OFFICIAL["dino_head"].items()}
-    rates = lr_scales(dict(network.named_parameters()), settings)
+    rates = layer_rates(dict(network.named_parameters()), settings.layer_decay, settings.patch_embed_lr)
     found = {
         param: [pytest.approx(rates[param], rel=1e-10), float(group.regularized), group.last_layer]
         for group in parameter_groups(network) for param in group.params

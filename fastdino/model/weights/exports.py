@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import nn
 
 from fastdino.config import ConfigError
 from fastdino.files import whole_file, whole_folder
@@ -29,7 +30,11 @@ Format = Literal["timm", "hf", "repository", "onnx"]
 
 
 def export_backbone(
-    backbone: "Backbone", path: Path, metadata: Mapping[str, str] | None = None, format: Format = "timm"
+    backbone: "Backbone",
+    path: Path,
+    metadata: Mapping[str, str] | None = None,
+    format: Format = "timm",
+    head: nn.Linear | None = None,
 ) -> str:
     """Writes a backbone, whole or not at all. Returns the Python expression that loads it.
 
@@ -40,23 +45,29 @@ def export_backbone(
         format: "timm": safetensors under timm's names. "hf": model.safetensors and config.json of Hugging Face.
             "repository": the names of DINO v1 and v2, those of v3 with rotary positions; .pth or safetensors. A graph
             of ONNX is :func:`fastdino.model.weights.onnx_graph.export_onnx`'s.
+        head: a classifier of its features, under timm's names for one; for that format alone.
 
     What the format has no place for, and what its classes compute otherwise, goes to the log.
     Raises ConfigError when nothing can be written there, or the format has no such network.
     """
     state = {name: x.detach().cpu().contiguous() for name, x in backbone.published.state_dict().items()}
     texts = {"format": "pt", **(metadata or {})}
+    assert head is None or format == "timm"
     if not isinstance(backbone, ViT):
         if format != "timm":
             raise ConfigError(f"{backbone.arch} has no names but timm's: leave out --format {format}")
-        _write(path, state, texts)
+        _write(path, state | _classifier(head, backbone.classifier), texts)
         name = backbone.arch.removeprefix("timm:")
         channels = "" if backbone.channels == 3 else f"in_chans={backbone.channels}, "
-        return f'timm.create_model("{name}", num_classes=0, {channels}checkpoint_path={str(path)!r})'
+        classes = 0 if head is None else head.out_features
+        return f'timm.create_model("{name}", num_classes={classes}, {channels}checkpoint_path={str(path)!r})'
     rotary = backbone.pos_embed is None
     form = replace(recognise(Published(state, "DINO", rotary, {})), interpolation=backbone.interpolation)
     state = without_key_biases(state) if rotary else state
-    loads = {"timm": _export_timm, "hf": _export_hf, "repository": _export_repository}[format](state, form, path, texts)
+    if format == "timm":
+        loads = _export_timm(state, form, path, texts, head)
+    else:
+        loads = {"hf": _export_hf, "repository": _export_repository}[format](state, form, path, texts)
     for remark in _remarks(form, format, "mask_token" in state):
         log.info(remark)
     return loads
@@ -82,23 +93,28 @@ def _remarks(form: Form, format: Format, has_mask_token: bool) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------- timm
 
 
-def _export_timm(state: State, form: Form, path: Path, texts: dict[str, str]) -> str:
+def _export_timm(state: State, form: Form, path: Path, texts: dict[str, str], head: nn.Linear | None) -> str:
     state = {name: tensor for name, tensor in state.items() if name != "mask_token"}
     if form.registers and form.image_size is not None:  # there positions are the patches' alone
         positions = state["pos_embed"]
         state |= {"cls_token": state["cls_token"] + positions[:, :1], "pos_embed": positions[:, 1:].contiguous()}
     rotary = form.image_size is None
     state = _with_layer_scale(state, form) if rotary else state
-    _write(path, to_published(state, "timm Eva" if rotary else "timm"), texts)
-    name, options = timm_model(form)
+    _write(path, to_published(state, "timm Eva" if rotary else "timm") | _classifier(head, "head"), texts)
+    name, options = timm_model(form, 0 if head is None else head.out_features)
     return f'timm.create_model("{name}", {", ".join([*options, f"checkpoint_path={str(path)!r}"])})'
 
 
-def timm_model(form: Form) -> tuple[str, list[str]]:
+def _classifier(head: nn.Linear | None, name: str) -> State:
+    """The tensors of a classifier that timm calls ``name``; none without one."""
+    return {} if head is None else {f"{name}.{kind}": x.detach().cpu() for kind, x in head.state_dict().items()}
+
+
+def timm_model(form: Form, num_classes: int = 0) -> tuple[str, list[str]]:
     """timm's name of the nearest model that it has, and the options that make it the model of ``form``."""
     name, base = _timm_base(form)
     rotary, shape = form.image_size is None, form.shape
-    options = ["num_classes=0"] + ['global_pool="token"'] * rotary
+    options = [f"num_classes={num_classes}"] + ['global_pool="token"'] * rotary
     if form.channels != 3:
         options.append(f"in_chans={form.channels}")
     if form.patch_size != base.patch_size:
