@@ -18,7 +18,7 @@ from bench.kernels.case import OURS
 from bench.peers.contenders import PACKED, PER_SIZE
 from bench.pictures.page import renew_pngs, write_page, write_pngs
 from bench.record import H200, RESULTS, ROOT
-from bench.tables import faults, plan
+from bench.tables import faults, longtail, plan
 from fastdino.config import ConfigError
 
 MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
@@ -293,6 +293,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "choices": choices_table,
     "data": data_table,
     "faults": lambda results: faults_table(json.loads((results / "faults-cpu.json").read_text())),
+    "longtail": lambda results: longtail.table(results / "longtail-cpu.json", _table),
     "plan": lambda results: f"{plan.commands()}\n\n{_table(plan.HEADER, [*plan.rows()])}",
 }
 

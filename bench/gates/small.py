@@ -70,15 +70,16 @@ def write_pictures(source: Path, folder: Path, judged: str) -> None:
     """Class folders of PNG files below ``folder``/train and ``folder``/``judged``, from the files in ``source``."""
     for split in ("train", judged):
         stem, taken = SPLITS[split]
-        pixels = _read(source / f"{stem}-images-idx3-ubyte.gz", header=16).reshape(-1, 28, 28)
-        labels = _read(source / f"{stem}-labels-idx1-ubyte.gz", header=8)
+        pixels = read_idx(source / f"{stem}-images-idx3-ubyte.gz", header=16).reshape(-1, 28, 28)
+        labels = read_idx(source / f"{stem}-labels-idx1-ubyte.gz", header=8)
         for index in taken:
             path = folder / split / str(labels[index]) / f"{index:05}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels[index]).save(path)
 
 
-def _read(file: Path, header: int) -> np.ndarray:
+def read_idx(file: Path, header: int) -> np.ndarray:
+    """uint8 numbers of a file of Fashion-MNIST after its header of so many bytes."""
     with gzip.open(file) as bytes_:
         return np.frombuffer(bytes_.read(), np.uint8, offset=header)
 

@@ -75,7 +75,8 @@ def test_the_first_pictures_are_told_by_their_number(source, tmp_path):
         labels = torch.tensor([pictures.label(index) for index in range(len(pictures))])
         numbers = torch.tensor([int(Path(pictures.name(index)).stem) for index in range(len(pictures))])
         known = (numbers < 3) | torch.tensor(len(pictures) == 40)
-        return small.Features(torch.eye(2)[torch.where(known, labels, 1 - labels)], labels)
+        places = torch.arange(len(pictures))
+        return small.Features(torch.eye(2)[torch.where(known, labels, 1 - labels)], labels, places)
 
     found = small.figures(tmp_path, read)
     assert found["first_knn_5"] == pytest.approx(100.0)
