@@ -18,7 +18,7 @@ from bench.kernels.case import OURS
 from bench.peers.contenders import PACKED, PER_SIZE
 from bench.pictures.page import renew_pngs, write_page, write_pngs
 from bench.record import H200, RESULTS, ROOT
-from bench.tables import faults, plan, suite
+from bench.tables import faults, longtail, plan, suite
 from bench.tables.form import Rows, state, table
 from bench.tables.trials import demo_table, small_table, small_trials_table
 from fastdino.config import ConfigError
@@ -241,6 +241,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "choices": choices_table,
     "data": data_table,
     "faults": lambda results: recorded(results / "faults-cpu.json", faults),
+    "longtail": lambda results: recorded(results / "longtail-cpu.json", longtail),
     "suite": lambda results: recorded(results / "suite-cpu.json", suite),
     "plan": lambda results: f"{plan.commands()}\n\n{table(plan.HEADER, [*plan.rows()])}",
 }

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from bench.gates.trials import Case, arguments, record
 from bench.record import RESULTS
@@ -29,6 +29,7 @@ from fastdino.cli import configured
 from fastdino.data.benchmarks.class_folders import bank_and_test
 from fastdino.data.sources.source import Source
 from fastdino.eval import Features, Knn, Reading, extract
+from fastdino.eval.unlabelled.rank import rankme
 from fastdino.files import whole_folder
 from fastdino.model import build_network
 from fastdino.training.export import run_backbone
@@ -79,15 +80,16 @@ def write_pictures(source: Path, folder: Path, judged: str, most: int | None = N
     """
     for split in ("train", judged):
         stem, taken = SPLITS[split]
-        pixels = _read(source / f"{stem}-images-idx3-ubyte.gz", header=16).reshape(-1, 28, 28)
-        labels = _read(source / f"{stem}-labels-idx1-ubyte.gz", header=8)
+        pixels = read_idx(source / f"{stem}-images-idx3-ubyte.gz", header=16).reshape(-1, 28, 28)
+        labels = read_idx(source / f"{stem}-labels-idx1-ubyte.gz", header=8)
         for index in taken[:most] if split == judged else taken:
             path = folder / split / str(labels[index]) / f"{index:05}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels[index]).save(path)
 
 
-def _read(file: Path, header: int) -> np.ndarray:
+def read_idx(file: Path, header: int) -> np.ndarray:
+    """uint8 numbers of a file of Fashion-MNIST after its header of so many bytes."""
     with gzip.open(file) as bytes_:
         return np.frombuffer(bytes_.read(), np.uint8, offset=header)
 
@@ -146,16 +148,6 @@ def figures(pictures: Path, read: Callable[[Source], Features]) -> dict[str, flo
         some = KNN.accuracy(bank, Features(*(x[first] for x in test)))
         found |= {f"first_{name}": score for name, score in some.items()}
     return {name: 100 * score for name, score in found.items()} | {"rankme": rankme(bank.vectors)}
-
-
-def rankme(features: Tensor) -> float:
-    """exp of the entropy of the singular values, divided by their sum, of (n, D) features: from 1 to D.
-
-    Source: Garrido et al. 2023, RankMe, equation 1.
-    """
-    values = torch.linalg.svdvals(features.double())
-    share = values / values.sum()
-    return float(torch.special.entr(share).sum().exp())
 
 
 if __name__ == "__main__":

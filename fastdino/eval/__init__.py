@@ -16,6 +16,8 @@ from fastdino.eval.objects.discover import Discover
 from fastdino.eval.objects.video import VideoObjects
 from fastdino.eval.retrieve.copydetect import CopyDetection
 from fastdino.eval.retrieve.retrieval import Retrieval
+from fastdino.eval.unlabelled.clusters import Cluster
+from fastdino.eval.unlabelled.rank import Rank
 
 KINDS: tuple[type[Evaluation], ...] = (
     Knn,
@@ -23,6 +25,8 @@ KINDS: tuple[type[Evaluation], ...] = (
     LogReg,
     FewShot,
     FineTune,
+    Cluster,
+    Rank,
     Retrieval,
     CopyDetection,
     AttentionMaps,

@@ -2,6 +2,7 @@
 
 import math
 from collections import deque
+from typing import Any
 
 PATIENCE = 10  # log lines in a row: one line is noise, ten are a state
 NEAR = 0.005  # share of ln K that counts as sitting at 0 or at ln K
@@ -36,6 +37,17 @@ class Health:
         new = [text for text, holds in states.items() if holds and text not in self._raised]
         self._raised.update(new)
         return new
+
+    def check_rank(self, evaluation: dict[str, Any]) -> list[str]:
+        """The alarm that an evaluation raises whose ``rankme`` is below ``rankme_at_start``, where it has that."""
+        rank, start = evaluation["rankme"], evaluation.get("rankme_at_start")
+        if start is None or rank >= start or "rankme" in self._raised:
+            return []
+        self._raised.add("rankme")
+        return [
+            f"RankMe of the teacher is {rank:.1f}, and was {start:.1f} before the first step: its features use fewer "
+            "directions than it began with. If it stays there, use loss.koleo_weight=0.1 or lower optim.lr"
+        ]
 
     def _patches_alike(self) -> dict[str, bool]:
         alike = all(line.get("patch_cos", 0.0) > ALIKE for line in self._recent)

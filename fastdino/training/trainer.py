@@ -197,9 +197,10 @@ class Trainer:
         head = self.config.head
         health = Health(head.num_prototypes, (self.config.patch_head or head).num_prototypes)
         loss, knn = self.ranks.gather(metrics and (metrics.last.get("loss", float("nan")), metrics.last.get("knn")))[0]
-        asked = self.ranks.ask(False, *self.folder.saves.flags)  # whether any rank was given notice, or writes
         try:
             with PreemptionNotice() as notice:
+                self._rank_start(metrics, health, notice)
+                asked = self.ranks.ask(False, *self.folder.saves.flags)  # whether any rank was given notice, or writes
                 while self.step < self.total_steps:
                     figures = self._timed_step(metrics, notice)
                     if self._logs(self.step):
@@ -210,7 +211,7 @@ class Trainer:
                     self.folder.saves.advance(*saving)
                     if noticed and self.step < self.total_steps:
                         self._preempt()
-                    knn = self._end_of_epoch(metrics, knn, notice)
+                    knn = self._end_of_epoch(metrics, health, notice).get("knn", knn)
                     asked = self.ranks.ask(notice.given, *self.folder.saves.flags)
                 asked()  # nothing may be on its way when this rank leaves the others
                 self.engine.wait_teacher()
@@ -254,8 +255,8 @@ class Trainer:
             f"stopped by a signal at step {self.step}, saved in {self.config.run.dir}: the same command resumes"
         )
 
-    def _end_of_epoch(self, metrics: Metrics | None, knn: float | None, notice: PreemptionNotice) -> float | None:
-        """Saves and evaluates where the settings ask for it; returns the newest k-NN score."""
+    def _end_of_epoch(self, metrics: Metrics | None, health: Health, notice: PreemptionNotice) -> dict[str, float]:
+        """Saves and evaluates where the settings ask for it; returns what an evaluation finds."""
         run = self.config.run
         epoch, rest = divmod(self.step, self.steps_per_epoch)
         last = self.step == self.total_steps
@@ -264,18 +265,37 @@ class Trainer:
         evaluates = self.online_knn is not None and rest == 0 and (last or epoch % run.knn_every == 0)
         if last or by_epoch or by_step:
             self._save(last, wait=evaluates)
-        if self.online_knn and evaluates:
-            backbone = self.engine.teacher.backbone
-            assert isinstance(backbone, nn.Module)
-            score, said = self.online_knn(backbone, notice)
-            knn = score.get("knn", knn)
-            if metrics and score:
-                metrics.write(self.step, {"epoch": epoch, **score})
-            if metrics:
-                metrics.say(f"epoch {epoch}: {said}")
+        score = self._evaluate(metrics, health, notice) if evaluates else {}
         if metrics and (rest == 0 or by_step or metrics.compiled(self.step)):
             metrics.restart_clock(self.step)
-        return knn
+        return score
+
+    def _rank_start(self, metrics: Metrics | None, health: Health, notice: PreemptionNotice) -> None:
+        """RankMe before the first step, unless a process that ended before its first checkpoint has found it."""
+        if self.online_knn is None or self.step > 0:
+            return
+        if self.ranks.gather(metrics and metrics.last.get("rankme_of") == self.online_knn.ranked)[0]:
+            return
+        self._evaluate(metrics, health, notice)
+        if self.ranks.any(notice.given):
+            raise Preempted("stopped by a signal before step 1: the same command begins anew")
+        if metrics:
+            metrics.restart_clock(0)
+
+    def _evaluate(self, metrics: Metrics | None, health: Health, notice: PreemptionNotice) -> dict[str, float]:
+        """What the teacher's features are worth; before the first step RankMe alone, which later ones stand beside."""
+        backbone, begins, epoch = self.engine.teacher.backbone, self.step == 0, self.step // self.steps_per_epoch
+        assert self.online_knn is not None
+        assert isinstance(backbone, nn.Module)
+        score, said = self.online_knn(backbone, notice, rank_alone=begins)
+        if metrics:
+            metrics.say(f"epoch {epoch}: {said}")
+        if metrics and score:
+            line = self.online_knn.beside_start(score, None if begins else metrics.last)
+            metrics.write(self.step, {"epoch": epoch, **line})
+            for alarm in health.check_rank(line):
+                metrics.say(f"epoch {epoch}: {alarm}")
+        return score
 
     def _report(self, figures: dict[str, Tensor], metrics: Metrics | None, health: Health) -> float:
         """The one place that waits for the device: figures, counters and alarms of a logging step."""
@@ -329,6 +349,8 @@ class Trainer:
             "Triton kernels" if self.ranks.device.type == "cuda" else "plain torch",
             ", steps in CUDA graphs" * self.captures,
         )  # fmt: skip
+        if self.config.run.knn_every and not self.online_knn:
+            log.info("nothing tells what the features are worth: --run.knn-root FOLDER, of class folders, gives k-NN")
         if self.compiled:
             log.info("the first step compiles the network, unless run.cache holds what it needs")
         if self.step < self.total_steps:

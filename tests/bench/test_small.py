@@ -51,20 +51,6 @@ def test_settings_are_chosen_on_pictures_that_are_in_no_other_set(source, tmp_pa
     assert not (tmp_path / "test").exists()
 
 
-@pytest.mark.parametrize(
-    ("features", "expected"),
-    [
-        (torch.eye(8).repeat(5, 1), 8.0),
-        (torch.ones(40, 8), 1.0),
-        (torch.eye(8) * torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0]), 4.0),
-        (torch.diag(torch.tensor([3.0, 1.0])), 4 / 3**0.75),  # shares 3/4 and 1/4
-    ],
-)
-def test_rankme(features, expected):
-    assert small.rankme(features) == pytest.approx(expected, rel=1e-9)
-    assert small.rankme(7 * features) == pytest.approx(expected, rel=1e-9)
-
-
 def test_trials_stand_in_one_file(source, tmp_path, monkeypatch):
     """The recipe takes two steps at each size of picture: what either taught stands beside the other."""
     folders = ["--source", source, "--dir", tmp_path, "--out", tmp_path / "o.json"]

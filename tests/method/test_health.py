@@ -53,3 +53,12 @@ def test_patches_that_become_the_cls_token_are_told_in_the_first_epoch_too():
     health = Health(K)
     lines = [PATCHES_LEARN | {"patch_cos": 0.99 if i % PATIENCE else 0.9} for i in range(3 * PATIENCE)]
     assert not [text for line in lines for text in health.check(line, False)], "nine lines are noise"
+
+
+def test_a_rank_below_that_of_the_start_is_said_once():
+    health = Health(64)
+    assert health.check_rank({"rankme": 9.0}) == [], "the run has none to compare with"
+    assert health.check_rank({"rankme": 10.0, "rankme_at_start": 10.0}) == []
+    (alarm,) = health.check_rank({"rankme": 9.9, "rankme_at_start": 10.0})
+    assert alarm.startswith("RankMe of the teacher is 9.9, and was 10.0 before the first step")
+    assert health.check_rank({"rankme": 1.0, "rankme_at_start": 10.0}) == []

@@ -72,7 +72,9 @@ def config(folder: Path, knn_root: Path, engine: str = "torch", world_size: int 
 class Watched(OnlineKnn):
     """Keeps the features that rank 0 compares, and counts calls of the backbone."""
 
-    def __call__(self, backbone: nn.Module, notice: PreemptionNotice) -> tuple[dict[str, float], str]:
+    def __call__(
+        self, backbone: nn.Module, notice: PreemptionNotice, rank_alone: bool = False
+    ) -> tuple[dict[str, float], str]:
         self.calls = 0
 
         def count(*_: Any) -> None:
@@ -80,26 +82,30 @@ class Watched(OnlineKnn):
 
         handle = backbone.register_forward_pre_hook(count)
         try:
-            return super().__call__(backbone, notice)
+            return super().__call__(backbone, notice, rank_alone)
         finally:
             handle.remove()
 
-    def _score(self, bank: Features, test: Features, notice: PreemptionNotice) -> tuple[dict[str, float], str]:
+    def _score(self, bank: Features, test: Features) -> tuple[dict[str, float], str]:
         self.features = bank, test
-        return super()._score(bank, test, notice)
+        return super()._score(bank, test)
 
 
 def figures(ranks: Ranks, settings: Config, goes_on: bool = False) -> dict[str, Any]:
-    """The k-NN after two steps, and where it ``goes_on`` whether the next two are those without it."""
+    """RankMe before the first step and the k-NN after two; where it ``goes_on``, whether these two steps and the next
+    are those without."""
     ends, found = [], dict[str, Any]()
     for evaluates in (True, False)[: 1 + goes_on]:
         trainer, losses = Trainer(settings, ranks), []
+        backbone: Any = trainer.engine.teacher.backbone
+        if evaluates:
+            online = Watched(settings, ranks, Pulse(0.0))
+            found["start"], _ = online(backbone, PreemptionNotice(), rank_alone=True)
         for step in range(4 if goes_on else 2):
             losses.append(trainer.train_step([next(trainer.batches)])["loss"].clone())
             if step == 1 and evaluates:
-                online = Watched(settings, ranks, Pulse(0.0))
                 for _ in range(2):  # the second time DeepSpeed expects what it does not get
-                    found["score"], found["said"] = online(trainer.engine.teacher.backbone, PreemptionNotice())  # type: ignore[arg-type]
+                    found["score"], found["said"] = online(backbone, PreemptionNotice())
                 calls = ranks.gather(online.calls)
                 if ranks.is_main:
                     found |= {"calls": calls, "features": [tuple(f) for f in online.features]}

@@ -19,6 +19,7 @@ import fastdino
 from fastdino import status
 from fastdino.config import ConfigError
 from fastdino.distributed import Ranks
+from fastdino.eval.unlabelled.rank import rankme
 from fastdino.training import checkpoint
 from fastdino.training.online_knn import OnlineKnn
 from fastdino.training.preemption import PreemptionNotice
@@ -123,9 +124,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any
 def test_scores_do_not_depend_on_ranks_and_engines(results: Any, size: int, engine: str) -> None:
     """Nor on the batch, which is 8 of one process and 4 of each of two."""
     got, want = results[size][engine], results[1]["torch"]
-    assert got["score"] == want["score"] != {}
-    assert got["score"]["knn_neighbors"] == 20
-    assert got["said"] == f"k-NN of the teacher {got['score']['knn']:.1f} %"
+    score = got["score"]
+    assert score == pytest.approx(want["score"], rel=1e-4)
+    assert (score["knn"], score["knn_neighbors"]) == (want["score"]["knn"], 20)
+    assert got["said"] == f"k-NN of the teacher {score['knn']:.1f} %, RankMe {score['rankme']:.1f} of 96"
+    assert got["start"] == pytest.approx(want["start"], rel=1e-4)
+    assert got["start"].keys() == {"rankme"}
+    assert got["start"] != pytest.approx({"rankme": score["rankme"]}, rel=1e-4), "two steps have moved it"
+    assert score["rankme"] == pytest.approx(rankme(got["features"][0][0])), "of all 24: the bank has no more"
     for mine, theirs, count in zip(got["features"], want["features"], (24, 9), strict=True):
         assert torch.equal(mine[1], theirs[1])
         assert mine[0].shape == (count, 96)
