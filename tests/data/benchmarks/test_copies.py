@@ -40,7 +40,7 @@ def test_folders_that_are_not_copydays(tmp_path: Path) -> None:
 
 def test_copies_are_those_of_the_seed(tmp_path: Path) -> None:
     for i in range(6):
-        write(tmp_path / f"{i}.png", photo(60, 40, seed=i))
+        write(tmp_path / f"{i}.png", photo(60, 40, seed=i // 2))
     source = FolderSource(tmp_path)
     found = make_copies(source)
     assert found.name == "synthetic copies"
@@ -50,6 +50,8 @@ def test_copies_are_those_of_the_seed(tmp_path: Path) -> None:
         first = [copies.read(i)[0] for i in range(6)]
         assert all(np.array_equal(x, copies.read(i)[0]) for i, x in enumerate(first))
         assert not any(np.array_equal(x, source.read(i)[0]) for i, x in enumerate(first))
+    turned = found.blocks["rotate"]
+    assert not np.array_equal(turned.read(0)[0], turned.read(1)[0])  # of equal images
     other = make_copies(source, seed=1).blocks["rotate"]
     assert not np.array_equal(other.read(0)[0], found.blocks["rotate"].read(0)[0])
     assert other.fingerprint() != found.blocks["rotate"].fingerprint()

@@ -16,6 +16,7 @@ from fastdino.config import Config, DataConfig, ModelConfig, ViewsConfig
 from fastdino.data.views import normalize
 from fastdino.eval.features import gem
 from fastdino.eval.retrieve.copydetect import _ranked
+from fastdino.eval.retrieve.whitening import Whitening
 from fastdino.model import ViT, export_backbone
 from tests.data.benchmarks.layouts import copydays
 from tests.data.pictures import photo, write
@@ -80,16 +81,34 @@ def test_only_the_top_is_searched() -> None:
 
 
 @pytest.mark.parametrize("moment", [False, True], ids=["covariance", "second moment"])
-def test_copydays(tmp_path: Path, capsys: pytest.CaptureFixture[str], weights: Path, moment: bool) -> None:
-    """Whitened by 8 images, with 3 distractors, at 40 pixels."""
+def test_copydays(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    weights: Path,
+    moment: bool,
+) -> None:
+    """Whitened by 8 images, with 3 distractors, at 40 pixels. Of the strong copies one cannot be read, and three show
+    something else, so that they are found anywhere."""
     root, more, white = copydays(tmp_path / "data"), tmp_path / "more", tmp_path / "white"
+    (root / "strong" / "200000.jpg").write_bytes(b"nothing")
+    for i in range(1, 4):
+        write(root / "strong" / f"20{i:02d}01.jpg", photo(44, 33, seed=90 + i))
     for folder, count, seed in ((more, 3, 50), (white, 8, 70)):
         for i in range(count):
             write(folder / f"{i}.png", photo(50, 40, seed=seed + i))
+    fit, asked = Whitening.fit, list[bool]()
+
+    def watched(features: Tensor, centered: bool) -> Whitening:  # of 8 images, both whitenings rank alike
+        asked.append(centered)
+        return fit(features, centered)
+
+    monkeypatch.setattr(Whitening, "fit", watched)
     flags = ["--data", root, "--size", 40, "--whiten", white, "--distractors", more, "--baselines", "no"]
     told = run(tmp_path, capsys, weights, *flags, *(["--second-moment"] if moment else []))
     model = vit()
     files = [sorted(folder.iterdir()) for folder in (root / "original", more, root / "strong", white)]
+    del files[2][0]
     originals, others, strong, learned = (literal(model, some, 40) for some in files)
     mean = learned.mean(0)
     x = learned if moment else learned - mean
@@ -107,10 +126,13 @@ def test_copydays(tmp_path: Path, capsys: pytest.CaptureFixture[str], weights: P
         assert arrays["part"].tolist() == pytest.approx(area)
         assert arrays["items"][1] == "strong/200002.jpg"
     assert told["data"]["name"] == "copydays"
+    assert asked == [not moment]
     assert (told["data"]["queries"], told["data"]["originals"], told["data"]["distractors"]) == (13, 4, 3)
+    assert told["data"]["unreadable"] == 1
     assert told["notes"] == [
-        "Copydays has 157 images in each block, and 229 in strong; here: original 4, strong 5, jpegqual/10 4, "
-        "crops/50 4"
+        "1 images could not be read and were left out",
+        "Copydays has 157 images in each block, and 229 in strong; here: original 4, strong 6, jpegqual/10 4, "
+        "crops/50 4",
     ]
 
 
