@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fastdino.config import Config, DataConfig
 from fastdino.data.benchmarks.class_folders import NUM_SHAPES, TEST_SEED
-from fastdino.data.benchmarks.masks import Masked
+from fastdino.data.benchmarks.masks import Masked, images_alone
 from fastdino.data.draws import sample
 from fastdino.data.sources.composed import Subset
 from fastdino.data.sources.decode import BadImage, image_endings
@@ -109,7 +109,10 @@ def open_images(data: str, config: DataConfig, num_images: int, seed: int) -> So
 
 
 def all_images(data: str, config: DataConfig) -> Source:
-    """What --data names: shapes, an image, or what else :func:`open_part` opens. Raises ConfigError as it does."""
+    """What --data names: shapes, an image, the images of a folder with masks, or what else :func:`open_part` opens.
+
+    Raises ConfigError as it does.
+    """
     if data == "shapes":
         check_shows_shapes(config)
         return ShapesSource(NUM_SHAPES, config.image_size, TEST_SEED)
@@ -118,7 +121,7 @@ def all_images(data: str, config: DataConfig) -> Source:
         source = FileSource(os.fsencode(path.parent), [os.fsencode(path.name)], np.full(1, -1, np.int32), config)
         source.labels = []
         return source
-    return open_part(data, config)
+    return images_alone(path, config) or open_part(data, config)
 
 
 def shown(
