@@ -214,7 +214,7 @@ class AttentionMaps(Dense):
         source, masked, frames = data
         protocol = {**self.read_by(subject), "mass": self.mass}
         told: dict[str, Any] = {"images": len(source), "fingerprint": source.fingerprint()}
-        notes = self.rounded(subject)
+        notes = self.remarks(subject)
         head: int | None = None
         scores, arrays, shares = {}, {}, None
 

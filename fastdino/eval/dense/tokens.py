@@ -95,11 +95,12 @@ class Dense(Evaluation):
         reading = self.reading(subject.config)
         return {"size": reading.size, "normalize": reading.normalize, "precision": reading.precision}
 
-    def rounded(self, subject: Subject) -> list[str]:
-        """A note where the size is another than was asked for."""
+    def remarks(self, subject: Subject) -> list[str]:
+        """Notes where images are shown otherwise than was asked for."""
         asked, size = self.asked(subject.config), self.reading(subject.config).size
         patch = subject.config.model.patch_size
-        return [] if asked == size else [f"size {size}: {asked} does not divide into patches of {patch}"]
+        cropped = ["--crop-ratio has no effect: the whole of an image is shown"] * (self.crop_ratio is not None)
+        return cropped + [f"size {size}: {asked} does not divide into patches of {patch}"] * (asked != size)
 
 
 def open_images(data: str, config: DataConfig, num_images: int, seed: int) -> Source:
