@@ -18,7 +18,7 @@ from fastdino.data.benchmarks.ade20k import NUM_CLASSES, ade20k_classes, ade20k_
 from fastdino.data.benchmarks.class_folders import BANK_SEED, NUM_SHAPES, TEST_SEED, TEST_STRIDE
 from fastdino.data.draws import sample
 from fastdino.data.sources.decode import BadImage, file_bytes, image_endings
-from fastdino.data.sources.folder import FileSource, check_folder, scan, split_folders
+from fastdino.data.sources.folder import FileSource, FolderSource, check_folder, scan, split_folders
 from fastdino.data.sources.names import Names, printable
 from fastdino.data.sources.shapes import ShapesSource, check_shows_shapes
 from fastdino.data.sources.source import Room
@@ -208,6 +208,17 @@ def open_objects(root: str, data: DataConfig, num_images: int, seed: int = 0) ->
     if np.flatnonzero(_count(folder, drawn)).tolist() in ([VOID], [0, VOID]):
         values[VOID] = 1
     return MaskedFiles(folder, drawn, data, values, names)
+
+
+def images_alone(root: Path, data: DataConfig) -> FileSource | None:
+    """The images of a folder of one of LAYOUTS, without its masks; None of another folder. Raises ConfigError."""
+    at = voc.find_voc(root) or find_ade20k(root)
+    if at is not None:
+        return FolderSource(at / ("JPEGImages" if voc.find_voc(root) else "images"), data)
+    if not os.path.isdir(root) or not _has_masks(root, data):
+        return None
+    train, test, _ = _sets(root, data)
+    return MaskedFiles(root, train + test, data, np.arange(256, dtype=np.int16), [])
 
 
 def _by_values(root: Path, data: DataConfig, num_images: int | None, seed: int) -> MaskedSets:

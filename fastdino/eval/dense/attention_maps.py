@@ -113,9 +113,10 @@ def attend(
 
 
 def _maps(vit: ViT, pixels: Tensor, reading: Reading) -> Tensor:
+    """(B, C, s, s) uint8 -> (B, H, rows, columns) fp32."""
     device, _ = device_and_dtype(vit)
     with torch.autocast(device.type, torch.bfloat16, enabled=reading.precision == "bf16"):
-        return head_maps(vit, normalize(pixels, reading.normalize))
+        return head_maps(vit, normalize(pixels, reading.normalize)).float()
 
 
 def draw_sheet(
@@ -213,7 +214,7 @@ class AttentionMaps(Dense):
         source, masked, frames = data
         protocol = {**self.read_by(subject), "mass": self.mass}
         told: dict[str, Any] = {"images": len(source), "fingerprint": source.fingerprint()}
-        notes = self.rounded(subject)
+        notes = self.remarks(subject)
         head: int | None = None
         scores, arrays, shares = {}, {}, None
 

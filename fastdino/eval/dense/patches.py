@@ -179,7 +179,7 @@ class PatchProbe(Dense):
             scores=scores,
             protocol=self.read_by(subject),
             data={"classes": NUM_CLASSES, "train": len(train.images), "test": len(test.images)},
-            notes=self.rounded(subject),
+            notes=self.remarks(subject),
             shares=found,
             pictures=[Picture("", draw)],
         )

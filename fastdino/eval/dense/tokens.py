@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fastdino.config import Config, DataConfig
 from fastdino.data.benchmarks.class_folders import NUM_SHAPES, TEST_SEED
-from fastdino.data.benchmarks.masks import Masked
+from fastdino.data.benchmarks.masks import Masked, images_alone
 from fastdino.data.draws import sample
 from fastdino.data.sources.composed import Subset
 from fastdino.data.sources.decode import BadImage, image_endings
@@ -95,11 +95,12 @@ class Dense(Evaluation):
         reading = self.reading(subject.config)
         return {"size": reading.size, "normalize": reading.normalize, "precision": reading.precision}
 
-    def rounded(self, subject: Subject) -> list[str]:
-        """A note where the size is another than was asked for."""
+    def remarks(self, subject: Subject) -> list[str]:
+        """Notes where images are shown otherwise than was asked for."""
         asked, size = self.asked(subject.config), self.reading(subject.config).size
         patch = subject.config.model.patch_size
-        return [] if asked == size else [f"size {size}: {asked} does not divide into patches of {patch}"]
+        cropped = ["--crop-ratio has no effect: the whole of an image is shown"] * (self.crop_ratio is not None)
+        return cropped + [f"size {size}: {asked} does not divide into patches of {patch}"] * (asked != size)
 
 
 def open_images(data: str, config: DataConfig, num_images: int, seed: int) -> Source:
@@ -109,7 +110,10 @@ def open_images(data: str, config: DataConfig, num_images: int, seed: int) -> So
 
 
 def all_images(data: str, config: DataConfig) -> Source:
-    """What --data names: shapes, an image, or what else :func:`open_part` opens. Raises ConfigError as it does."""
+    """What --data names: shapes, an image, the images of a folder with masks, or what else :func:`open_part` opens.
+
+    Raises ConfigError as it does.
+    """
     if data == "shapes":
         check_shows_shapes(config)
         return ShapesSource(NUM_SHAPES, config.image_size, TEST_SEED)
@@ -118,7 +122,7 @@ def all_images(data: str, config: DataConfig) -> Source:
         source = FileSource(os.fsencode(path.parent), [os.fsencode(path.name)], np.full(1, -1, np.int32), config)
         source.labels = []
         return source
-    return open_part(data, config)
+    return images_alone(path, config) or open_part(data, config)
 
 
 def shown(

@@ -11,7 +11,7 @@ from PIL import Image
 
 from fastdino.config import ConfigError, DataConfig
 from fastdino.data.benchmarks.class_folders import BANK_SEED, TEST_SEED
-from fastdino.data.benchmarks.masks import VOID, MaskedFiles, open_classes, open_objects, read_mask
+from fastdino.data.benchmarks.masks import VOID, MaskedFiles, images_alone, open_classes, open_objects, read_mask
 from fastdino.data.draws import sample
 from fastdino.data.sources.decode import BadImage
 from fastdino.data.sources.shapes import ShapesSource
@@ -162,6 +162,21 @@ def test_ade20k(tmp_path: Path, below: str) -> None:
     (root / "images/validation/ADE_1.jpg").unlink()
     with pytest.raises(ConfigError, match=r"no \.jpg in images/validation/"):
         open_classes(str(tmp_path), DATA)
+
+
+def test_images_of_a_folder_with_masks(tmp_path: Path) -> None:
+    """For who looks at images alone: the masks are none of them."""
+    folder_of_masks(tmp_path / "a")
+    folder_of_masks(tmp_path / "b", "{}.png", "{}_mask.png")
+    voc(tmp_path / "c")
+    image(tmp_path / "d/a.jpg")
+    for name, count in (("a", 6), ("b", 6), ("c", 3)):
+        found = images_alone(tmp_path / name, DATA)
+        assert found is not None
+        assert len(found) == count
+        assert not [x for x in names(found) if "mask" in x or "Segm" in x]
+    assert images_alone(tmp_path / "d", DATA) is None
+    assert images_alone(tmp_path / "nowhere", DATA) is None
 
 
 def test_shapes() -> None:

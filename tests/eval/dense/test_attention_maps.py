@@ -203,7 +203,7 @@ def folder_of_masks(root: Path, count: int) -> None:
 def test_masks_of_a_folder(tmp_path: Path) -> None:
     """Of images of several shapes; a size that patches do not tile is rounded, which a note says."""
     folder_of_masks(tmp_path / "data", 5)
-    told = AttentionMaps(data=str(tmp_path / "data"), size=45, num_images=4, overlay=True)(
+    told = AttentionMaps(data=str(tmp_path / "data"), size=45, num_images=4, overlay=True, precision="bf16")(
         Subject(vit(), CONFIG, tmp_path)
     ).write(tmp_path / "out")
     assert told["protocol"]["size"] == 48

@@ -122,6 +122,10 @@ def test_one_image_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     told = json.loads(capsys.readouterr().out)
     assert (told["data"]["images"], told["protocol"]["size"]) == (1, 48)
     assert told["notes"] == ["size 48: 50 does not divide into patches of 6"]
+    main(["eval", "pca", "random:demo", "--data", str(tmp_path / "a.png"), "--crop-ratio", "1", "--out", str(tmp_path)])
+    assert json.loads(capsys.readouterr().out)["notes"] == [
+        "--crop-ratio has no effect: the whole of an image is shown"
+    ]
 
 
 def test_what_has_no_picture(tmp_path: Path) -> None:

@@ -180,6 +180,6 @@ class Pca(Dense):
             also={"explained": round(palette.components.explained, 4)},
             protocol={**self.read_by(subject), "foreground": self.foreground},
             data={"images": len(data), "fingerprint": data.fingerprint()},
-            notes=self.rounded(subject),
+            notes=self.remarks(subject),
             pictures=[Picture("", sheet)],
         )

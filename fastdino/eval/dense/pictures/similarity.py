@@ -139,7 +139,7 @@ class Similarity(Dense):
                   "alike": [self._told(source, found) for found in alike_images[1:]]},
             protocol=self.read_by(subject),
             data={"images": 1 + len(others), "fingerprint": source.fingerprint()},
-            notes=self.rounded(subject),
+            notes=self.remarks(subject),
             pictures=[Picture("", lambda path: draw_alike(path, alike_images, point, self.smooth))],
         )  # fmt: skip
 

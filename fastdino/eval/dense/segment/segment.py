@@ -140,7 +140,7 @@ class Segment(Dense):
             protocol={**self.read_by(subject), "method": self.method, **protocol},
             data={"train": len(train), "test": len(test), "classes": len(classes), "rule": rule,
                   "fingerprint": test.fingerprint()},
-            notes=self.rounded(subject),
+            notes=self.remarks(subject),
             shares=shares,
             arrays={"confusion": matrix.numpy()},
             pictures=[Picture("", sheet)],
