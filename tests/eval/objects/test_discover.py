@@ -1,5 +1,6 @@
 """Object discovery: whole commands on shapes, VOC and masks, boxes in place, and what is refused."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,24 @@ def test_boxes_and_masks_of_the_same_objects_agree(tmp_path: Path, capsys: pytes
     assert of_boxes["scores"].items() <= of_masks["scores"].items()
     assert "iou_lost" in of_masks["scores"]
     assert of_boxes["data"]["name"] == "VOC, every annotation"
+
+
+def test_published_scores_are_known_by_the_data(tmp_path: Path) -> None:
+    """The name of VOC's list is that of the rows, whichever of its folders --data names."""
+    write_images(tmp_path)
+    (tmp_path / "VOC/ImageSets/Main").mkdir(parents=True)
+    (tmp_path / "VOC/ImageSets/Main/trainval.txt").write_text("0\n1\n")
+    (tmp_path / "VOC").rename(tmp_path / "VOC2007")
+    for place in (tmp_path, tmp_path / "VOC2007"):
+        for method, file, score in (
+            ("lost", "dino_deitsmall16_pretrain.pth", 61.9),
+            ("tokencut", "vit_small_patch8_224.dino.safetensors", 67.3),
+            ("tokencut", "dino-vitb16", 68.8),
+        ):
+            told = dataclasses.replace(subject(tmp_path), told={"path": file})
+            result = Discover(data=str(place), methods=(method,), baselines="no")(told)
+            assert result.published is not None
+            assert result.published.score == score
 
 
 def test_the_object_is_found_in_place(tmp_path: Path) -> None:
