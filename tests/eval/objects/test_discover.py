@@ -14,6 +14,7 @@ from fastdino import cli
 from fastdino.config import ConfigError, UserError
 from fastdino.data.benchmarks.masks import VOID
 from fastdino.data.sources.shapes import ShapesSource
+from fastdino.data.views import normalize
 from fastdino.eval.evaluation import Subject
 from fastdino.eval.objects.boxes import box_around
 from fastdino.eval.objects.discover import Discover
@@ -119,13 +120,20 @@ def test_the_object_is_found_in_place(tmp_path: Path) -> None:
             assert np.abs(box - box_around(mask)).max() <= 1
 
 
-def test_the_size_is_of_the_shorter_side(tmp_path: Path) -> None:
+def test_what_is_seen(tmp_path: Path) -> None:
+    """The image, with nothing to its right and below up to whole patches; --size is of the shorter side."""
     told = subject(tmp_path)
-    evaluation = Discover(size=30, methods=("lost",))
-    seen: list[torch.Size] = []
-    told.backbone.patch_embed.register_forward_pre_hook(lambda _, x: seen.append(x[0].shape))
-    evaluation.find(told.backbone, evaluation.reading(CONFIG), np.zeros((50, 70, 3), np.uint8))
-    assert seen == [(1, 3, 30, 42)]
+    seen: list[torch.Tensor] = []
+    told.backbone.patch_embed.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
+    for size in (None, 30):
+        evaluation = Discover(size=size, methods=("lost",))
+        evaluation.find(told.backbone, evaluation.reading(CONFIG), image)
+    whole, resized = seen
+    assert (whole.shape, resized.shape) == ((1, 3, 54, 72), (1, 3, 30, 42))
+    torch.testing.assert_close(whole[0, :, :50, :70], normalize(torch.tensor(image).permute(2, 0, 1), "image"))
+    assert not whole[..., 50:, :].any()
+    assert not whole[..., 70:].any()
 
 
 def test_images_without_objects_are_left_out(tmp_path: Path) -> None:
