@@ -47,12 +47,28 @@ HUGGING_FACE_V2 = {
     "small": DINOV2["s"], "base": DINOV2["b"], "large": DINOV2["l"], "giant": DINOV2["g"]
 }  # fmt: skip
 
+SMALL_16, SMALL_8, BASE_16 = (  # of DINO, in a file of its own, timm's or Hugging Face's
+    rf"dino_{own}_pretrain|vit_{timm}\.dino|dino-vit{hugging_face}$"
+    for own, timm, hugging_face in zip(DINO, TIMM, ("s16", "s8", "b16"), strict=False)
+)
+CORLOC = {  # by method: trainval of VOC 2007 and of VOC 2012
+    "lost": {SMALL_16: (61.9, 64.0), SMALL_8: (55.5, 57.0), BASE_16: (60.1, 63.3)},
+    "tokencut": {SMALL_16: (68.8, 72.1), SMALL_8: (67.3, 71.6), BASE_16: (68.8, 72.4)},
+}
+CORLOC_SOURCE = {"lost": "README of valeoai/LOST", "tokencut": "README of YangtaoWANG95/TokenCut"}
+
 PUBLISHED = [
     *_rows("README of facebookresearch/dino", r"dino_{}_pretrain", DINO),
     *_rows("README of facebookresearch/dino", r"vit_{}\.dino", TIMM),
     *_rows("README of facebookresearch/dino", r"dino-vit{}$", HUGGING_FACE),
     *_rows("README of facebookresearch/dinov2", r"dinov2_vit{}14_pretrain", DINOV2),
     *_rows("README of facebookresearch/dinov2", r"dinov2-{}$", HUGGING_FACE_V2),
+    *(
+        Published("discover", f"corloc_{method}", weights, f"VOC{year}, trainval.txt", score, CORLOC_SOURCE[method])
+        for method, rows in CORLOC.items()
+        for weights, scores in rows.items()
+        for year, score in zip((2007, 2012), scores, strict=True)
+    ),
 ]
 
 OXFORD, PARIS, COPYDAYS = "roxford5k v1", "rparis6k v1", "copydays v1"

@@ -154,6 +154,7 @@ class Discover(Evaluation):
         if found is not None:
             if self.num_images is not None:
                 found.items = [found.items[i] for i in sample(self.seed, self.num_images, len(found))]
+                found.rule += f", {len(found)} drawn"
             return found
         if self.listed is not None:
             raise ConfigError(f"--listed is for VOC and COCO, and {self.data} is neither: leave it out")

@@ -1,5 +1,6 @@
 """Object discovery: whole commands on shapes, VOC and masks, boxes in place, and what is refused."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from fastdino import cli
 from fastdino.config import ConfigError, UserError
 from fastdino.data.benchmarks.masks import VOID
 from fastdino.data.sources.shapes import ShapesSource
+from fastdino.data.views import normalize
 from fastdino.eval.evaluation import Subject
 from fastdino.eval.objects.boxes import box_around
 from fastdino.eval.objects.discover import Discover
@@ -85,6 +87,24 @@ def test_boxes_and_masks_of_the_same_objects_agree(tmp_path: Path, capsys: pytes
     assert of_boxes["data"]["name"] == "VOC, every annotation"
 
 
+def test_published_scores_are_known_by_the_data(tmp_path: Path) -> None:
+    """The name of VOC's list is that of the rows, whichever of its folders --data names."""
+    write_images(tmp_path)
+    (tmp_path / "VOC/ImageSets/Main").mkdir(parents=True)
+    (tmp_path / "VOC/ImageSets/Main/trainval.txt").write_text("0\n1\n")
+    (tmp_path / "VOC").rename(tmp_path / "VOC2007")
+    for place in (tmp_path, tmp_path / "VOC2007"):
+        for method, file, score in (
+            ("lost", "dino_deitsmall16_pretrain.pth", 61.9),
+            ("tokencut", "vit_small_patch8_224.dino.safetensors", 67.3),
+            ("tokencut", "dino-vitb16", 68.8),
+        ):
+            told = dataclasses.replace(subject(tmp_path), told={"path": file})
+            result = Discover(data=str(place), methods=(method,), baselines="no")(told)
+            assert result.published is not None
+            assert result.published.score == score
+
+
 def test_the_object_is_found_in_place(tmp_path: Path) -> None:
     """A red part low on the right of an image that is no multiple of the patch, at its size and enlarged."""
     image = np.full((50, 70, 3), (40, 90, 120), np.uint8)
@@ -100,13 +120,20 @@ def test_the_object_is_found_in_place(tmp_path: Path) -> None:
             assert np.abs(box - box_around(mask)).max() <= 1
 
 
-def test_the_size_is_of_the_shorter_side(tmp_path: Path) -> None:
+def test_what_is_seen(tmp_path: Path) -> None:
+    """The image, with nothing to its right and below up to whole patches; --size is of the shorter side."""
     told = subject(tmp_path)
-    evaluation = Discover(size=30, methods=("lost",))
-    seen: list[torch.Size] = []
-    told.backbone.patch_embed.register_forward_pre_hook(lambda _, x: seen.append(x[0].shape))
-    evaluation.find(told.backbone, evaluation.reading(CONFIG), np.zeros((50, 70, 3), np.uint8))
-    assert seen == [(1, 3, 30, 42)]
+    seen: list[torch.Tensor] = []
+    told.backbone.patch_embed.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
+    for size in (None, 30):
+        evaluation = Discover(size=size, methods=("lost",))
+        evaluation.find(told.backbone, evaluation.reading(CONFIG), image)
+    whole, resized = seen
+    assert (whole.shape, resized.shape) == ((1, 3, 54, 72), (1, 3, 30, 42))
+    torch.testing.assert_close(whole[0, :, :50, :70], normalize(torch.tensor(image).permute(2, 0, 1), "image"))
+    assert not whole[..., 50:, :].any()
+    assert not whole[..., 70:].any()
 
 
 def test_images_without_objects_are_left_out(tmp_path: Path) -> None:

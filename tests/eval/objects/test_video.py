@@ -69,11 +69,13 @@ def test_davis(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (out / "video.png").stat().st_size > 20_000
 
 
-def test_frames_with_one_mask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """There is nothing to compare with: masks and a picture, no score."""
+def test_frames_with_one_mask(tmp_path: Path) -> None:
+    """There is nothing to compare with: masks and a picture, no score, and no baseline is tried."""
     write_video(tmp_path / "frames", tmp_path / "masks", 3)
-    flags = ("--data", str(tmp_path / "frames"), "--masks", str(tmp_path / "masks/00000.png"), "--size", "24")
-    told = run(*flags, "--out", str(tmp_path / "out"), capsys=capsys)
+    first = tmp_path / "masks/00000.png"
+    result = VideoObjects(data=str(tmp_path / "frames"), masks=first, size=24)(subject(tmp_path))
+    assert result.baselines == {}
+    told = result.write(tmp_path / "out")
     assert told["scores"] == {}
     assert "nothing is judged" in told["notes"][0]
     found = [values(path) for path in sorted((tmp_path / "out/video-masks/frames").iterdir())]
