@@ -178,6 +178,10 @@ def test_an_episode_shows_an_image_once() -> None:
     for _ in range(5):
         seen.append(room._drawn(table[torch.tensor([[2, 0]])], 3, torch.Generator().manual_seed(len(seen))))
     assert {tuple(sorted(row.tolist())) for drawn in seen for row in drawn[0]} == {(2, 6, 10), (0, 4, 8)}
+    ragged = torch.tensor([[4, 7, 8, 9], [5, 6, -1, -1]])
+    drawn = [room._drawn(ragged, 2, torch.Generator().manual_seed(seed)).sort().values for seed in range(9)]
+    assert {tuple(row[1].tolist()) for row in drawn} == {(5, 6)}, "a class with fewer images has no others"
+    assert len({tuple(row[0].tolist()) for row in drawn}) > 2
     far = Features(torch.eye(4)[bank.labels], bank.labels, bank.index)
     assert torch.cat([*episodes(far, far, torch.arange(4), (3, 3, 3), 5, seed=0)]).tolist() == [100.0] * 5
 

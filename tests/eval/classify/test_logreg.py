@@ -124,6 +124,17 @@ def test_poisoned_test_labels_change_the_score_alone(data: Path, tmp_path: Path,
     assert clean[0] > poisoned[0]
 
 
+def test_poisoned_test_labels_do_not_move_the_choice() -> None:
+    """Though the C that is best on the test images is another then."""
+    bank, test = (Features(x.float(), y, torch.arange(len(y))) for x, y in (clouds(40, 3), clouds(60, 3, seed=1)))
+    logreg = LogReg(c_values=5)
+    clean, poisoned = (logreg.choose(bank, test._replace(labels=y), 3) for y in (test.labels, (test.labels + 1) % 3))
+    assert clean.also["best_C_on_test"] != poisoned.also["best_C_on_test"]
+    assert [clean.also[name] for name in ("C", "held_out")] == [poisoned.also[name] for name in ("C", "held_out")]
+    assert torch.equal(clean.logits, poisoned.logits)
+    assert clean.temperature == poisoned.temperature
+
+
 def test_what_does_not_converge_is_named(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "MAX_ITERATIONS", 3)
     found = evaluation(data).judge(subject(tmp_path), bank_and_test(str(data), CONFIG.data))
