@@ -186,7 +186,7 @@ def show_kinds() -> None:
     for name, kind in EVALUATIONS.items():
         rows = [row for row in PUBLISHED if row.kind == name]
         known = f"; released weights with known scores: {len(rows)}" if rows else ""
-        baselines = ", ".join(x.replace("_", " ") for x in kind.controls) or "its own"
+        baselines = ", ".join(x.replace("_", " ") for x in kind.controls) or "none"
         print(f"{name:12} {(kind.__doc__ or '').splitlines()[0]}")
         print(f"{'':12} --data: {kind.needs}; baselines: {baselines}{known}")
 
