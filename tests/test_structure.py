@@ -157,7 +157,7 @@ def test_text_is_ascii_and_names_no_package_registry():
     [
         ("fastdino", "torch deepspeed xformers timm torchvision"),
         ("fastdino.model", "deepspeed"),
-        ("fastdino.eval", "deepspeed"),
+        ("fastdino.eval", "deepspeed sklearn scipy matplotlib torchvision"),
         ("fastdino_kernels", "fastdino deepspeed xformers timm torchvision"),
     ],
 )
