@@ -33,6 +33,12 @@ class CopySets:
     """Of each block, int64: which of the originals an image is a copy of."""
 
 
+def is_copydays(root: str | Path) -> bool:
+    """Whether ``root`` holds originals and a block of copies: its folders are not classes."""
+    folder = Path(root).expanduser()
+    return (folder / ORIGINALS).is_dir() and any((folder / block).is_dir() for block in BLOCKS)
+
+
 def open_copydays(root: str | Path, config: DataConfig) -> CopySets:
     """The layout original/, strong/, jpegqual/N/, crops/N/; blocks may be missing, but for the originals.
 
@@ -40,8 +46,7 @@ def open_copydays(root: str | Path, config: DataConfig) -> CopySets:
     original have the first four characters in common.
     """
     folder = Path(root).expanduser()
-    there = [block for block in BLOCKS if (folder / block).is_dir()]
-    if not (folder / ORIGINALS).is_dir() or not there:
+    if not is_copydays(folder):
         try:
             found = ", ".join(sorted(os.listdir(folder))[:6]) or "nothing"
         except (OSError, ValueError) as error:
@@ -59,7 +64,7 @@ def open_copydays(root: str | Path, config: DataConfig) -> CopySets:
                 f"{PREFIX} characters, which tell what a copy is of: rename one, and its copies"
             )
         place[prefix] = i
-    blocks = {block: FolderSource(folder / block, config) for block in there}
+    blocks = {block: FolderSource(folder / block, config) for block in BLOCKS if (folder / block).is_dir()}
     return CopySets(
         "copydays", originals, dict(blocks), {name: _of(block, place, name) for name, block in blocks.items()}
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastdino.config import ConfigError, DataConfig
 from fastdino.data.benchmarks import class_folders
+from fastdino.data.benchmarks.copydays import is_copydays
 from fastdino.data.benchmarks.landmarks import Cropped, Landmarks, is_landmarks, open_landmarks
 from fastdino.data.sources.folder import split_folders
 from fastdino.data.sources.opening import open_part
@@ -148,6 +149,10 @@ def open_search(root: str, config: DataConfig, distractors: Path | None, crop: b
 
     Raises ConfigError for what is neither, and where no two images are of a class, or all are of one.
     """
+    if root != "shapes" and is_copydays(root):
+        raise ConfigError(
+            f"{root} is laid out as Copydays, whose folders are not instances: use fastdino eval copydetect"
+        )
     if root == "shapes" or not is_landmarks(root):
         if distractors is not None:
             raise ConfigError(f"--distractors go with roxford5k and rparis6k, and {root} is neither")

@@ -27,7 +27,16 @@ from fastdino.eval.retrieve.pooling import Described, Look, describe
 from fastdino.eval.retrieve.strips import COLOURS, extremes
 from fastdino.eval.retrieve.whitening import Whitening
 from fastdino.model import ViT, export_backbone
-from tests.data.benchmarks.layouts import TRUE, google, ground_truth, revisited, table, write_mat, write_pickle
+from tests.data.benchmarks.layouts import (
+    TRUE,
+    copydays,
+    google,
+    ground_truth,
+    revisited,
+    table,
+    write_mat,
+    write_pickle,
+)
 from tests.data.pictures import photo, write
 
 CONFIG = Config(
@@ -383,6 +392,7 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], wei
         (("--data", flat), "has 3 images of no class, such as 0.png"),
         (("--data", folder), "it holds builtins.print, and ground truth holds numbers"),
         (("--data", tmp_path), "it holds builtins.print"),
+        (("--data", copydays(tmp_path / "copies")), "is laid out as Copydays, whose folders are not instances"),
         (("--data", instances, "--published", "v1"), "--published v1 is of roxford5k and rparis6k"),
         (("--data", folder, "--published", "v1", "--size", 64), "--size=64 must be None, or left out"),
         (("--data", instances, "--multi-scale"), "--multi-scale is for landmarks"),
