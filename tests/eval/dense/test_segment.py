@@ -18,7 +18,7 @@ from fastdino.data.benchmarks.masks import VOID, MaskedSets
 from fastdino.eval import Segment, Subject
 from fastdino.eval.dense.pictures.sheets import class_colours
 from fastdino.eval.dense.segment import linear
-from fastdino.eval.dense.segment.clusters import fit_clusters, match
+from fastdino.eval.dense.segment.clusters import fit_clusters, match, nearest_center
 from fastdino.eval.dense.segment.in_context import Examples, class_shares, collect, in_context
 from fastdino.eval.dense.segment.linear import Head, Recipe, fit_head, pixel_loss
 from fastdino.eval.dense.segment.miou import add_up, confusion, overlaps
@@ -156,6 +156,12 @@ def test_clusters_are_named_by_hand() -> None:
     assert match(clusters, classes, 3).tolist() == [0, 1, 2]
     assert match(clusters, classes[:, [1, 0, 2]], 3).tolist() == [1, 0, 2]
     assert match(clusters, classes, 4)[:3].tolist() == [0, 0, 2]
+
+
+def test_the_nearest_center_is_that_by_distance() -> None:
+    """Not by the product alone, which longer centers win."""
+    centers = torch.tensor([[1.0, 0], [0.3, 0.3]])
+    assert nearest_center(torch.tensor([[0.9, 0.1], [0.6, 0.5]]), centers).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("num_clusters", [3, 6])

@@ -29,10 +29,10 @@ def fit_clusters(examples: Examples, num_clusters: int, seed: int = 0) -> Callab
         raise EvaluationError(f"--clusters={num_clusters} of {len(examples.tokens)} patches: give more images")
     found = k_means()(num_clusters, n_init=3, random_state=seed).fit(examples.tokens.cpu().numpy())
     centers = torch.from_numpy(found.cluster_centers_).to(examples.tokens)
-    named = match(_nearest(examples.tokens, centers), examples.classes, num_clusters)
+    named = match(nearest_center(examples.tokens, centers), examples.classes, num_clusters)
 
     def tell(tokens: Tensor) -> Tensor:
-        cluster = _nearest(F.normalize(tokens.float(), dim=-1), centers)
+        cluster = nearest_center(F.normalize(tokens.float(), dim=-1), centers)
         return F.one_hot(named[cluster], examples.classes.shape[1]).float()
 
     return tell
@@ -57,6 +57,6 @@ def match(clusters: Tensor, classes: Tensor, num_clusters: int) -> Tensor:
     return torch.from_numpy(named).to(clusters.device)
 
 
-def _nearest(tokens: Tensor, centers: Tensor) -> Tensor:
+def nearest_center(tokens: Tensor, centers: Tensor) -> Tensor:
     """(.., D) -> (..,): by Euclid's distance, less what is the same for every center."""
     return (tokens @ centers.T - centers.square().sum(-1) / 2).argmax(dim=-1)
