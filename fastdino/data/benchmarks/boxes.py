@@ -10,12 +10,12 @@ from xml.etree import ElementTree
 import numpy as np
 
 from fastdino.config import ConfigError, DataConfig
+from fastdino.data.benchmarks.voc import BELOW
 from fastdino.data.sources.decode import decode, file_bytes
 
 LAYOUTS = "Annotations/ and JPEGImages/ of VOC, annotations/instances_*.json of COCO, or such a .json file"
 """How boxes may lie, for a message about what does not."""
 
-_VOC = (".", "VOC2012", "VOCdevkit/VOC2012", "VOC2007", "VOCdevkit/VOC2007")  # folders below that of --data
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -75,7 +75,7 @@ def open_boxes(root: str, config: DataConfig, listed: Path | None = None) -> Box
     Raises ConfigError for an image without annotation or file, an annotation that cannot be read, and none at all.
     """
     folder = Path(os.path.expanduser(root))
-    if voc := next((folder / x for x in _VOC if _is_voc(folder / x)), None):
+    if voc := next((folder / x for x in BELOW if _is_voc(folder / x)), None):
         found, rule = _voc(voc, listed)
     elif folder.suffix == ".json" or os.path.isdir(folder / "annotations"):
         file = _instances(folder)

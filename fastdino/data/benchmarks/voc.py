@@ -9,12 +9,13 @@ CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
     "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
-_BELOW = (".", "VOC2012", "VOCdevkit/VOC2012", "VOC2007", "VOCdevkit/VOC2007")
+BELOW = (".", "VOC2012", "VOCdevkit/VOC2012", "VOC2007", "VOCdevkit/VOC2007")
+"""Folders below that of --data where the data may lie."""
 
 
 def find_voc(root: Path) -> Path | None:
     """The folder at ``root``, or one of VOC's below it, that holds JPEGImages/ and SegmentationClass/; else None."""
-    folders = (root / below for below in _BELOW)
+    folders = (root / below for below in BELOW)
     return next((x for x in folders if all(map(os.path.isdir, (x / "JPEGImages", x / "SegmentationClass")))), None)
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastdino.data.benchmarks.davis import palette
+from fastdino.eval.dense.pictures.sheets import in_colour
 from fastdino.eval.pictures import new_figure
 
 COLUMNS = 4
@@ -66,11 +67,6 @@ def draw_followed(path: Path, shown: Sequence[Followed]) -> None:
             ax.set_title(name, fontsize=8)
         row[0].set_title(f"{video.title}: {video.names[0]}", fontsize=8)
     figure.canvas.print_png(path)
-
-
-def in_colour(image: np.ndarray) -> np.ndarray:
-    """uint8 (h, w, 3): the first three channels as red, green and blue; of one or two the first as gray."""
-    return image[..., :3] if image.shape[2] >= 3 else image[..., [0, 0, 0]]
 
 
 def _over(image: np.ndarray, mask: np.ndarray, colour: np.ndarray) -> np.ndarray:

@@ -137,18 +137,23 @@ def test_what_is_seen(tmp_path: Path) -> None:
 
 
 def test_images_without_objects_are_left_out(tmp_path: Path) -> None:
-    """And pixels that are not known count neither way."""
-    write_images(tmp_path, 3)
+    """And pixels that are not known count neither way: with all that are wrong among them, nothing is."""
+    write_images(tmp_path, 2)
     Image.fromarray(np.zeros((40, 52), np.uint8)).save(tmp_path / "masks/0.png")
     mask = np.asarray(Image.open(tmp_path / "masks/1.png"))
-    evaluation = Discover(data=str(tmp_path), methods=("tokencut",))
-    data = evaluation.open(subject(tmp_path))
-    found = evaluation.judge(subject(tmp_path), data)
-    assert (found.data["images"], found.data["without_objects"]) == (2, 1)
-    iou = found.scores["iou_tokencut"].value
-    wrong = evaluation.find(subject(tmp_path).backbone, evaluation.reading(CONFIG), data.read(1))["tokencut"][1]
-    Image.fromarray(np.where(wrong != mask, VOID, mask).astype(np.uint8)).save(tmp_path / "masks/1.png")
-    assert evaluation.judge(subject(tmp_path), data).scores["iou_tokencut"].value > iou
+    told, evaluation = subject(tmp_path), Discover(data=str(tmp_path), methods=("lost",))
+    data = evaluation.open(told)
+    found = evaluation.judge(told, data)
+    assert (found.data["images"], found.data["without_objects"]) == (1, 1)
+    assert found.scores["iou_lost"].value < 90
+    box = data.boxes(1)
+    wrong = evaluation.find(told.backbone, evaluation.reading(CONFIG), data.read(1))["lost"][1] != mask
+    assert (wrong & (mask > 0)).any()
+    assert (wrong & (mask == 0)).any()
+    Image.fromarray(np.where(wrong, VOID, mask).astype(np.uint8)).save(tmp_path / "masks/1.png")
+    assert len(data.boxes(1)) == len(box) == 1
+    again = evaluation.judge(told, data)
+    assert [again.scores[f"{name}_lost"].value for name in ("iou", "accuracy", "f")] == [100, 100, 100]
 
 
 def test_half_precision(tmp_path: Path) -> None:
