@@ -198,7 +198,7 @@ class FewShot(Classification):
         y, classes, mean = bank.labels, int(bank.labels.max()) + 1, bank.vectors.mean(0)
         found: Told = {(name, k): [] for name in used for k in shots}
         by_length = [cl2n(features.vectors, mean) for features in (bank, test)]
-        by_number = [standardized(x.vectors.double(), bank.vectors.double()).cpu() for x in (bank, test)]
+        by_number = [standardized(x.vectors, bank.vectors).cpu() for x in (bank, test)]
         for draw in tqdm(range(self.draws), desc="few shots", unit="draw", leave=False, disable=None):
             place = drawn_order(y.cpu(), self.seed, draw)
             for k in shots:

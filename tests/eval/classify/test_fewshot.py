@@ -75,8 +75,8 @@ def test_what_each_classifier_tells() -> None:
     assert told["centroid", 5][1].tolist() == want.tolist()
     assert told["knn", 5][1].tolist() == KNeighbors(5).fit(x, y).predict(test.vectors).tolist()
     model = solver()
-    fit(model, standardized(x.double(), bank.vectors.double()), y, 1.0)
-    want = told_by(model, standardized(test.vectors.double(), bank.vectors.double()), 4).argmax(1)
+    fit(model, standardized(x, bank.vectors), y, 1.0)
+    want = told_by(model, standardized(test.vectors, bank.vectors), 4).argmax(1)
     assert told["logreg", 5][1].tolist() == want.tolist()
 
 
