@@ -20,12 +20,12 @@ from fastdino.cli import main
 from fastdino.config import Config, ConfigError, ModelConfig
 from fastdino.distributed import Ranks
 from fastdino.eval import EvaluationError, Features, Subject, extract
-from fastdino.eval.classify import finetune as room
 from fastdino.eval.classify.classification import held_out
-from fastdino.eval.classify.finetune import FineTune
 from fastdino.eval.classify.logreg import solver
-from fastdino.eval.classify.tuning import STRENGTHS, BalancedLoss, solve
 from fastdino.eval.controls import RawPixels
+from fastdino.eval.finetune import finetune as room
+from fastdino.eval.finetune.finetune import FineTune
+from fastdino.eval.finetune.tuning import STRENGTHS, BalancedLoss, solve
 from fastdino.eval.result import Found
 from fastdino.model import ViT, build_backbone, export_backbone, restore_backbone
 from fastdino.recipes import get

@@ -27,13 +27,13 @@ from fastdino.data.sampler import Key, epoch_order
 from fastdino.data.sources.composed import Subset
 from fastdino.data.sources.source import Source
 from fastdino.data.views.supervised import RandomView, augmentation_for
-from fastdino.eval.classify.adapters import Classifier, Mode, groups, let_learn, merge_low_rank
 from fastdino.eval.classify.calibration import Balance
 from fastdino.eval.classify.classification import Classification, class_counts, held_out
 from fastdino.eval.classify.logreg import solver
-from fastdino.eval.classify.tuning import BalancedLoss, Course, Learned, solve, tune
 from fastdino.eval.evaluation import Subject, results_folder
 from fastdino.eval.features import Features, Reading, check_size, device_and_dtype, extract
+from fastdino.eval.finetune.adapters import Classifier, Mode, groups, let_learn, merge_low_rank
+from fastdino.eval.finetune.tuning import BalancedLoss, Course, Learned, solve, tune
 from fastdino.eval.pictures import new_figure
 from fastdino.eval.result import Found, Picture
 from fastdino.model import ViT, export_backbone
