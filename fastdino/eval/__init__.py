@@ -1,7 +1,6 @@
 """Evaluation of frozen features."""
 
 from fastdino.eval.classify.fewshot import FewShot
-from fastdino.eval.classify.finetune import FineTune
 from fastdino.eval.classify.knn import KNeighbors, Knn
 from fastdino.eval.classify.linear import Linear
 from fastdino.eval.classify.logreg import LogReg
@@ -12,6 +11,7 @@ from fastdino.eval.dense.pictures.similarity import Similarity
 from fastdino.eval.dense.segment.segment import Segment
 from fastdino.eval.evaluation import Evaluation, Subject
 from fastdino.eval.features import EvaluationError, Features, Reading, extract
+from fastdino.eval.finetune.finetune import FineTune
 from fastdino.eval.objects.discover import Discover
 from fastdino.eval.objects.video import VideoObjects
 from fastdino.eval.retrieve.copydetect import CopyDetection

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdino.config import ModelConfig
-from fastdino.eval.classify.adapters import (
+from fastdino.eval.features import EvaluationError
+from fastdino.eval.finetune.adapters import (
     Classifier,
     LowRank,
     add_low_rank,
@@ -17,7 +18,6 @@ from fastdino.eval.classify.adapters import (
     let_learn,
     merge_low_rank,
 )
-from fastdino.eval.features import EvaluationError
 from fastdino.model import ViT, build_backbone
 from fastdino.model.block import Linear, Shape
 from tests.model.textbook import nano

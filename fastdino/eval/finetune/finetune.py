@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -26,11 +27,13 @@ from fastdino.data.sampler import Key, epoch_order
 from fastdino.data.sources.composed import Subset
 from fastdino.data.sources.source import Source
 from fastdino.data.views.supervised import RandomView, augmentation_for
-from fastdino.eval.classify.adapters import Classifier, Mode, groups, let_learn, merge_low_rank
+from fastdino.eval.classify.calibration import Balance
 from fastdino.eval.classify.classification import Classification, class_counts, held_out
-from fastdino.eval.classify.tuning import Balance, BalancedLoss, Course, Learned, solve, tune
+from fastdino.eval.classify.logreg import solver
 from fastdino.eval.evaluation import Subject, results_folder
 from fastdino.eval.features import Features, Reading, check_size, device_and_dtype, extract
+from fastdino.eval.finetune.adapters import Classifier, Mode, groups, let_learn, merge_low_rank
+from fastdino.eval.finetune.tuning import BalancedLoss, Course, Learned, solve, tune
 from fastdino.eval.pictures import new_figure
 from fastdino.eval.result import Found, Picture
 from fastdino.model import ViT, export_backbone
@@ -127,6 +130,8 @@ class FineTune(Classification):
         """Bank and test. Raises ConfigError also for what cannot be trained."""
         if subject.ranks.world_size > 1:
             raise ConfigError("eval finetune trains in one process, on one device: start it without a launcher")
+        if self.mode in ("head", "lp-ft"):
+            solver()  # where it is not installed
         backbone = subject.backbone
         if self.mode != "head" and not _learns(backbone):
             raise ConfigError(f"--mode {self.mode} trains weights, and pixels have none: use --mode head")
@@ -151,6 +156,9 @@ class FineTune(Classification):
     def baseline_subjects(self, subject: Subject, found: Found) -> Iterator[tuple[str, Subject]]:
         """Logistic regression on pixels, and a random start that learns in the same way."""
         for name, other in super().baseline_subjects(subject, found):
+            if name == "pixels" and find_spec("sklearn") is None:
+                log.info("left out the baseline of pixels, for want of scikit-learn: pip install 'fastdino[eval]'")
+                continue
             yield name, dataclasses.replace(other, told={**other.told, "baseline": name})
 
     def judge(self, subject: Subject, data: Sets) -> Found:

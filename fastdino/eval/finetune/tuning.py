@@ -1,10 +1,9 @@
 """A classifier learns: batches become steps, and what is kept is what was best on held-out images."""
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +11,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastdino.data.views import normalize
+from fastdino.eval.classify.calibration import Balance, class_weights, logit_adjustment
+from fastdino.eval.classify.logreg import fit, solver
 from fastdino.eval.features import EvaluationError, Features, Reading, device_and_dtype
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)  # C of logistic regression, from strong to weak regularisation
-Balance = Literal["none", "weights", "logit-adjust"]
 Images = tuple[Tensor, Tensor]
 """Of a batch: uint8 (B, C, s, s) and int64 (B,) labels."""
 
@@ -32,9 +32,10 @@ class BalancedLoss:
     """
 
     def __init__(self, counts: Tensor, balance: Balance) -> None:
-        share = counts.double() / counts.sum()
-        self.weight = (1 / (len(counts) * share)).float() if balance == "weights" else None
-        self.shift = share.log().float() if balance == "logit-adjust" else torch.zeros(len(counts))
+        self.balance: Balance = balance
+        self.weight = class_weights(counts).float() if balance == "weights" else None
+        adjust = logit_adjustment(counts) if balance == "logit-adjust" else torch.zeros(len(counts))
+        self.shift = -adjust.float()
 
     def __call__(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
         """(B, C) of any dtype and (B,) -> 0-d fp32."""
@@ -59,31 +60,21 @@ def solve(learn: Features, held: Features, loss: BalancedLoss) -> Solved:
     ``loss``: with logit-adjust the log of the prior leaves the bias, with weights images count by their class.
     Raises EvaluationError where scikit-learn is not installed, and where a class has no readable image to learn from.
     """
-    try:
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression
-    except ImportError as error:
-        raise EvaluationError("the head is solved by scikit-learn: pip install 'fastdino[eval]'") from error
-
     if len(learn.labels.unique()) < len(loss.shift) or not len(held.labels):
         raise EvaluationError("of a class, or of all held out, no image can be read: see the warnings above")
     std, mean = torch.std_mean(learn.vectors.double(), dim=0, correction=0)
     std = torch.where(std > 0, std, 1.0)
-    x, y = ((learn.vectors - mean) / std).cpu().numpy(), learn.labels.cpu().numpy()
-    balanced = None if loss.weight is None else "balanced"
-    model = LogisticRegression(max_iter=1000, tol=1e-6, warm_start=True, class_weight=balanced)
-    found, losses = [], []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # of classes that a plane separates: any large C is as good
-        for c in STRENGTHS:
-            model.set_params(C=c).fit(x, y)
-            weight, bias = (torch.from_numpy(x).to(mean) for x in (model.coef_, model.intercept_))
-            if len(bias) == 1:  # of two classes: that of the second, above the first
-                weight, bias = torch.cat([-weight / 2, weight / 2]), torch.cat([-bias / 2, bias / 2])
-            weight = weight / std
-            bias = bias - weight @ mean - loss.shift.to(mean)
-            found.append(Solved(weight.float(), bias.float(), c))
-            losses.append(float(loss(held.vectors.double() @ weight.T + bias, held.labels)))
+    x, y = ((learn.vectors - mean) / std).cpu(), learn.labels.cpu()
+    model, found, losses = solver(loss.balance), [], []
+    for c in STRENGTHS:
+        fit(model, x, y, c)
+        weight, bias = (torch.from_numpy(x).to(mean) for x in (model.coef_, model.intercept_))
+        if len(bias) == 1:  # of two classes: that of the second, above the first
+            weight, bias = torch.cat([-weight / 2, weight / 2]), torch.cat([-bias / 2, bias / 2])
+        weight = weight / std
+        bias = bias - weight @ mean - loss.shift.to(mean)
+        found.append(Solved(weight.float(), bias.float(), c))
+        losses.append(float(loss(held.vectors.double() @ weight.T + bias, held.labels)))
     return found[losses.index(min(losses))]
 
 

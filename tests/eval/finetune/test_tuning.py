@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdino.eval.classify.tuning import BalancedLoss, Course, Learned, tune
 from fastdino.eval.features import EvaluationError, Reading
+from fastdino.eval.finetune.tuning import BalancedLoss, Course, Learned, tune
 
 READING = Reading(size=4, normalize="image")
 

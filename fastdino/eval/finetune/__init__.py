@@ -1,0 +1,1 @@
+"""Classifiers that learn with the backbone, or on top of it."""
