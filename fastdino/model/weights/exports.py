@@ -56,7 +56,7 @@ def export_backbone(
     if not isinstance(backbone, ViT):
         if format != "timm":
             raise ConfigError(f"{backbone.arch} has no names but timm's: leave out --format {format}")
-        _write(path, state | _classifier(head, backbone.classifier), texts)
+        _write(path, state if head is None else state | _classifier(head, backbone.classifier), texts)
         name = backbone.arch.removeprefix("timm:")
         channels = "" if backbone.channels == 3 else f"in_chans={backbone.channels}, "
         classes = 0 if head is None else head.out_features
