@@ -18,11 +18,16 @@ import tyro
 
 from fastdino import recipes
 from fastdino.config import Config, ConfigError
+from fastdino.data.benchmarks.class_folders import bank_and_test
+from fastdino.data.sources.composed import Subset
+from fastdino.data.sources.opening import open_part
+from fastdino.data.sources.source import Source
 from fastdino.distributed import Ranks, init
-from fastdino.eval import EVALUATIONS, Evaluation, Subject
+from fastdino.eval import EVALUATIONS, Evaluation, Reading, Subject
 from fastdino.eval.cache import Cache
 from fastdino.eval.controls import RawPixels
 from fastdino.eval.evaluation import Common, cache_folder, results_folder
+from fastdino.eval.features import Part, feature_batches
 from fastdino.eval.published import PUBLISHED
 from fastdino.eval.suite import Suite, compare, write_report
 from fastdino.launch import place
@@ -31,6 +36,8 @@ from fastdino.model.network import check_arch
 from fastdino.training.export import any_backbone, is_run, run_backbone
 
 log = logging.getLogger(__name__)
+
+TIMED = 8  # batches by whose pace the time of all is told
 
 Path_ = Annotated[Path, tyro.conf.Positional]
 
@@ -181,14 +188,46 @@ def show_cache(cache_dir: Path | None = None, remove: tuple[str, ...] = ()) -> N
         print(f"{entry.name[:12]}  {size / 1e6:10.1f} MB  {when}  {'removed: ' if gone else ''}{said}")
 
 
-def show_kinds() -> None:
-    """Lists the evaluations: what each asks, what --data has to hold, and what is known of released weights."""
+def show_kinds(weights: Annotated[str, tyro.conf.Positional] = "", /, data: str = "") -> None:
+    """Lists the evaluations: what each asks, what --data has to hold, and what is known of released weights.
+
+    Args:
+        weights: with --data, how long their features take on this machine is told too, from some of the images.
+        data: images.
+    """
     for name, kind in EVALUATIONS.items():
         rows = [row for row in PUBLISHED if row.kind == name]
         known = f"; released weights with known scores: {len(rows)}" if rows else ""
         baselines = ", ".join(x.replace("_", " ") for x in kind.controls) or "none"
         print(f"{name:12} {(kind.__doc__ or '').splitlines()[0]}")
         print(f"{'':12} --data: {kind.needs}; baselines: {baselines}{known}")
+    if weights and data:
+        flags = Common(data=data)
+        with_ranks(Weights(path=weights), lambda ranks: print(_minutes(Weights(path=weights), flags, ranks)))
+    elif weights or data:
+        raise ConfigError("give WEIGHTS and --data, of which the time is measured, or neither")
+
+
+def _minutes(weights: Weights, flags: Common, ranks: Ranks) -> str:
+    """How long features of all the images take, by the pace of some."""
+    subject = subject_of(weights, flags, ranks)
+    config = subject.config
+    if flags.data == "shapes":
+        source: Source = bank_and_test(flags.data, config.data).bank
+    else:
+        source = open_part(flags.data, config.data)
+    reading = Reading(size=config.views.global_size, crop=config.data.eval_crop, normalize=config.data.normalize)
+    some = Subset(source, range(min(len(source), TIMED * flags.batch)))
+    batches = feature_batches(subject.backbone, some, reading, flags.batch, flags.num_workers, part=Part())
+    warm = len(next(batches).labels)  # workers start, and the first of everything is slow
+    started = time.perf_counter()
+    count = sum(len(features.labels) for features in batches)
+    pace = (time.perf_counter() - started) / count if count else math.nan
+    took = f"about {len(source) * pace / 60:.1f} minutes" if count else f"moments ({warm} images)"
+    return (
+        f"\nfeatures of {len(source):,} images at {reading.size} pixels: {took} here, once for all kinds on class "
+        "folders and as long again for the random start; --views live and finetune take that long for each epoch"
+    )
 
 
 OTHERS: dict[str, Callable[[list[str]], None]] = {

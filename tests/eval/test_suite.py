@@ -145,6 +145,9 @@ def test_the_list_names_every_kind(capsys):
     text = command(capsys, "eval", "list")
     assert all(re.search(rf"^{kind} ", text, re.MULTILINE) for kind in EVALUATIONS)
     assert "class folders" in text
+    text = command(capsys, "eval", "list", "random:small", "--data", "shapes")
+    assert re.search(r"features of 1,000 images at 28 pixels: about \d+\.\d minutes here", text)
+    assert "give WEIGHTS and --data" in command(capsys, "eval", "list", "random:small", code=2)
 
 
 @pytest.mark.parametrize(
