@@ -36,9 +36,9 @@ STEPS = {
     "5 labels of each class": "fewshot --shots 5",
     "all labels, k-NN": "knn",
     "all labels, logistic regression": "logreg",
-    "its logits adjusted": "logreg --balance logit-adjust",
+    "its logits adjusted": "logreg --balance logit-adjust --baselines no",
     "fine-tuned, low rank": "finetune --mode lora --balance logit-adjust --epochs 10 --baselines no",
-    "fine-tuned whole": "finetune --mode full --balance logit-adjust --epochs 20",
+    "fine-tuned whole": "finetune --mode full --balance logit-adjust --epochs 10",
 }
 HEADER = ["step", "`fastdino eval`", "balanced accuracy, %", "over the step before", "pixels", "random start"]
 
