@@ -332,7 +332,7 @@ def test_eval_and_export(run, tmp_path, here):
     assert "is no run folder" in here("eval", "knn", weights, "--step", 5, *few, code=2).stderr
     assert "not the timm:resnet50" in here("eval", "knn", run, "--arch", "timm:resnet50", code=2).stderr
     out = tmp_path / "new"
-    assert 0 < score(here("eval", "attention", run, "--out", out).stdout, "attention_iou") < 100
+    assert 0 < score(here("eval", "attention", run, "--out", out).stdout, "jaccard_one_head") < 100
     assert 0 < score(here("eval", "patches", run, "--num-images", 24, "--out", out).stdout, "patch_miou") < 100
     for sheet in ("attention.png", "patches.png"):
         assert (out / sheet).read_bytes()[:4] == b"\x89PNG"
