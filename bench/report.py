@@ -108,6 +108,8 @@ def step_table(results: Path) -> str:
 
 def recorded(file: Path, of: Any) -> str:
     """What a module of bench.tables makes of its file."""
+    if not file.exists():
+        return "Not measured yet.\n"
     document = json.loads(file.read_text())
     return f"{of.caption(document)}{state(document['provenance'])}\n\n{table(of.HEADER, [*of.rows(document)])}"
 
