@@ -10,6 +10,17 @@ from pathlib import Path
 from fastdino.config import ConfigError
 
 
+def check_folder(folder: Path) -> None:
+    """Raises ConfigError where nothing could be written in ``folder``, which it does not make: better before hours of
+    work than after them."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"cannot write to {folder}: {reason}. Name another folder with --out") from error
+
+
 @contextmanager
 def whole_file(path: Path, remedy: str = "Name another file with --out") -> Iterator[Path]:
     """A path to write to: what it holds when the block ends is at ``path``, and nothing is left when the block fails.

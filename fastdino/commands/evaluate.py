@@ -30,6 +30,7 @@ from fastdino.eval.evaluation import Common, cache_folder, results_folder
 from fastdino.eval.features import Part, feature_batches
 from fastdino.eval.published import PUBLISHED
 from fastdino.eval.suite import Suite, compare, write_report
+from fastdino.files import check_folder
 from fastdino.launch import place
 from fastdino.model import build_backbone
 from fastdino.model.network import check_arch
@@ -96,9 +97,10 @@ def with_ranks(weights: Weights, work: Any) -> None:
 def run_one(weights: Weights, evaluation: Evaluation, ranks: Ranks) -> None:
     """Prints the result as JSON, and in the log as a table; writes both and their pictures."""
     subject = subject_of(weights, evaluation, ranks)
+    folder = results_folder(evaluation, subject, evaluation.kind)
+    ranks.on_main(lambda: check_folder(folder))
     result = evaluation(subject)
     if ranks.is_main:
-        folder = results_folder(evaluation, subject, evaluation.kind)
         told = result.write(folder)
         log.info("%s\nwritten to %s", result.table(), folder)
         print(json.dumps({**told, "out": str(folder)}, indent=2))
@@ -152,6 +154,7 @@ def suite(arguments: list[str]) -> None:
     def work(ranks: Ranks) -> None:
         subject = subject_of(weights, asked_for, ranks)
         folder = results_folder(asked_for, subject, "suite")
+        ranks.on_main(lambda: check_folder(folder))
         kinds = {name: kind for name, kind in EVALUATIONS.items() if kind.in_suite or name in asked_for.only}
         sections = [*asked_for(subject, kinds, folder)]
         if ranks.is_main:

@@ -118,8 +118,8 @@ def test_what_the_data_has_no_labels_for_is_left_out(tmp_path, pictures, flags, 
     where = ("--data", plain, *flags[2:], "--out", tmp_path / "out")
     command(capsys, "eval", "suite", "random:small", *where, "--only", "knn", "attention")
     told = json.loads((tmp_path / "out/report.json").read_text())
-    assert "k-NN needs labels" in told["knn"]["left_out"]
-    assert "needs labels" in (tmp_path / "out/report.html").read_text()
+    assert "labels are needed" in told["knn"]["left_out"]
+    assert "labels are needed" in (tmp_path / "out/report.html").read_text()
     assert "has labels for no evaluation" in command(
         capsys, "eval", "suite", "random:small", *where, "--only", "knn", code=2
     )

@@ -71,7 +71,7 @@ def _strided(whole: Source) -> Sets:
 def _unpaired(root: str, folders: list[Path]) -> str:
     found = ", ".join(f"{folder.name}/" for folder in folders)
     return (
-        f"{root} holds {found}: k-NN takes train/ together with val/ or test/, and none of these names for a class. "
+        f"{root} holds {found}: train/ is taken together with val/ or test/, and none of these names for a class. "
         f"Give the folder that holds the classes, such as {folders[0]}, or rename a class that is called so"
     )
 
@@ -79,7 +79,7 @@ def _unpaired(root: str, folders: list[Path]) -> str:
 def _check(sets: Sets, root: str) -> None:
     """Everything that an evaluation would refuse, at the cost of one image of each set."""
     if len(sets.bank.labels) < 2:
-        raise ConfigError(f"k-NN needs labels: {root} has to hold a folder per class, it holds {sets.bank.labels}")
+        raise ConfigError(f"labels are needed: {root} has to hold a folder per class, it holds {sets.bank.labels}")
     if SPLITS.keys() >= {label.lower() for label in sets.bank.labels}:
         raise ConfigError(
             f"{root} holds {sets.bank.labels} where folders of classes should be: give the one with these"
@@ -94,7 +94,7 @@ def _check(sets: Sets, root: str) -> None:
     for source in both:
         _check_readable(source, root)
     if len({sets.bank.label(index) for index in range(len(sets.bank))}) < 2:
-        raise ConfigError(f"the bank of {root} has images of one class only: k-NN needs 2 or more")
+        raise ConfigError(f"the bank of {root} has images of one class only: 2 or more are needed")
 
 
 def _some(names: list[str]) -> str:

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from fastdino.eval.finetune.adapters import Classifier, Mode, groups, let_learn,
 from fastdino.eval.finetune.tuning import BalancedLoss, Course, Learned, solve, tune
 from fastdino.eval.pictures import new_figure
 from fastdino.eval.result import Found, Picture
+from fastdino.files import check_folder
 from fastdino.model import ViT, export_backbone
 
 log = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ class FineTune(Classification):
         if self.layer_decay is not None and not _has_blocks(backbone):
             kind = getattr(backbone, "arch", type(backbone).__name__)
             raise ConfigError(f"--layer-decay needs a backbone of numbered blocks, and {kind} is none: leave it out")
-        _check_place(results_folder(self, subject, self.kind))
+        check_folder(results_folder(self, subject, self.kind))
         sets = super().open(subject)
         labels, names = _labels(sets), sets.bank.labels
         counts = class_counts(labels, len(names))
@@ -295,16 +295,6 @@ def _learns(backbone: nn.Module) -> bool:
 def _has_blocks(backbone: nn.Module) -> bool:
     """Whether the depth of its parameters is known, as that of our ViTs' and timm's."""
     return any(re.match(r"(model\.)?blocks\.\d+\.", name) for name, _ in backbone.named_parameters())
-
-
-def _check_place(folder: Path) -> None:
-    """Raises ConfigError where the classifier could not be written: better before it is trained."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        reason = error.strerror or error
-        raise ConfigError(f"cannot write to {folder}: {reason}. Name another folder with --out") from error
 
 
 def _labels(sets: Sets) -> Tensor:

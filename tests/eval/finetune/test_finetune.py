@@ -253,7 +253,7 @@ def test_an_interrupted_run_leaves_nothing(stripes: Path, weights: Path, tmp_pat
     monkeypatch.setattr(room, "tune", stopped)
     with pytest.raises(SystemExit):
         run(weights, stripes, tmp_path / "out", "--mode", "full")
-    assert [*(tmp_path / "out").iterdir()] == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_bf16_and_other_backbones(stripes: Path, tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_what_cannot_be_trained_is_said_before_it_is_tried(stripes: Path, weight
 @pytest.mark.parametrize(
     ("counts", "says"),
     [
-        ({"a": 4}, "needs 2 or more|needs labels"),
+        ({"a": 4}, "2 or more are needed|labels are needed"),
         ({"a": 1, "b": 1}, "each class of .* has one training image, so that none can be held out"),
     ],
 )
