@@ -1,7 +1,6 @@
 """ZeRO 3 beside the other engines: losses, weights, what is sent and kept, and the traps that DeepSpeed sets at it."""
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +9,9 @@ import torch
 from bench.tables.parity import CHECKPOINTING, METHODS, PRECISIONS, STAGES, difference
 from fastdino.config import Config
 from fastdino.engine.zero import deepspeed_config
+from tests.engine import zero3_cases
 from tests.engine.test_engine import assert_same_run, launch
 
-CASES = Path(__file__).with_name("zero3_cases.py")
 WORLD_SIZES = pytest.mark.parametrize("world_size", [1, 2])
 
 
@@ -20,10 +19,9 @@ WORLD_SIZES = pytest.mark.parametrize("world_size", [1, 2])
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     """Results of zero3_cases.py by world size; two processes go on from what one has saved, too."""
     folder = tmp_path_factory.mktemp("zero3")
-    one, two = str(folder / "one.pt"), str(folder / "two.pt")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    launch([str(CASES), one], folder / "builds")
-    launch([*torchrun, str(CASES), two, one], folder / "builds")
+    one, two = folder / "one.pt", folder / "two.pt"
+    launch(zero3_cases.main, one, None, ranks=1, builds=folder / "builds")
+    launch(zero3_cases.main, two, one, ranks=2, builds=folder / "builds")
     return {1: torch.load(one), 2: torch.load(two)}
 
 

@@ -1,10 +1,6 @@
-"""What test_zero3.py compares: steps of ZeRO 3 at this world size beside those of other engines.
-
-python zero3_cases.py OUT [OTHERS], plain or under a launcher. OTHERS is the OUT of another world size.
-"""
+"""What test_zero3.py compares: steps of ZeRO 3 at this world size beside those of other engines."""
 
 import dataclasses
-import gc
 import json
 import os
 import sys
@@ -186,18 +182,13 @@ def run_cases(ranks: Ranks, others: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def main(out: Path, others: Path | None) -> None:
+    """Writes the results to ``out``; ``others`` are those of another world size, to go on from."""
     before = os.environ.get("LOCAL_RANK")
     with distributed.init("cpu") as ranks:
         Case(ranks, "zero3").step(0)
-        gc.collect()
-        gc.freeze()  # of what is imported by now: DeepSpeed collects whenever it starts
         ranks.release()
         found = run_cases(ranks, torch.load(others) if others else None)
         if ranks.is_main:
             torch.save(found, out)
     assert os.environ.get("LOCAL_RANK") == before
     assert sys.modules["deepspeed"].runtime.zero.parameter_offload.FWD_MODULE_STACK == [], "no network is kept"
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)
