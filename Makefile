@@ -22,8 +22,9 @@ install: .venv/installed
 demo: install
 	$(BIN)/fastdino demo
 
+# A file stays in one process: its fixtures and ranks are started once. The order of files is tests/conftest.py's.
 test: install
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile  # a file stays in one process: its fixtures and ranks are started once
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

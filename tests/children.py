@@ -1,13 +1,21 @@
 """Processes that a test starts: their environment, that of a user who types the command, and what is waited for."""
 
-import gc
+import atexit
+import multiprocessing
 import os
+import runpy
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
-from bench.record import python_path
+from bench.record import ROOT, python_path
 
 DROPPED = (
     "TRITON_INTERPRET",
@@ -21,6 +29,8 @@ DROPPED = (
     "OMPI_",
     "PMI",
 )
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.imported"])
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -35,32 +45,72 @@ def environment(**variables: str) -> dict[str, str]:
     return {**env, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), **variables}
 
 
-def collect_less() -> None:
-    """For programs that start many engines: DeepSpeed collects garbage at each, which is theirs alone from here on."""
-    import torch
+def forked(
+    work: Callable[..., object], *args: object, ranks: int = 1, timeout: float = 500, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Calls ``work`` in processes of their own, with :func:`environment`.
 
-    from fastdino.distributed import Ranks
-    from fastdino.engine.zero import import_deepspeed
+    They are forks of one that has imported torch, which would take each of them 4 seconds. It is started once for a
+    worker of pytest.
 
-    import_deepspeed(Ranks(0, 1, 0, torch.device("cpu")))
-    gc.collect()
-    gc.freeze()
+    Args:
+        work: a function of a module, which each process imports by name.
+        ranks: processes; where there are several, a launcher's variables tell each its place.
+        timeout: seconds, after which all are killed and the test fails.
+        variables: of the environment, set in addition.
+
+    Returns:
+        The exit code of the first rank that failed, if any did, and all that was written.
+    """
+    with mock.patch.dict(os.environ, environment(), clear=True):
+        forkserver.ensure_running()
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("stdout", "stderr")]
+        for file in files:
+            file.touch()
+        places = launched(ranks) if ranks > 1 else [{}]
+        processes = [
+            FORKS.Process(target=_work, args=(files, environment(**place, **variables), work, args)) for place in places
+        ]
+        for process in processes:
+            process.start()
+        end = time.monotonic() + timeout
+        for process in processes:
+            process.join(max(0.0, end - time.monotonic()))
+        late = [process.kill() for process in processes if process.is_alive()]
+        stdout, stderr = (file.read_text() for file in files)
+    assert not late, f"{len(late)} of {ranks} have not ended: {stderr[-6000:]}"
+    code = next((process.exitcode for process in processes if process.exitcode), 0)
+    return subprocess.CompletedProcess([], code, stdout, stderr)
 
 
-def two_ranks(work: Callable[[int], None]) -> None:
-    """Calls ``work`` with 0 here and with 1 in a fork, both as a launcher would have started them; for programs."""
+def _work(files: list[Path], variables: dict[str, str], work: Callable[..., object], args: tuple[Any, ...]) -> None:
+    for number, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
+    os.environ.update(variables)
+    try:
+        work(*args)
+    finally:
+        atexit._run_exitfuncs()  # what an interpreter does at its end, and a fork of multiprocessing leaves out
+
+
+def python(how: str, what: str, *words: str) -> None:
+    """``python -m MODULE WORDS`` or ``python -c CODE WORDS``, at the root of this tree; for :func:`forked`."""
+    os.chdir(ROOT)
+    sys.argv = [what if how == "-m" else how, *words]
+    if how == "-m":
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    else:
+        exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
+
+
+def launched(ranks: int) -> list[dict[str, str]]:
+    """What a launcher tells each of its ranks, on this machine."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    other = os.fork()
-    rank = int(other == 0)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port)
-    )
-    work(rank)
-    if other:
-        _, status = os.waitpid(other, 0)
-        sys.exit(os.waitstatus_to_exitcode(status))
+        shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(probe.getsockname()[1])}
+    shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(ranks)]
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:

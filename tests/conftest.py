@@ -11,7 +11,15 @@ torch.set_num_threads(1)  # the networks are tiny, and two threads wait for each
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
+# Files of half a minute and more begin first, so that no worker is left alone with one; the others fill what is left.
+LONG = {
+    "test_engine", "test_zero3", "test_faults", "test_trainer", "test_footprint", "test_step_bench", "test_graphs",
+    "test_two_hosts", "test_slurm", "test_demo", "test_online_knn", "test_ranks", "test_front_door", "test_planted",
+}  # fmt: skip
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONG)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

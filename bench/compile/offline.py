@@ -6,12 +6,15 @@
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
+from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -82,13 +85,18 @@ def compile_reports(call: Callable[[], object], target: str) -> list[Report]:
     ``call`` works on CPU tensors of the real shapes; ``torch.empty`` is enough, as no kernel runs. Raises RuntimeError
     under Triton's interpreter, where there is nothing to compile, and when ``call`` launches no kernel.
     """
+    return _reports([_compiled(call, target)], target)[0]
+
+
+def _compiled(call: Callable[[], object], target: str) -> list[Any]:
+    """The kernels that ``call`` launches, each once."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 replaces the compiler: unset it, in a process of its own")
     with _launches_compiled_for(TARGETS[target].gpu) as compiled:
         call()
     if not compiled:
         raise RuntimeError(f"{call} launched no kernel")
-    return [_report(kernel, target) for kernel in dict.fromkeys(compiled)]  # a kernel launched twice is one
+    return [*dict.fromkeys(compiled)]
 
 
 class _OfflineDriver:
@@ -124,9 +132,15 @@ def _launches_compiled_for(gpu: GPUTarget) -> Iterator[list[Any]]:
         yield compiled
 
 
-def _report(kernel: Any, target: str) -> Report:
-    reader = _read_nvidia if TARGETS[target].gpu.backend == "cuda" else _read_amd
-    lines, registers, spills = reader(kernel)
+def _reports(cases: list[list[Any]], target: str) -> list[list[Report]]:
+    """Of the kernels of each case."""
+    kernels = [kernel for case in cases for kernel in case]
+    code = _read_nvidia(kernels) if TARGETS[target].gpu.backend == "cuda" else map(_read_amd, kernels)
+    made = (_report(kernel, target, *read) for kernel, read in zip(kernels, code, strict=True))
+    return [[next(made) for _ in case] for case in cases]
+
+
+def _report(kernel: Any, target: str, lines: list[str], registers: int, spills: int) -> Report:
     accesses = [_access(line) for line in lines]
     hot = _hot(lines)
     sizes = [access[1] for line in hot if (access := _access(line))]
@@ -146,16 +160,40 @@ def _report(kernel: Any, target: str) -> Report:
     )
 
 
-def _read_nvidia(kernel: Any) -> tuple[list[str], int, int]:
-    """Instructions and labels in order, registers, bytes spilled."""
+def _read_nvidia(kernels: list[Any]) -> list[tuple[list[str], int, int]]:
+    """Of each, for one target, instructions and labels in order, registers, bytes spilled.
+
+    nvdisasm takes 0.3 s to begin, so that it gets the code of all in one piece. It knows no labels there.
+    """
+    codes = [_code_of(kernel.asm["cubin"], kernel.metadata.name) for kernel in kernels]
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(kernel.asm["cubin"])
-        code = _tool("nvdisasm", "-c", str(cubin))
-        usage = _tool("cuobjdump", "-res-usage", str(cubin))
-    lines = re.findall(r"^(?:(\.L\w+):|\s+/\*[0-9a-f]+\*/\s+(.*?) ;)", code, re.MULTILINE)
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()  # type: ignore[union-attr]
-    return [label or instruction for label, instruction in lines], int(registers), int(stack)
+        file = Path(folder, "kernel")
+        file.write_bytes(b"".join(codes))
+        capability = kernels[0].metadata.target.arch
+        name = f"SM{capability}{'a' * (capability >= 90)}"  # as triton calls them
+        text = _tool("nvdisasm", "--binary", name, str(file))
+        usages = []
+        for kernel in kernels:
+            file.write_bytes(kernel.asm["cubin"])
+            usages.append(re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "-res-usage", str(file))))
+    branch = re.compile(r"\b(BRA\b.*)0x([0-9a-f]+)$")
+    code = [(int(at, 16), line) for at, line in re.findall(r"/\*([0-9a-f]+)\*/\s+(.*?) ;", text)]
+    targets = {int(found[2], 16) for _, line in code if (found := branch.search(line))}
+    ends, lines = [*accumulate(map(len, codes))], [list[str]() for _ in kernels]
+    for at, line in code:
+        labels = [f".L{at:x}"] if at in targets else []
+        lines[bisect(ends, at)] += [*labels, branch.sub(r"\1.L\2", line)]
+    return [(of, int(usage[1]), int(usage[2])) for of, usage in zip(lines, usages, strict=True)]  # type: ignore[index]
+
+
+def _code_of(cubin: bytes, kernel: str) -> bytes:
+    """The machine code of a kernel: a section of ELF64."""
+    (headers,), (size, count, names) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<3H", cubin, 58)
+    sections = [struct.unpack_from("<2I4Q", cubin, headers + i * size) for i in range(count)]
+    name = f".text.{kernel}\0".encode()
+    at = sections[names][4]
+    (found,) = [(s[4], s[5]) for s in sections if cubin[at + s[0] : at + s[0] + len(name)] == name]
+    return cubin[found[0] : found[0] + found[1]]
 
 
 def _tool(name: str, *args: str) -> str:
@@ -257,10 +295,9 @@ def compile_cases(names: Sequence[str] = ()) -> dict[str, list[Report]]:
     """The reports of these cases of :mod:`bench.compile.cases`, or of all, for every target."""
     from bench.compile.cases import CASES
 
-    return {
-        name: [report for target in TARGETS for report in compile_reports(CASES[name].call, target)]
-        for name in names or CASES
-    }
+    names = names or [*CASES]
+    by_target = [_reports([_compiled(CASES[name].call, target) for name in names], target) for target in TARGETS]
+    return {name: [*chain(*found)] for name, found in zip(names, zip(*by_target, strict=True), strict=True)}
 
 
 if __name__ == "__main__":

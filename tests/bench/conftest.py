@@ -8,13 +8,20 @@ from collections.abc import Callable
 import pytest
 
 from bench.record import ROOT
-from tests.children import environment
+from tests import children
+from tests.children import environment, forked
 
 Python = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def run_python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Runs python with the arguments given, and environment variables by name."""
+def run_python(*arguments: str, fresh: bool = False, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs python with the arguments given, and environment variables by name.
+
+    Args:
+        fresh: by an interpreter of its own; else in a fork that has imported torch, which does not read them again.
+    """
+    if not fresh:
+        return forked(children.python, *arguments, **variables)
     command, env = [sys.executable, *arguments], environment(**variables)
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
 

@@ -173,5 +173,5 @@ def test_time_runs_out(tmp_path: Path, python: Python) -> None:
 
 def test_profile_times_nothing(python: Python) -> None:
     arguments = ["--device", "cpu", "--only", "koleo_loss", "--shape", "2,10,32", "--profile"]
-    done = python("-m", "bench.kernels", *arguments, TORCHDYNAMO_DISABLE="1")  # compiling is slow
+    done = python("-m", "bench.kernels", *arguments, fresh=True, TORCHDYNAMO_DISABLE="1")  # compiling is slow
     assert (done.returncode, done.stdout) == (0, "koleo_loss 2,10,32: profiled\n"), done.stderr

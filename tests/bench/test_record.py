@@ -104,7 +104,7 @@ def test_the_driver_may_be_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_a_child_finds_what_its_parent_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, python: Python) -> None:
     (tmp_path / "only_on_the_path.py").write_text("")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    done = python("-c", "import only_on_the_path, bench, fastdino_kernels; print(bench.__file__)")
+    done = python("-c", "import only_on_the_path, bench, fastdino_kernels; print(bench.__file__)", fresh=True)
     assert done.stdout.strip() == str(record.ROOT / "bench" / "__init__.py"), done.stderr
 
 
@@ -202,7 +202,7 @@ def test_kernels_in_parts(tmp_path: Path, python: Python) -> None:
         (4, ["koleo_loss"]),
         (3, ["segment_squares", "--rounds", "5"]),  # not the usual rounds: measured, and not added
     ]
-    done = python("-c", PARTS, str(path), json.dumps(runs), TORCHDYNAMO_DISABLE="1")  # compiling is slow
+    done = python("-c", PARTS, str(path), json.dumps(runs), fresh=True, TORCHDYNAMO_DISABLE="1")  # compiling is slow
     assert done.returncode == 0, done.stdout + done.stderr
     rounds = {case["operation"]: case["rounds"] for case in json.loads(path.read_text())["cases"]}
     assert rounds == {"segment_squares": 3, "koleo_loss": 4}

@@ -1,26 +1,24 @@
-"""What test_doctor.py judges: ``fastdino doctor --distributed`` on two ranks that differ in all that is compared.
-
-python doctor_cases.py FOLDER writes the findings and each rank's exit code there.
-"""
+"""What test_doctor.py judges: ``fastdino doctor --distributed`` on two ranks that differ in all that is compared."""
 
 import io
 import json
-import sys
+import os
 import time
 from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from unittest import mock
 
-import torch
-
 from fastdino import agreement, cli
 from fastdino.doctor import machine, together
 from fastdino.doctor.finding import ok
-from tests.children import two_ranks
 
 
-def main(folder: Path, rank: int) -> None:
-    """Rank 1 claims to be another host with another torch, whose clock is half a minute behind."""
+def main(folder: Path) -> None:
+    """Rank 1 claims to be another host with another torch, whose clock is half a minute behind.
+
+    Writes the findings and each rank's exit code to ``folder``/RANK.json.
+    """
+    rank = int(os.environ["RANK"])
     now, runs, host = time.time, agreement.what_runs(), together.this_process()
     flags = ["--distributed", "--json", "--run.dir", str(folder / "run"), "--engine.device", "cpu"]
     printed, code = io.StringIO(), 0
@@ -39,8 +37,3 @@ def main(folder: Path, rank: int) -> None:
             code = int(ended.code or 0)
     found = {"code": code, "printed": printed.getvalue()}
     (folder / f"{rank}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    two_ranks(lambda rank: main(Path(sys.argv[1]), rank))

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,9 +19,9 @@ from fastdino.doctor.doctor import merged
 from fastdino.doctor.finding import failed, left_out, ok
 from fastdino.engine import zero
 from fastdino.planning.footprint import checkpoint_bytes
-from tests.children import environment
+from tests.children import forked
+from tests.doctor import doctor_cases
 
-CASES = Path(__file__).with_name("doctor_cases.py")
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, 0, CPU)
 
@@ -202,8 +201,7 @@ def test_ranks_and_the_flag_go_together(capfd):
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Findings by check, of two ranks that differ, and exit codes."""
     place = tmp_path_factory.mktemp("doctor")
-    command = [sys.executable, str(CASES), str(place)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=280)
+    done = forked(doctor_cases.main, place, ranks=2)
     assert done.returncode == 0, done.stderr[-4000:]
     told = [json.loads((place / f"{rank}.json").read_text()) for rank in range(2)]
     assert told[1]["printed"] == "", "rank 0 speaks"

@@ -1,10 +1,6 @@
-"""What test_engine.py compares: runs every case at this world size and writes the results to a file.
-
-python engine_cases.py OUT [OTHERS], plain or under a launcher.
-"""
+"""What test_engine.py compares: runs every case at this world size and writes the results to a file."""
 
 import dataclasses
-import gc
 import sys
 import threading
 import zlib
@@ -252,8 +248,6 @@ def main(out: Path, others: Path | None) -> None:
     """Writes the results to ``out``; ``others`` are those of a run with another world size, to go on from."""
     with distributed.init("cpu") as ranks:
         Case(ranks, "zero3").step(0)
-    gc.collect()
-    gc.freeze()  # of what is imported by now: DeepSpeed collects whenever it starts
     with distributed.init("cpu") as ranks:  # a second run within one process
         results = run_cases(ranks, others)
         if ranks.is_main:
@@ -283,7 +277,3 @@ def run_cases(ranks: distributed.Ranks, others: Path | None) -> dict[str, Any]:
         results["fp32/torch"]["losses"].sum().item()
     results["syncs control"] = control.found
     return results
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)

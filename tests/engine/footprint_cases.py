@@ -1,12 +1,8 @@
-"""What test_footprint.py compares: bytes that engines keep, and collectives of their steps, at this world size.
-
-python footprint_cases.py OUT, plain or under a launcher.
-"""
+"""What test_footprint.py compares: bytes that engines keep, and collectives of their steps, at this world size."""
 
 import dataclasses
 import gc
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,7 +14,6 @@ from bench.workload import random_batch
 from fastdino import distributed
 from fastdino.config import Config
 from fastdino.distributed import Ranks
-from tests.children import collect_less
 from tests.engine.zero3_cases import CPU, V1, V2, Collectives, trainer
 
 ENGINES = ("torch", "zero0", "zero1", "zero2", "zero3")
@@ -85,9 +80,8 @@ def run_cases(ranks: Ranks) -> dict[str, Any]:
     return found
 
 
-if __name__ == "__main__":
-    collect_less()
+def main(out: Path) -> None:
     with distributed.init("cpu") as ranks:
         results = run_cases(ranks)
         if ranks.is_main:
-            torch.save(results, sys.argv[1])
+            torch.save(results, out)

@@ -1,10 +1,7 @@
 """Every engine at every world size takes the same steps: 2 gloo processes against 1, ZeRO against plain torch."""
 
-import os
 import re
-import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,37 +16,28 @@ from fastdino.distributed import Ranks
 from fastdino.engine import _check_fp8, build_engine
 from fastdino.engine.zero import TESTED, check_version, deepspeed_config
 from fastdino.launch import LaunchError
-from tests.children import environment
+from tests.children import forked
+from tests.engine import engine_cases
 
-CASES = Path(__file__).with_name("engine_cases.py")
 ENGINES = ("torch", "zero0", "zero1", "zero2", "zero3")
 SOURCES = {"torch": "zero3", "zero0": "zero2", "zero1": "zero3", "zero2": "torch", "zero3": "zero1"}
 
 
-def launch(command: list[str], builds: Path) -> None:
-    """Runs Python; it has to be silent and to compile nothing (into ``builds``)."""
-    env = environment(PYTHONWARNINGS="ignore", TORCH_EXTENSIONS_DIR=str(builds))
-    with subprocess.Popen(
-        [sys.executable, *command], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    ) as process:  # fmt: skip
-        try:
-            stdout, stderr = process.communicate(timeout=280)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # ranks outlive their launcher
-    assert process.returncode == 0, stdout[-3000:] + stderr[-6000:]
-    assert stdout == "", "DeepSpeed has to be quiet"
+def launch(work: Callable[..., None], *args: object, ranks: int, builds: Path) -> None:
+    """Calls ``work`` on each rank; it has to be silent and to compile nothing (into ``builds``)."""
+    done = forked(work, *args, ranks=ranks, TORCH_EXTENSIONS_DIR=str(builds))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert done.stdout == "", "DeepSpeed has to be quiet"
     assert not builds.exists() or not any(builds.iterdir()), "nothing may be compiled"
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
-    """Results of engine_cases.py by world size: 2 under torchrun, 1 with plain python."""
+    """Results of engine_cases.py by world size."""
     folder = tmp_path_factory.mktemp("engines")
-    two, one = str(folder / "two.pt"), str(folder / "one.pt")
-    launch(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(CASES), two], folder / "builds")
-    launch([str(CASES), one, two], folder / "builds")
+    two, one = folder / "two.pt", folder / "one.pt"
+    launch(engine_cases.main, two, None, ranks=2, builds=folder / "builds")
+    launch(engine_cases.main, one, two, ranks=1, builds=folder / "builds")
     return {1: torch.load(one), 2: torch.load(two)}
 
 

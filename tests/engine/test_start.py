@@ -1,26 +1,21 @@
 """Engines made from names and shapes: the same network at every stage and world size, and no rank that holds it all."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from fastdino import distributed
+from tests.engine import start_cases
 from tests.engine.start_cases import starts
 from tests.engine.test_engine import launch
-
-CASES = Path(__file__).with_name("start_cases.py")
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Results of each of two processes."""
     folder = tmp_path_factory.mktemp("start")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed is given back, and does not count as resident
-        launch([*torchrun, str(CASES), str(folder / "two.pt")], folder / "builds")
+    launch(start_cases.main, folder / "two.pt", ranks=2, builds=folder / "builds")
     return torch.load(folder / "two.pt")
 
 

@@ -1,10 +1,6 @@
-"""What test_zero3.py compares: steps of ZeRO 3 at this world size beside those of other engines.
-
-python zero3_cases.py OUT [OTHERS], plain or under a launcher. OTHERS is the OUT of another world size.
-"""
+"""What test_zero3.py compares: steps of ZeRO 3 at this world size beside those of other engines."""
 
 import dataclasses
-import gc
 import json
 import os
 import sys
@@ -18,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.tables.parity import CPU, V1, V2, losses, matrix, run, trainer
+from bench.tables.parity import CPU, STAGES, V1, V2, losses, matrix, run, trainer
 from bench.workload import random_batch
 from fastdino import distributed
 from fastdino.config import Config, ModelConfig
@@ -28,6 +24,8 @@ from fastdino.engine.zero3 import PartitionedEngine
 from fastdino_kernels import ema_update_
 from tests.engine.engine_cases import STEPS, Case, now, resume, train
 
+# Stages 0 to 2 do not know of checkpointing: what they do without it, engine_cases.py has.
+MATRIX = [*(("full", stage) for stage in STAGES), ("none", "zero3")]
 KINDS = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter"}
 TIMM = dataclasses.replace(V1, model=ModelConfig(arch="timm:test_vit", drop_path=0.0))
 APART = dataclasses.replace(V1, model=dataclasses.replace(V1.model, packed="off"))
@@ -160,7 +158,7 @@ def run_cases(ranks: Ranks, others: dict[str, Any] | None) -> dict[str, Any]:
     def case(name: str, work: Callable[..., Any], *args: Any, **settings: Any) -> None:
         found[name] = work(ranks, *args, **settings)
 
-    case("matrix", matrix)
+    case("matrix", matrix, MATRIX)
     case("v1/torch", run, V1, "torch")
     case("v2/torch", run, V2, "torch")
     case("v2 selective/zero3", run, V2, "zero3", checkpointing="selective")
@@ -179,25 +177,21 @@ def run_cases(ranks: Ranks, others: dict[str, Any] | None) -> dict[str, Any]:
         if others is not None:
             case(f"reshard {precision}", resume, "zero3", others[f"five {precision}"]["three"], precision=precision)
     case("collectives", collectives, V1)
-    case("compiled", compiled)
+    if ranks.world_size > 1:
+        case("compiled", compiled)
     case("units", units)
     case("twice", twice)
     return found
 
 
 def main(out: Path, others: Path | None) -> None:
+    """Writes the results to ``out``; ``others`` are those of another world size, to go on from."""
     before = os.environ.get("LOCAL_RANK")
     with distributed.init("cpu") as ranks:
         Case(ranks, "zero3").step(0)
-        gc.collect()
-        gc.freeze()  # of what is imported by now: DeepSpeed collects whenever it starts
         ranks.release()
         found = run_cases(ranks, torch.load(others) if others else None)
         if ranks.is_main:
             torch.save(found, out)
     assert os.environ.get("LOCAL_RANK") == before
     assert sys.modules["deepspeed"].runtime.zero.parameter_offload.FWD_MODULE_STACK == [], "no network is kept"
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)

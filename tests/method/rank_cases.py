@@ -1,10 +1,6 @@
-"""What test_ranks.py compares: the same global batches at this world size; writes the results to a file.
-
-python rank_cases.py OUT, plain or under a launcher.
-"""
+"""What test_ranks.py compares: the same global batches at this world size; writes the results to a file."""
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +22,6 @@ from fastdino.config import (
 from fastdino.distributed import Ranks
 from fastdino.method.targets import Sinkhorn
 from fastdino.training.trainer import Trainer
-from tests.children import collect_less
 
 GLOBAL_BATCH, STEPS, K = 32, 3, 48  # a local batch of 8 is a stratum of masks: the same ones arise at every world size
 LOSSES = {
@@ -74,7 +69,6 @@ def balance(ranks: Ranks, sizes: list[int]) -> Tensor:
 
 
 def main(out: Path) -> None:
-    collect_less()
     with distributed.init("cpu") as ranks:
         world = ranks.world_size
         results: dict[str, Any] = {"even": balance(ranks, [24 // world] * world)}
@@ -86,7 +80,3 @@ def main(out: Path) -> None:
         results["center, accumulated"] = train(ranks, LOSSES["center"], 1, 8, own_head=True)
         if ranks.is_main:
             torch.save(results, out)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,8 +1,5 @@
 """1, 2 and 4 gloo processes on the same global batches: one loss, one center, few collectives."""
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +10,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from bench.counters import OpCounts
 from fastdino.distributed import Ranks
 from fastdino.method.targets import Centering, Sinkhorn
-from tests.children import environment
+from tests.children import forked
+from tests.method import rank_cases
 from tests.method.rank_cases import LOSSES
 
-CASES = Path(__file__).with_name("rank_cases.py")
 STAGES = [f"{name}, ZeRO {stage}" for name in LOSSES for stage in (1, 2) if name != "mixed" or stage == 2]
 
 
@@ -25,9 +22,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any
     """What rank_cases.py writes, by world size."""
     folder, found = tmp_path_factory.mktemp("ranks"), {}
     for size in (1, 2, 4):
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"] if size > 1 else []
-        command = [sys.executable, *launcher, str(CASES), str(folder / f"{size}.pt")]
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=280, check=False)
+        done = forked(rank_cases.main, folder / f"{size}.pt", ranks=size)
         assert done.returncode == 0, done.stderr[-6000:]
         found[size] = torch.load(folder / f"{size}.pt")
     return found

@@ -16,11 +16,11 @@ from fastdino.config import Config
 from fastdino.model import build_network
 from fastdino.planning import footprint
 from fastdino.planning.footprint import Layout
+from tests.engine import footprint_cases
 from tests.engine.footprint_cases import BUCKET, ENGINES, KEPT, V1, V2
 from tests.engine.test_engine import launch
 from tests.engine.zero3_cases import TIMM
 
-CASES = Path(__file__).parents[1] / "engine" / "footprint_cases.py"
 WORLD_SIZES = pytest.mark.parametrize("world_size", [1, 2])
 
 
@@ -28,10 +28,9 @@ WORLD_SIZES = pytest.mark.parametrize("world_size", [1, 2])
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     """Results of footprint_cases.py by world size."""
     folder = tmp_path_factory.mktemp("footprint")
-    one, two = str(folder / "one.pt"), str(folder / "two.pt")
-    launch([str(CASES), one], folder / "builds")
-    launch(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(CASES), two], folder / "builds")
-    return {1: torch.load(one), 2: torch.load(two)}
+    for size in (1, 2):
+        launch(footprint_cases.main, folder / f"{size}.pt", ranks=size, builds=folder / "builds")
+    return {size: torch.load(folder / f"{size}.pt") for size in (1, 2)}
 
 
 def changed(config: Config, engine: str, **settings: Any) -> tuple[Config, int]:

@@ -1,8 +1,4 @@
-"""What test_online_knn.py compares: k-NNs of teachers at this world size, and what becomes of runs where they fail.
-
-python knn_cases.py OUT IMAGES, plain or under a launcher: figures go to OUT/WORLD_SIZE.pt.
-python knn_cases.py OUT IMAGES FAULT:ENGINE..., under one: says on a line what a run with each fault came to.
-"""
+"""What test_online_knn.py compares: k-NNs of teachers at this world size, and what becomes of runs where they fail."""
 
 import logging
 import multiprocessing
@@ -42,7 +38,6 @@ from fastdino.training.online_knn import OnlineKnn
 from fastdino.training.preemption import PreemptionNotice
 from fastdino.training.trainer import Trainer
 from fastdino.training.watchdog import Pulse
-from tests.children import collect_less
 from tests.engine.engine_cases import ENGINES, whole
 
 GLOBAL_BATCH = 8
@@ -117,7 +112,7 @@ def figures(ranks: Ranks, settings: Config, goes_on: bool = False) -> dict[str, 
 
 
 def compare(out: Path, images: Path) -> None:
-    collect_less()
+    """Writes figures to ``out``/WORLD_SIZE.pt."""
     with distributed.init("cpu") as ranks:
         two = ranks.world_size == 2
         results = {
@@ -141,7 +136,7 @@ def mistaken(index: int) -> None:
 
 
 def dies(index: int) -> None:
-    if multiprocessing.parent_process():  # a worker's
+    if multiprocessing.current_process().daemon:  # a worker
         os._exit(3)
 
 
@@ -218,11 +213,9 @@ FolderSource_encoded, FolderSource_fingerprint = FolderSource.encoded, FolderSou
 Trainer_step, Knn_accuracy = Trainer.train_step, Knn.accuracy
 
 
-if __name__ == "__main__":
-    logging.basicConfig(format=f"rank {os.environ.get('RANK', 0)} %(message)s")
-    if sys.argv[3:]:
-        for case in sys.argv[3:]:
-            said = fail(Path(sys.argv[1]), Path(sys.argv[2]), *case.split(":"))
-            sys.stdout.write(f"{os.environ['RANK']} {case} {said}\n")  # in one piece, because ranks share a pipe
-    else:
-        compare(Path(sys.argv[1]), Path(sys.argv[2]))
+def fail_all(out: Path, images: Path, cases: list[str]) -> None:
+    """Says on a line what a run with each FAULT:ENGINE came to."""
+    logging.basicConfig(format=f"rank {os.environ['RANK']} %(message)s")
+    for case in cases:
+        said = fail(out, images, *case.split(":"))
+        sys.stdout.write(f"{os.environ['RANK']} {case} {said}\n")  # in one piece, because ranks share a file

@@ -3,8 +3,6 @@
 import itertools
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from fastdino.engine.shards import Fragment
 from fastdino.training import checkpoint
 from fastdino.training.checkpoint import About, CheckpointError, Folder, Manifest, Saves, Store, storage, tensors
 from fastdino.training.checkpoint.snapshot import Source
-from tests.children import environment
+from tests.children import forked, python
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 SHAPES = {"head.v": [7, 5], "head.b": [11]}
@@ -149,9 +147,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
 part = Fragment("w", 0, 100000, tensors={{"param": torch.ones(100000)}})
 save(Folder(Path({str(tmp_path)!r})), About(2, {{"w": [100000]}}, {{}}), lambda copy: [part], {{"c": torch.ones(1)}})
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=False
-    )
+    done = forked(python, "-c", script)
     assert "CheckpointError" in done.stderr, done.stderr
     assert "Older checkpoints are whole" in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == [older.name]
@@ -182,9 +178,7 @@ part = Fragment("head.v", 0, 35, tensors={{"param": torch.ones(35)}})
 about = About(2, {{"head.v": [7, 5]}}, {{}})
 save(Folder(Path({str(tmp_path)!r})), about, lambda copy: [part], {{"c": torch.ones(1)}})
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=False
-    )
+    done = forked(python, "-c", script)
     assert done.returncode == -9, done.stderr
     assert newest(tmp_path).step == (2 if (point, when) == ("rename", "after") else 1)
     assert write(tmp_path, 2, first, []).exists()

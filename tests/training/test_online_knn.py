@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,10 @@ from fastdino.training import checkpoint
 from fastdino.training.online_knn import OnlineKnn
 from fastdino.training.preemption import PreemptionNotice
 from fastdino.training.watchdog import Pulse
-from tests.children import environment
+from tests.children import forked
 from tests.engine.engine_cases import ENGINES
+from tests.training import knn_cases
 from tests.training.knn_cases import GOING_ON, config
-
-CASES = Path(__file__).with_name("knn_cases.py")
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 def images(folder: Path, count: int) -> None:
@@ -101,19 +98,13 @@ def test_the_teacher_sees_what_a_run_says_and_k_is_what_can_be_read(tmp_path: Pa
     assert online(Means(), PreemptionNotice())[0]["knn_neighbors"] == 16
 
 
-def launch(command: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *command], env=environment(), capture_output=True, text=True, timeout=300, check=False
-    )
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     """Figures of knn_cases.py by world size."""
     folder, found = tmp_path_factory.mktemp("knn"), {}
     make(folder / "images")
-    for size, launcher in {1: [], 2: TORCHRUN}.items():
-        done = launch([*launcher, str(CASES), str(folder), str(folder / "images")])
+    for size in (1, 2):
+        done = forked(knn_cases.compare, folder, folder / "images", ranks=size)
         assert done.returncode == 0, done.stderr[-6000:]
         found[size] = torch.load(folder / f"{size}.pt")
     return found
@@ -171,7 +162,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.C
     folder = tmp_path_factory.mktemp("faults")
     shutil.copytree(make(folder / "images"), folder / "gone")
     cases = [*REFUSED, *GOES_ON, *STOPS, "unreadable:zero3", "forward:zero3"]
-    return folder, launch([*TORCHRUN, str(CASES), str(folder), str(folder / "images"), *cases])
+    return folder, forked(knn_cases.fail_all, folder, folder / "images", cases, ranks=2)
 
 
 @pytest.mark.parametrize("case", REFUSED)

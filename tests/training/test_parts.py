@@ -3,7 +3,6 @@
 import dataclasses
 import gzip
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,19 +23,19 @@ from fastdino.training.throughput.bench import Bench
 from fastdino.training.throughput.parts import PARTS, TRACED_STEPS, breakdown, trace
 from fastdino.training.throughput.timing import step_seconds, warm_up
 from fastdino.training.trainer import Trainer
-from tests.children import environment
+from tests.children import forked
 
 ENGINES: dict[str, tuple[str, Any]] = {"torch": ("torch", 1), **{f"ZeRO {n}": ("deepspeed", n) for n in (1, 2)}}
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 
 
-def main(folder: str) -> None:
-    """Writes FOLDER/ENGINE.json of the benchmark by every engine; by one of them sharding is ablated."""
+def main(folder: Path) -> None:
+    """Writes ``folder``/ENGINE.json of the benchmark by every engine; by one of them sharding is ablated."""
     torch.set_num_threads(1)
     ablation.SWITCHES = tuple(s for s in ablation.SWITCHES if s.setting in ("engine.zero_stage", "model.attention"))
     for name, (engine, stage) in ENGINES.items():
         config = nano_config(engine=engine, zero_stage=stage)
-        Bench(seconds=0.3, json=Path(folder) / f"{name}.json", ablate=name == "ZeRO 1")(config)
+        Bench(seconds=0.3, json=folder / f"{name}.json", ablate=name == "ZeRO 1")(config)
 
 
 @pytest.fixture
@@ -139,10 +138,7 @@ def test_a_step_is_repeated_as_long_as_is_asked(clock: Callable[[float], None]) 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bench")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
-    done = subprocess.run(
-        [*command, str(folder)], env=environment(), capture_output=True, text=True, timeout=300, check=False
-    )
+    done = forked(main, folder, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -226,7 +222,3 @@ def test_files_are_where_the_user_means(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_a_measurement_takes_time(seconds: float) -> None:
     with pytest.raises(ConfigError, match="--seconds"):
         Bench(seconds=seconds)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

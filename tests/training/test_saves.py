@@ -1,9 +1,6 @@
 """Saves beside the steps: what is saved is of its step; who waits for whom; what a disk that refuses costs."""
 
 import json
-import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +17,7 @@ from fastdino.training import checkpoint, trainer
 from fastdino.training.checkpoint import About, CheckpointError, Folder, Saves, storage
 from fastdino.training.checkpoint import saves as saves_module
 from fastdino.training.run_folder import RunFolder
-from tests.children import environment, wait_for
+from tests.children import forked
 from tests.training.test_checkpoint import read_weights
 from tests.training.test_resume import config
 from tests.training.test_trainer import losses, state
@@ -284,16 +281,8 @@ def main(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen([sys.executable, __file__, str(folder)], env=environment(RANK=str(rank), **common))
-        for rank in range(2)
-    ]
-    wait_for(lambda: all(process.poll() is not None for process in processes), 200)
-    assert [process.returncode for process in processes] == [0, 0]
+    done = forked(main, folder, ranks=2)
+    assert done.returncode == 0, done.stderr[-4000:]
     found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
     assert torch.equal(read(folder / "checkpoints", 1), torch.arange(2.0).repeat_interleave(SIZE // 2))
     return found
@@ -327,7 +316,3 @@ def test_a_store_that_the_ranks_do_not_share_is_refused(ranks: list[dict[str, An
 
 def test_a_rank_that_leaves_alone_leaves_no_draft(ranks: list[dict[str, Any]]) -> None:
     assert ranks[0]["left"] == []
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

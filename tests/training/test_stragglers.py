@@ -2,10 +2,8 @@
 
 import json
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,9 +15,9 @@ from fastdino.distributed import Ranks
 from fastdino.training.monitoring import nvml, stragglers
 from fastdino.training.monitoring.nvml import Gpu, reasons
 from fastdino.training.monitoring.stragglers import PARTS, Stragglers
-from tests.children import environment
+from tests.children import forked
+from tests.training import watch_cases
 
-CASES = Path(__file__).with_name("watch_cases.py")
 CPU = torch.device("cpu")
 
 
@@ -154,8 +152,7 @@ def test_events_of_a_gpu_are_read_without_waiting():
 def trainings(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks has said, by case."""
     folder = tmp_path_factory.mktemp("watch")
-    command = [sys.executable, str(CASES), str(folder)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=280)
+    done = forked(watch_cases.main, folder, ranks=2)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 

@@ -5,21 +5,15 @@ figure changed and how to record a change that is meant. tests/bench/test_plante
 """
 
 import json
-import subprocess
-import sys
 
 from bench.gates import ratio
-from bench.record import ROOT
 from fastdino import distributed
-from tests.children import environment
+from tests.children import forked, python
 
 
 def test_counts_are_as_recorded() -> None:
     """In a process of its own, because DeepSpeed keeps the process group that it saw first."""
-    command = [sys.executable, "-m", "bench.gates.counts", "--check"]
-    done = subprocess.run(
-        command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = forked(python, "-m", "bench.gates.counts", "--check")
     assert done.returncode == 0, f"\n{done.stdout}\n{done.stderr[-2000:]}"
 
 

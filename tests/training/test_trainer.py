@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,7 +38,7 @@ from fastdino.method.dino import Dino
 from fastdino.training import checkpoint, metrics
 from fastdino.training.run_folder import read_config
 from fastdino.training.trainer import Trainer, TrainingDiverged
-from tests.children import environment
+from tests.children import environment, forked
 from tests.training.test_checkpoint import read_weights
 
 STEPS_PER_EPOCH = 5
@@ -80,42 +82,31 @@ def state(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return {f"{file.name}/{key}": value for file in files for key, value in load_file(file).items()}
 
 
-def launch(
-    config: Config, processes: int = 1, kill_at: int | None = None, signal_number: int = signal.SIGKILL
-) -> subprocess.CompletedProcess:
-    """Trains ``config`` in processes of their own; rank 0 sends itself the signal when step ``kill_at`` is done.
+def trained(config: str, kill_at: int | None = None, signal_number: int = signal.SIGKILL) -> None:
+    """Trains what JSON says; rank 0 sends itself the signal when step ``kill_at`` is done.
 
     A checkpoint of four steps before, or more, is there by then.
     """
-    config.run.dir.parent.mkdir(parents=True, exist_ok=True)
-    script = config.run.dir.parent / f"{config.run.dir.name}.py"
-    script.write_text(f"""
-import logging, os, signal, time
-logging.basicConfig(level=logging.INFO)
-from fastdino.config import Config
-from fastdino.training.trainer import Trainer, train
-original = Trainer.train_step
-def train_step(self, batches):
-    loss = original(self, batches)
-    if {kill_at} and self.step >= {kill_at} - 2:
-        time.sleep(0.3)  # so that a checkpoint is written, then committed
-    if self.step == {kill_at} and self.ranks.is_main:
-        os.kill(os.getpid(), {int(signal_number)})
-    return loss
-Trainer.train_step = train_step
-train(Config.from_json({config.to_json()!r}))
-""")
-    command = [sys.executable, str(script)]
-    if processes > 1:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={processes}",
-            str(script),
-        ]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+    logging.basicConfig(level=logging.INFO)
+    original = Trainer.train_step
+
+    def train_step(self: Trainer, batches: list[Batch]) -> dict[str, torch.Tensor]:
+        loss = original(self, batches)
+        if kill_at and self.step >= kill_at - 2:
+            time.sleep(0.3)  # so that a checkpoint is written, then committed
+        if self.step == kill_at and self.ranks.is_main:
+            os.kill(os.getpid(), signal_number)
+        return loss
+
+    Trainer.train_step = train_step
+    fastdino.train(Config.from_json(config))
+
+
+def launch(
+    config: Config, processes: int = 1, kill_at: int | None = None, signal_number: int = signal.SIGKILL
+) -> subprocess.CompletedProcess[str]:
+    """:func:`trained` in processes of their own."""
+    return forked(trained, config.to_json(), kill_at, signal_number, ranks=processes)
 
 
 def test_a_run_leaves_what_it_promises(tmp_path):
@@ -214,7 +205,10 @@ def test_resumes_with_other_ranks_and_stage(tmp_path):
 
 
 def test_a_notice_saves_and_stops_all_ranks(tmp_path):
-    """SIGTERM to one of two ranks: both stop at the same step, saved; resuming gives the run that was never stopped."""
+    """SIGTERM to one of two ranks: both stop at the same step, saved; resuming gives the run that was never stopped.
+
+    It is resumed by torchrun.
+    """
     same = {"model__drop_path": 0.0, "run__local_batch": 4}
     straight = launch(tiny(tmp_path / "straight", **same), processes=2)
     assert straight.returncode == 0, straight.stderr
@@ -224,7 +218,10 @@ def test_a_notice_saves_and_stops_all_ranks(tmp_path):
     assert (config.run.dir / "checkpoints/step-00000008").exists()
     told = status.read(config.run.dir)
     assert [told[name] for name in ("state", "step", "checkpoint", "exit", "ranks")] == ["preempted", 8, 8, 85, 2]
-    assert launch(config, processes=2).returncode == 0
+    script = tmp_path / "train.py"
+    script.write_text(f"from tests.training.test_trainer import trained\ntrained({config.to_json()!r})\n")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    subprocess.run([sys.executable, *torchrun], env=environment(), check=True, timeout=300)
     assert losses(tmp_path / "straight") == losses(tmp_path / "noticed")
 
 

@@ -1,11 +1,8 @@
-"""What test_stragglers.py judges: trainings on two ranks, one of which is not like the other.
-
-python watch_cases.py FOLDER writes what each rank has said to FOLDER/RANK.json. Both are forked here: one import.
-"""
+"""What test_stragglers.py judges: trainings on two ranks, one of which is not like the other."""
 
 import json
 import logging
-import sys
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +17,6 @@ from fastdino import agreement
 from fastdino.config import UserError
 from fastdino.model import Network
 from fastdino.training.monitoring import stragglers
-from tests.children import two_ranks
 from tests.training.test_trainer import tiny
 
 
@@ -65,7 +61,9 @@ def cases(rank: int) -> dict[str, Any]:
     }
 
 
-def main(folder: Path, rank: int) -> None:
+def main(folder: Path) -> None:
+    """Writes what this rank has said to ``folder``/RANK.json."""
+    rank = int(os.environ["RANK"])
     said: list[str] = []
     logger, handler = logging.getLogger("fastdino"), logging.Handler(logging.WARNING)
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
@@ -81,8 +79,3 @@ def main(folder: Path, rank: int) -> None:
                 error = f"{refusal.exit_code}: {refusal}"
         found[name] = {"said": [*said], "error": error}
     (folder / f"{rank}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    two_ranks(lambda rank: main(Path(sys.argv[1]), rank))
