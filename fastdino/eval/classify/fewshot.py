@@ -21,7 +21,7 @@ from fastdino.data.sources.source import Source
 from fastdino.eval.classify.calibration import percent_right
 from fastdino.eval.classify.classification import Classification
 from fastdino.eval.classify.knn import PUBLISHED, KNeighbors
-from fastdino.eval.classify.logreg import MOST, fit, solver, standardized, told_by
+from fastdino.eval.classify.logreg import MOST, fit, solver, standardized, told_by, within_span
 from fastdino.eval.evaluation import Subject
 from fastdino.eval.features import Features, Tokens
 from fastdino.eval.intervals import Score, Shares, normal
@@ -211,8 +211,9 @@ class FewShot(Classification):
                     found["knn", k].append(fitted.predict(test.vectors).cpu())
                 if "logreg" in used:
                     model, here = solver(), few.cpu()
-                    fit(model, by_number[0][here], y[few].cpu(), C)
-                    found["logreg", k].append(told_by(model, by_number[1], classes).argmax(1))
+                    own, asked = within_span(by_number[0][here], by_number[1])
+                    fit(model, own, y[few].cpu(), C)
+                    found["logreg", k].append(told_by(model, asked, classes).argmax(1))
         return found
 
     def _of_episodes(self, bank: Features, test: Features, counts: Tensor, whole: Found) -> Found:

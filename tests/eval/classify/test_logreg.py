@@ -135,12 +135,41 @@ def test_poisoned_test_labels_do_not_move_the_choice() -> None:
     assert clean.temperature == poisoned.temperature
 
 
-def test_what_does_not_converge_is_named(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "MAX_ITERATIONS", 3)
-    found = evaluation(data).judge(subject(tmp_path), bank_and_test(str(data), CONFIG.data))
+def test_what_does_not_converge_is_named(data: Path, tmp_path: Path) -> None:
+    found = evaluation(data, iterations=3).judge(subject(tmp_path), bank_and_test(str(data), CONFIG.data))
     assert len(found.notes) == 1
     assert found.notes[0].startswith("not converged after 3 iterations: C = ")
-    assert "1e+05" in found.notes[0]
+    assert found.protocol["iterations"] == 3
+
+
+def test_the_sweep_ends_far_beyond_the_best() -> None:
+    bank, test = (Features(x.float(), y, torch.arange(len(y))) for x, y in (clouds(200, 3), clouds(60, 3, seed=1)))
+    tried = [float(c) for c in LogReg(c_values=45).choose(bank, test, 3).also["values"]]
+    values = LogReg(c_values=45).choose(bank, test, 3).also["values"]
+    best = next(float(c) for c, x in values.items() if x["held_out"] == max(y["held_out"] for y in values.values()))
+    assert tried[-2] <= room.BEYOND * best < tried[-1] < 1e5
+
+
+def test_a_basis_of_the_span_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three equal channels, as of grey pixels: a third of the numbers, the same logits."""
+    (x, y), (queries, _) = clouds(60, 3), clouds(20, 3, seed=1)
+    tripled, asked = x.repeat(1, 3), queries.repeat(1, 3)
+    monkeypatch.setattr(room, "WIDE", 11)
+    narrow, narrow_asked = room.within_span(tripled, asked)
+    assert narrow.shape[1] == 4
+    torch.testing.assert_close(narrow @ narrow.T, tripled @ tripled.T)
+    models = solver(), solver()
+    for model, features in zip(models, (tripled, narrow), strict=True):
+        assert fit(model, features, y, 0.1)
+    got, want = told_by(models[1], narrow_asked, 3), told_by(models[0], asked, 3)
+    torch.testing.assert_close(got.softmax(1), want.softmax(1), atol=1e-4, rtol=0)
+    assert room.within_span(x, queries)[0] is x, "narrow ones stay"
+    few, few_asked = room.within_span(tripled[:3], asked)  # fewer images than numbers: another way to the same
+    assert few.shape[1] == 3
+    torch.testing.assert_close(few @ few.T, tripled[:3] @ tripled[:3].T)
+    torch.testing.assert_close(few_asked @ few.T, asked @ tripled[:3].T)
+    monkeypatch.setattr(room, "WIDE", 3)
+    assert room.within_span(x, queries)[0] is x, "so do those that fill their space"
 
 
 def test_what_would_take_hours_is_refused(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
