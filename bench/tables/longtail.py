@@ -35,10 +35,10 @@ STEPS = {
     "no label, clusters": "cluster",
     "5 labels of each class": "fewshot --shots 5",
     "all labels, k-NN": "knn",
-    "all labels, logistic regression": "logreg --baselines no",
-    "its logits adjusted": "logreg --balance logit-adjust --baselines no",
-    "fine-tuned, low rank": "finetune --mode lora --balance logit-adjust --epochs 10 --baselines no",
-    "fine-tuned whole": "finetune --mode full --balance logit-adjust --epochs 10 --baselines no",
+    "all labels, logistic regression": "logreg",
+    "its logits adjusted": "logreg --balance logit-adjust",
+    "fine-tuned from the solved head": "finetune --balance logit-adjust --baselines no",
+    "fine-tuned whole, from a new head": "finetune --mode full --balance logit-adjust --epochs 20 --baselines no",
 }
 HEADER = ["step", "`fastdino eval`", "balanced accuracy, %", "over the step before", "pixels", "random start"]
 

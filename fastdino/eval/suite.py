@@ -23,7 +23,7 @@ STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:75em;margin:2em aut
 table{border-collapse:collapse}td,th{padding:.25em .8em;border-bottom:1px solid #ddd;text-align:right}
 td:first-child,th:first-child,td:nth-child(2),th:nth-child(2){text-align:left}img{max-width:100%}
 @media(prefers-color-scheme:dark){body{background:#181818;color:#ddd}td,th{border-color:#444}img{background:#fff}}"""
-HEADER = ("evaluation", "score", "%", "95 % interval", "pixels", "random start", "published")
+HEADER = ("evaluation", "score", "value", "95 % interval", "pixels", "random start", "published")
 
 
 class Section(NamedTuple):

@@ -110,16 +110,17 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(trained, tmp_path):
 def test_an_export_evaluates_as_the_run(trained, tmp_path, format):
     made, channels = trained
     written = export_run(made.run.dir, tmp_path / "hf" if format == "hf" else tmp_path, format=format)
-    evaluation = Knn(data=made.data.root, neighbors=(3,), batch=8)
+    evaluation = Knn(data=made.data.root, neighbors=(3,), batch=8, baselines="no", cache=False)
     scores = []
     for path in (made.run.dir, written):
         backbone, found = any_backbone(path)
         assert found.data.channels == channels
         if format == "repository":  # a .pth has no place for how images are read
             found = made
-        scores.append(evaluation(Subject(backbone, found, tmp_path)))
-    assert scores[0] == scores[1]
-    assert scores[0]["normalize"] == "image"
+        scores.append(evaluation(Subject(backbone, found, tmp_path)).found)
+    assert scores[0].scores == scores[1].scores
+    assert np.array_equal(*(found.arrays["predictions"] for found in scores))
+    assert [found.protocol["normalize"] for found in scores] == ["image"] * 2
 
 
 def test_features_are_of_the_values_in_the_files(trained):
@@ -140,9 +141,9 @@ def test_features_are_of_the_values_in_the_files(trained):
 
 def test_where_it_looks_is_drawn(trained, tmp_path, capsys):
     made, _ = trained
-    main(["eval", "attention", str(made.run.dir), "--data", made.data.root, "--out", str(tmp_path / "a.png")])
-    assert json.loads(capsys.readouterr().out)["num_images"] == 24
-    assert Image.open(tmp_path / "a.png").width > 400
+    main(["eval", "attention", str(made.run.dir), "--data", made.data.root, "--out", str(tmp_path)])
+    assert json.loads(capsys.readouterr().out)["data"]["images"] == 24
+    assert Image.open(tmp_path / "attention.png").width > 400
 
 
 @pytest.mark.parametrize(
