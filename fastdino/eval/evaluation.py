@@ -19,7 +19,7 @@ from fastdino.data.sources.source import Source
 from fastdino.distributed import Ranks
 from fastdino.eval.cache import Cache, Work, uncached, weights_digest
 from fastdino.eval.controls import RawPixels, fresh
-from fastdino.eval.features import Features, Reading, Tokens, device_and_dtype
+from fastdino.eval.features import Features, Reading, Tokens, device_and_dtype, has_weights
 from fastdino.eval.published import published
 from fastdino.eval.result import Found, Result
 
@@ -88,10 +88,6 @@ class Common:
         require(self.num_workers >= 0, "--num-workers", self.num_workers, "0 or more", "a count of processes")
         require(self.cache_gb > 0, "--cache-gb", self.cache_gb, "positive", "a size")
 
-    def cache_folder(self) -> Path:
-        """Where features are kept."""
-        return cache_folder(self.cache_dir)
-
 
 def cache_folder(asked: Path | None) -> Path:
     """Where features are kept unless another place is ``asked`` for."""
@@ -156,7 +152,7 @@ class Evaluation(Common, ABC):
         if "pixels" in self.controls and not isinstance(subject.backbone, RawPixels):
             pixels = RawPixels().to(device_and_dtype(subject.backbone)[0])
             yield "pixels", dataclasses.replace(subject, backbone=pixels, told={"path": "pixels"})
-        if "random_init" in self.controls and any(True for _ in subject.backbone.parameters()):
+        if "random_init" in self.controls and has_weights(subject.backbone):
             size = self.reading(subject.config).size
             start = fresh(subject.backbone, subject.config.model, size, self.seed)
             told = {"path": f"random:{subject.config.model.arch}"}
@@ -182,7 +178,9 @@ class Evaluation(Common, ABC):
         work = Work(self.batch, self.num_workers, subject.ranks)
         if self.cache:
             told = {"weights": str(subject.told.get("path", "")), "data": self.data}
-            found = Cache(self.cache_folder(), self.cache_gb).features(subject.backbone, source, reading, work, told)
+            found = Cache(cache_folder(self.cache_dir), self.cache_gb).features(
+                subject.backbone, source, reading, work, told
+            )
         else:
             found = uncached(subject.backbone, source, reading, work)
         device, _ = device_and_dtype(subject.backbone)

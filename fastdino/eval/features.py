@@ -143,7 +143,7 @@ def reader(backbone: nn.Module, tokens: Tokens) -> Callable[[Tensor], Tensor]:
 
     Raises EvaluationError where a backbone of another kind is asked for more than it gives.
     """
-    if tokens == "cls" or not any(True for _ in backbone.parameters()):  # pixels are what they are
+    if tokens == "cls" or not has_weights(backbone):
         return backbone
     vit, first = our_vit(backbone, f"tokens {tokens!r}"), tokens.split("+")[0]
 
@@ -201,6 +201,11 @@ def device_and_dtype(backbone: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Where a backbone runs and in what; the CPU in fp32 for one without parameters, such as raw pixels."""
     parameter = next(backbone.parameters(), torch.empty(0))
     return parameter.device, parameter.dtype
+
+
+def has_weights(backbone: nn.Module) -> bool:
+    """False for pixels, which are what they are."""
+    return any(True for _ in backbone.parameters())
 
 
 @contextmanager

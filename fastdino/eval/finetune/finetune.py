@@ -30,7 +30,7 @@ from fastdino.eval.classify.calibration import Balance
 from fastdino.eval.classify.classification import Classification, class_counts, held_out
 from fastdino.eval.classify.logreg import solver
 from fastdino.eval.evaluation import Subject, results_folder
-from fastdino.eval.features import Features, Reading, check_size, device_and_dtype, extract
+from fastdino.eval.features import Features, Reading, check_size, device_and_dtype, extract, has_weights
 from fastdino.eval.finetune.adapters import Classifier, Mode, groups, let_learn, merge_low_rank
 from fastdino.eval.finetune.tuning import BalancedLoss, Course, Learned, solve, tune
 from fastdino.eval.pictures import new_figure
@@ -133,7 +133,7 @@ class FineTune(Classification):
         if self.mode in ("head", "lp-ft"):
             solver()  # where it is not installed
         backbone = subject.backbone
-        if self.mode != "head" and not _learns(backbone):
+        if self.mode != "head" and not has_weights(backbone):
             raise ConfigError(f"--mode {self.mode} trains weights, and pixels have none: use --mode head")
         if self.layer_decay is not None and not _has_blocks(backbone):
             kind = getattr(backbone, "arch", type(backbone).__name__)
@@ -168,7 +168,7 @@ class FineTune(Classification):
         loss = BalancedLoss(parts.counts, self.balance)
         width = check_size(subject.backbone, reading)
         model = Classifier(copy.deepcopy(subject.backbone), width, len(names), self.seed)
-        mode = self.mode if _learns(model.backbone) else "head"
+        mode = self.mode if has_weights(model.backbone) else "head"
         protocol = self.protocol(subject) | {"mode": mode, "balance": self.balance, "seed": self.seed}
         protocol |= {"learned_from": len(parts.learn), "held_out": len(parts.held)}
         if mode in ("head", "lp-ft"):
@@ -181,7 +181,7 @@ class FineTune(Classification):
             protocol |= (plan := self._plan(model.backbone, mode, reading, len(parts.learn)))
             learned = self._learn(model, parts, loss, reading, plan)
             merge_low_rank(model.backbone)
-        if _learns(model.backbone) and "baseline" not in subject.told:
+        if has_weights(model.backbone) and "baseline" not in subject.told:
             self._write(model, subject, names, mode)
         test = self._judged(model, subject, data.test, frozen=mode == "head")
         return self._found(data, parts, test, protocol, learned)
@@ -285,11 +285,6 @@ class FineTune(Classification):
         return dataclasses.replace(
             found, scores=scores, shares=predictions.shares(headline), pictures=[*found.pictures, *pictures]
         )
-
-
-def _learns(backbone: nn.Module) -> bool:
-    """Pixels have no weights."""
-    return any(True for _ in backbone.parameters())
 
 
 def _has_blocks(backbone: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from fastdino.data.sources.source import Source
 from fastdino.data.views import normalize
 from fastdino.data.views.evaluation import squeezed_view, thumbnail_view
 from fastdino.data.workers import affordable
-from fastdino.eval.features import EvaluationError, Part, device_and_dtype, evaluating, gem, our_vit
+from fastdino.eval.features import EvaluationError, Part, device_and_dtype, evaluating, gem, has_weights, our_vit
 
 log = logging.getLogger(__name__)
 
@@ -93,13 +93,13 @@ def describe(
 
 
 def _shown(backbone: nn.Module, look: Look) -> Callable[[np.ndarray], np.ndarray]:
-    squeezed = look.squeezed or not any(True for _ in backbone.parameters())
+    squeezed = look.squeezed or not has_weights(backbone)
     return lambda image: (squeezed_view if squeezed else thumbnail_view)(image, look.side)
 
 
 def _pooled(backbone: nn.Module, look: Look) -> Callable[[Tensor], Tensor]:
     """(B, C, h, w) -> (B, D)."""
-    if look.tokens == "cls" or not any(True for _ in backbone.parameters()):
+    if look.tokens == "cls" or not has_weights(backbone):
         return backbone
     vit = our_vit(backbone, f"tokens {look.tokens!r}")
 

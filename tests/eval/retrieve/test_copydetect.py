@@ -9,38 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdino.cli import main
-from fastdino.config import Config, DataConfig, ModelConfig, ViewsConfig
 from fastdino.data.views import normalize
 from fastdino.eval.features import gem
 from fastdino.eval.retrieve.copydetect import _ranked
 from fastdino.eval.retrieve.whitening import Whitening
-from fastdino.model import ViT, export_backbone
+from fastdino.model import ViT
 from tests.data.benchmarks.layouts import copydays
 from tests.data.pictures import photo, write
-
-CONFIG = Config(
-    model=ModelConfig(arch="vit_nano", patch_size=8, drop_path=0.0),
-    views=ViewsConfig(global_size=32, local_size=16),
-    data=DataConfig(image_size=44, num_workers=0),
-)
-
-
-def vit() -> ViT:
-    torch.manual_seed(0)
-    made = ViT("nano", patch_size=8, image_size=32)
-    for parameter in made.parameters():  # so that features differ by more than rounding
-        nn.init.normal_(parameter, std=0.15)
-    return made.eval()
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "a.safetensors"
-    export_backbone(vit(), path, {"config": CONFIG.to_json()})
-    return path
+from tests.eval.retrieve.networks import vit
 
 
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:

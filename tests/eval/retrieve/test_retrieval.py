@@ -17,7 +17,6 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
 from fastdino.cli import main
-from fastdino.config import Config, DataConfig, ModelConfig, ViewsConfig
 from fastdino.data.sources.folder import FolderSource
 from fastdino.data.views import center_view, normalize
 from fastdino.eval import EvaluationError, Retrieval, Subject
@@ -26,7 +25,7 @@ from fastdino.eval.features import Part, gem
 from fastdino.eval.retrieve.pooling import Described, Look, describe
 from fastdino.eval.retrieve.strips import COLOURS, extremes
 from fastdino.eval.retrieve.whitening import Whitening
-from fastdino.model import ViT, export_backbone
+from fastdino.model import ViT
 from tests.data.benchmarks.layouts import (
     TRUE,
     copydays,
@@ -38,28 +37,9 @@ from tests.data.benchmarks.layouts import (
     write_pickle,
 )
 from tests.data.pictures import photo, write
+from tests.eval.retrieve.networks import CONFIG, vit
 
-CONFIG = Config(
-    model=ModelConfig(arch="vit_nano", patch_size=8, drop_path=0.0),
-    views=ViewsConfig(global_size=32, local_size=16),
-    data=DataConfig(image_size=44, num_workers=0),
-)
 THREE = (1.0, 1 / 2 ** (1 / 2), 1 / 2)  # DINO v1's scales
-
-
-def vit() -> ViT:
-    torch.manual_seed(0)
-    made = ViT("nano", patch_size=8, image_size=32)
-    for parameter in made.parameters():  # so that features differ by more than rounding
-        nn.init.normal_(parameter, std=0.15)
-    return made.eval()
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "a.safetensors"
-    export_backbone(vit(), path, {"config": CONFIG.to_json()})
-    return path
 
 
 @pytest.fixture(scope="module")
