@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,19 +48,26 @@ class Cache:
     """GB that it may take. Those that were not used for the longest time make room."""
 
     def features(
-        self, backbone: nn.Module, source: Source, reading: Reading, work: Work, told: dict[str, Any]
+        self,
+        backbone: nn.Module,
+        digest: Callable[[], str],
+        source: Source,
+        reading: Reading,
+        work: Work,
+        told: dict[str, Any],
     ) -> Features:
         """Features of every readable image, on the CPU, on every rank; all ranks call it.
 
         Args:
             backbone, source, reading: see :func:`fastdino.eval.features.extract`.
+            digest: of the backbone, by :func:`weights_digest`; rank 0's is taken.
             told: what to say of the entry to a person who looks for what takes the room.
 
         Raises EvaluationError as extract does; ConfigError when there is no room, or the folder cannot be written or
         is not the same for all ranks.
         """
         ranks = work.ranks
-        entry = self.folder / ranks.on_main(lambda: key_of(backbone, source, reading))
+        entry = self.folder / ranks.on_main(lambda: key_of(digest(), source, reading))
         manifest = ranks.on_main(lambda: _read_manifest(entry))
         if manifest is None:
             width = check_size(backbone, reading)
@@ -125,9 +132,9 @@ def uncached(backbone: nn.Module, source: Source, reading: Reading, work: Work) 
     return features
 
 
-def key_of(backbone: nn.Module, source: Source, reading: Reading) -> str:
+def key_of(digest: str, source: Source, reading: Reading) -> str:
     """The entry's folder: of the weights' values, the state of the files, and how images are read."""
-    how = f"{VERSION} {weights_digest(backbone)} {source.stamp()} {sorted(asdict(reading).items())}"
+    how = f"{VERSION} {digest} {source.stamp()} {sorted(asdict(reading).items())}"
     key = hashlib.sha256(how.encode()).hexdigest()[:32]
     return f"{key[:2]}/{key}"
 

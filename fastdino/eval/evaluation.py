@@ -7,6 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -47,6 +48,12 @@ class Subject:
     """What a result says of the weights: path, step, role."""
     ranks: Ranks = field(default_factory=alone)
     """Which make features together; each of them has its own subject."""
+
+    @cached_property
+    def digest(self) -> str:
+        """:func:`fastdino.eval.cache.weights_digest`, made once: large weights take seconds, and no evaluation changes
+        those of its subject."""
+        return weights_digest(self.backbone)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +140,7 @@ class Evaluation(Common, ABC):
         baselines = {name: self.judge(other, data) for name, other in self.baseline_subjects(subject, found)}
         path = Path(str(subject.told.get("path", "")))
         expected = published(self.kind, found.headline, path.name, found.data.get("name", ""))
-        weights = {**subject.told, "sha256": weights_digest(subject.backbone)}
+        weights = {**subject.told, "sha256": subject.digest}
         return Result(
             kind=self.kind,
             found=found,
@@ -178,9 +185,8 @@ class Evaluation(Common, ABC):
         work = Work(self.batch, self.num_workers, subject.ranks)
         if self.cache:
             told = {"weights": str(subject.told.get("path", "")), "data": self.data}
-            found = Cache(cache_folder(self.cache_dir), self.cache_gb).features(
-                subject.backbone, source, reading, work, told
-            )
+            cache = Cache(cache_folder(self.cache_dir), self.cache_gb)
+            found = cache.features(subject.backbone, lambda: subject.digest, source, reading, work, told)
         else:
             found = uncached(subject.backbone, source, reading, work)
         device, _ = device_and_dtype(subject.backbone)

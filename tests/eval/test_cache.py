@@ -57,7 +57,7 @@ def vit() -> ViT:
 
 
 def made(cache: Cache, vit: ViT, source: Counted, reading: Reading = READING, work: Work = WORK) -> Features:
-    return cache.features(vit, source, reading, work, {"weights": "w", "data": "d"})
+    return cache.features(vit, lambda: weights_digest(vit), source, reading, work, {"weights": "w", "data": "d"})
 
 
 def equal(one: Features, other: Features) -> bool:
