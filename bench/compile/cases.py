@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from fastdino_kernels.layers.gather_layer_norm import gather_layer_norm
+from fastdino_kernels.layers.packed_attention import packed_self_attention
 from fastdino_kernels.layers.prototype_weight import prototype_weight
 from fastdino_kernels.layers.scatter_add_scaled import scatter_add_scaled
 from fastdino_kernels.losses.dino_loss import dino_loss
@@ -45,6 +46,10 @@ NARROW = {
     "_koleo_distance_kernel": frozenset({"store"}),
     "_partial_squares_kernel": frozenset({"store"}),
     "_segment_squares_kernel": frozenset({"load", "store"}),
+    # AMD's products leave rows of four numbers in a thread.
+    **dict.fromkeys(
+        ("attention_kernel", "gradient_kernel", "gradient_queries_kernel", "gradient_keys_kernel"), frozenset({"store"})
+    ),
     # Bytes of three channels, which begin anywhere.
     **dict.fromkeys(("_crop_kernel", "_rotate_kernel", "_colour_kernel", "_blur_kernel"), frozenset({"load", "store"})),
 }
@@ -172,6 +177,23 @@ def _gather_layer_norm() -> None:
     y.backward(torch.empty_like(y))
 
 
+def _packed_attention(group: tuple[int, int]) -> Case:
+    """Of ViT-L's heads. A loop over a sequence reads it once for each tile of 64."""
+    heads, row = WIDTH_L // 64, group[0] * group[1] * WIDTH_L * 2
+    tiles = triton.cdiv(group[1], 64)
+
+    def call() -> None:
+        qkv = _empty(group[0] * group[1], 3, heads, 64, dtype=torch.bfloat16).requires_grad_()
+        out = packed_self_attention(qkv, (group,))
+        out.backward(torch.empty_like(out))
+
+    bytes = {"attention_kernel": 4 * row}
+    if tiles == 1:
+        return Case(call, row // 2, bytes | {"gradient_kernel": 8 * row})
+    bytes |= {"gradient_queries_kernel": 6 * row, "gradient_keys_kernel": 6 * row}
+    return Case(call, row // 2, bytes, cached=dict.fromkeys(bytes, 2 * (tiles - 1) * row))
+
+
 def _scatter_add_scaled() -> None:
     x, branch = (_empty(tokens, WIDTH_L, dtype=torch.bfloat16).requires_grad_() for tokens in (TOKENS, KEPT_TOKENS))
     out = scatter_add_scaled(x, LENGTHS, _kept_rows(), branch, _empty(WIDTH_L).requires_grad_())
@@ -286,6 +308,8 @@ CASES = {
             "_gradient_gather_kernel": (2 * KEPT_TOKENS + TOKENS) * WIDTH_L * 2,
         },
     ),
+    "packed_attention, 201 tokens": _packed_attention((2 * B, 201)),
+    "packed_attention, 37 tokens": _packed_attention((8 * B, 37)),
     "scatter_add_scaled": Case(
         _scatter_add_scaled,
         TOKENS * WIDTH_L,

@@ -243,8 +243,10 @@ def unwritten(lines: list[str]) -> str:
         first = re.fullmatch(r"UR(\d+)", target.strip())
         if first is None or "SETP" in name:
             sources.append(target)
-        # Of the descriptors that wgmma's operands have, that of the second one is always read.
-        registers = [int(n) + (2 if found else 0) for found, n in re.findall(r"(gdesc\[)?\bUR(\d+)", ",".join(sources))]
+        # wgmma's operands have their descriptors in a row, of which that of the second one is always read.
+        second = 2 if name.startswith("HGMMA") else 0
+        found = re.findall(r"(gdesc\[)?\bUR(\d+)", ",".join(sources))
+        registers = [int(n) + (second if of_descriptor else 0) for of_descriptor, n in found]
         if not written.issuperset(registers):
             return line
         if first:

@@ -25,14 +25,18 @@ from fastdino.training.flops import matmul_flops
 
 HEADS, HEAD_DIM = 6, 64  # ViT-S
 # Sequences x tokens of each, of 64 images: 2 global views of 196 patches, CLS, 4 registers; 8 local ones of 36 and CLS.
-SHAPES = {"cuda": ["128x201+512x37", "128x201", "512x37"], "cpu": ["2x37+8x10"]}
+# DINOv2's patches of 14 pixels; and 16 images of 518 pixels of such.
+SHAPES = {
+    "cuda": ["128x201+512x37", "128x201", "512x37", "128x261+512x54", "16x1374"],
+    "cpu": ["2x37+8x10"],
+}
 BACKENDS = {"SDPA flash": "FLASH_ATTENTION", "SDPA cuDNN": "CUDNN_ATTENTION", "SDPA efficient": "EFFICIENT_ATTENTION"}
-CHOICES = {f"fastdino, {choice}": choice for choice in ("varlen", "xformers", "sdpa")}  # of model.attention
+CHOICES = {f"fastdino, {choice}": choice for choice in ("triton", "varlen", "xformers", "sdpa")}  # of model.attention
 # Products of a (tokens, tokens) with a (tokens, d) matrix: 2 forward, 5 backward.
 PRODUCTS = 7
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""q, k, v, each (1, M, H, d) and packed, to the output, packed too."""
+Attend = Callable[[Tensor], Tensor]
+"""q, k, v in one (1, M, 3, H, d), packed, to the output (1, M, H, d), packed too."""
 
 
 class Inputs(NamedTuple):
@@ -128,15 +132,15 @@ def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _ours(groups: Lengths, choice: str) -> Attend:
-    return lambda q, k, v: attention(q, k, v, queries=groups, keys=groups, choice=choice)
+    return lambda qkv: attention(qkv, queries=groups, keys=groups, choice=choice)
 
 
 def _per_group(groups: Lengths, dense: Attend) -> Attend:
     """One call of ``dense`` for each size of view, whose sequences are equally long."""
 
-    def attend(*packed: Tensor) -> Tensor:
+    def attend(packed: Tensor) -> Tensor:
         outputs = []
-        parts = zip(*(x[0].split([n * tokens for n, tokens in groups]) for x in packed), strict=True)
+        parts = zip(*(x.split([n * tokens for n, tokens in groups]) for x in packed[0].unbind(1)), strict=True)
         for group, qkv in zip(groups, parts, strict=True):
             output = dense(*(x.unflatten(0, group).transpose(1, 2) for x in qkv))
             outputs.append(output.transpose(1, 2).flatten(0, 1))
@@ -156,7 +160,7 @@ def _on(backend: SDPBackend) -> Attend:
 def _bind(attend: Attend) -> Callable[[Inputs], Bound]:
     def bind(inputs: Inputs) -> Bound:
         def call() -> list[Tensor]:
-            output = attend(*inputs.qkv.unbind(2))
+            output = attend(inputs.qkv)
             (grad,) = torch.autograd.grad(output, inputs.qkv, inputs.grad)
             return [output.detach(), grad]
 

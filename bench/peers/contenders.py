@@ -34,13 +34,20 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {  # settings of ours by group
     "fastdino, eager": {"engine": {"compile": "off"}},
     "fastdino, compiled": {"engine": {"compile": "on"}},
     "fastdino, kernel by kernel": {"engine": {"cuda_graphs": "off"}},
+    "fastdino, attention by varlen": {"model": {"attention": "varlen"}},
+    "fastdino, attention by SDPA": {"model": {"attention": "sdpa"}},
     PACKED: {"model": {"packed": "on"}},
     PER_SIZE: {"model": {"packed": "off"}},
 }
 # What engine.compile=auto comes to; what does not run; what is for many GPUs, where each contender is compiled twice.
 NOT_USUAL = {
     "cuda": {"fastdino, compiled", "fastdino, ZeRO 1", "fastdino, ZeRO 2", "fastdino, torch engine"},
-    "cpu": {"fastdino, eager", "fastdino, kernel by kernel"},
+    "cpu": {
+        "fastdino, eager",
+        "fastdino, kernel by kernel",
+        "fastdino, attention by varlen",
+        "fastdino, attention by SDPA",
+    },
 }
 PEERS = {"lightly + timm": False, "lightly + timm, torch.compile": True}  # compiled or not
 CONTENDERS = [*WAYS, *PEERS][1:]

@@ -101,7 +101,7 @@ class Config:
         if engine.fp8:
             reason = "only our ViTs have layers for it"
             require(model.is_vit, "engine.fp8", True, f"False with model.arch={model.arch}", reason)
-        if model.attention in ("xformers", "varlen") and engine.device == "cpu":
+        if model.attention not in ("auto", "sdpa") and engine.device == "cpu":
             raise ConfigError(
                 f"model.attention='{model.attention}' needs a GPU, and engine.device='cpu': {model.attention} has no "
                 "CPU path; use model.attention=auto or sdpa"

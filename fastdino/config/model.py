@@ -26,7 +26,7 @@ class ModelConfig(Group):
     drop_path_rule: Literal["linear", "uniform"] = "linear"
     """linear: drop_path rises from 0 over depth, as in DINO v1. uniform: the same in every block, and a branch runs on
     the views that keep it alone, as many at every step, as in DINOv2; in the last block each view drops by chance."""
-    attention: Literal["auto", "varlen", "xformers", "sdpa"] = "auto"
+    attention: Literal["auto", "triton", "varlen", "xformers", "sdpa"] = "auto"
     """varlen: torch's attention over packed views of all sizes; xformers: its memory-efficient one, which torch.compile
     cannot take in; sdpa: torch's, one call per size. auto: the first of them that runs."""
     packed: Literal["auto", "on", "off"] = "auto"

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from fastdino.config import ConfigError
+from fastdino_kernels import packed_attention, packed_self_attention
+from fastdino_kernels.layers.packed_attention import WIDTHS
 
 Lengths = tuple[tuple[int, int], ...]  # (sequences, tokens of each) per group; a group is the views of one size
 
@@ -23,9 +25,7 @@ writes it. On a GPU that is not here, that is not measured, it takes what launch
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: Tensor | tuple[Tensor, Tensor, Tensor],
     *,
     queries: Lengths,
     keys: Lengths,
@@ -35,17 +35,24 @@ def attention(
     """softmax(q k^T / sqrt(d)) v within each sequence of a packed batch; no sequence sees another.
 
     Args:
-        q: (1, M, H, d); the sequences of the first group, one after the other, then those of the next.
-        k, v: (1, N, H, d), packed in the same order.
+        qkv: (1, N, 3, H, d), whose gradient is one tensor, or three: q (1, M, H, d), the sequences of the first group,
+            one after the other, then those of the next; k and v (1, N, H, d), packed in the same order.
         queries: the lengths in q; M = sum of sequences * tokens.
         keys: the lengths in k and v, with as many sequences per group as ``queries``.
         starts: :func:`starts_of` both, where they are at hand.
-        choice: "auto" | "varlen" | "xformers" | "sdpa", see :func:`implementation`.
+        choice: "auto" | "triton" | "varlen" | "xformers" | "sdpa", see :func:`implementation`.
 
     Returns (1, M, H, d) in q's dtype. Raises ConfigError when what is asked for cannot run.
     """
-    compiling = torch.compiler.is_compiling()
-    match implementation(choice, q.device, q.dtype, q.shape[-1], compiling):
+    some = qkv if isinstance(qkv, Tensor) else qkv[0]
+    way = implementation(choice, some.device, some.dtype, some.shape[-1], torch.compiler.is_compiling())
+    if way == "triton" and isinstance(qkv, Tensor):
+        return packed_self_attention(qkv.squeeze(0), queries).unsqueeze(0)
+    q, k, v = qkv.unbind(2) if isinstance(qkv, Tensor) else qkv
+    match way:
+        case "triton":
+            heads = (x.squeeze(0) for x in (q, k, v))
+            return packed_attention(*heads, queries=queries, keys=keys).unsqueeze(0)
         case "varlen":
             starts = starts or (starts_of(queries, q.device), starts_of(keys, q.device))
             longest = [max([tokens for _, tokens in lengths]) for lengths in (queries, keys)]
@@ -60,15 +67,16 @@ def attention(
 
 @torch.compiler.assume_constant_result
 def implementation(choice: str, device: torch.device, dtype: torch.dtype, width: int, compiling: bool = False) -> str:
-    """The implementation, "varlen", "xformers" or "sdpa", that ``choice`` means for heads of ``width``.
+    """The implementation, "triton", "varlen", "xformers" or "sdpa", that ``choice`` means for heads of ``width``.
 
     Args:
         choice: auto is FASTEST's where it runs, else the first of varlen (torch's own kernels for packed sequences),
-            xformers and SDPA (one call for each size of view) that runs. On a CPU SDPA is all there is.
+            xformers and SDPA (one call for each size of view) that runs; triton is our kernels, for short sequences. On
+            a CPU SDPA is all there is.
         device, dtype: of what is attended to.
         compiling: inside torch.compile, which xformers' Python cannot enter: auto leaves it out.
 
-    Raises ConfigError when varlen or xformers is asked for and cannot run.
+    Raises ConfigError when what is asked for cannot run.
     """
     if choice == "sdpa" or (choice == "auto" and device.type != "cuda"):
         return "sdpa"
@@ -90,7 +98,7 @@ def implementation(choice: str, device: torch.device, dtype: torch.dtype, width:
 
 def check_choice(choice: str) -> None:
     """Raises ConfigError when ``choice`` asks for what this machine cannot run."""
-    if choice in ("xformers", "varlen") and not torch.cuda.is_available():
+    if choice not in ("auto", "sdpa") and not torch.cuda.is_available():
         raise ConfigError(f"model.attention='{choice}' needs a GPU and torch sees none: use model.attention=auto")
     if choice == "xformers" and isinstance(error := _import_xformers(), ImportError):
         raise ConfigError(
@@ -138,12 +146,17 @@ def _flat(lengths: Lengths) -> list[int]:
 
 @functools.cache
 def _refusal(choice: str, device: torch.device, dtype: torch.dtype, width: int) -> str | None:
-    """Why varlen or xformers cannot run, or None. Tried, because it depends on builds and on the GPU's age."""
+    """Why triton, varlen or xformers cannot run, or None. Tried, because it depends on builds and on the GPU's age."""
     if device.type != "cuda":
         return f"{choice} has no attention for {device.type}"
     if choice == "xformers" and isinstance(error := _import_xformers(), ImportError):
         return f"xformers cannot be imported ({error})"
-    if choice == "varlen" and (dtype not in (torch.bfloat16, torch.float16) or width % 8 or width > 256):
+    half = dtype in (torch.bfloat16, torch.float16)
+    if choice == "triton":
+        widths = ", ".join(map(str, WIDTHS))
+        known = half and width in WIDTHS
+        return None if known else f"triton takes bf16 and fp16 in heads of {widths}, not {dtype} in heads of {width}"
+    if choice == "varlen" and (not half or width % 8 or width > 256):
         return f"varlen takes bf16 and fp16 in heads of up to 256 in steps of 8, not {dtype} in heads of {width}"
     lengths = ((2, 8),)
     try:

@@ -74,7 +74,7 @@ class Block(nn.Module):
 
     Args:
         shape: widths.
-        attention: "auto" | "varlen" | "xformers" | "sdpa".
+        attention: "auto" | "triton" | "varlen" | "xformers" | "sdpa".
         layer_scale: start of a factor per channel on each branch; 0: none.
         rope: it is given rotary positions. Then keys have no bias.
     """
@@ -154,21 +154,20 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        qkv: tuple[Tensor, Tensor, Tensor],
+        qkv: Tensor | tuple[Tensor, Tensor, Tensor],
         packing: Packing,
         rotation: Rotation | None = None,
         reading: Reading | None = None,
     ) -> Tensor:
         """What ``self.qkv`` made of (1, tokens, D) -> (1, tokens, D); with ``reading`` those rows, (1, read, D)."""
         queries, starts = packing.lengths, packing.starts
-        q, k, v = qkv
         if reading is not None:
             queries, starts = reading.queries, reading.starts
         if rotation is not None:
-            k = rotation.turn(k)
-            q = (rotation if reading is None else rotation.take(reading.asking)).turn(q)
+            q, k, v = qkv.unbind(2) if isinstance(qkv, Tensor) else qkv
+            qkv = (rotation if reading is None else rotation.take(reading.asking)).turn(q), rotation.turn(k), v
         x = attention(
-            q, k, v, queries=queries, keys=packing.lengths, starts=(starts, packing.starts), choice=self.choice
+            qkv, queries=queries, keys=packing.lengths, starts=(starts, packing.starts), choice=self.choice
         ).flatten(2)
         if reading is not None and reading.answers is not None:
             x = x.index_select(1, reading.answers)
@@ -219,14 +218,16 @@ class Qkv(Linear):
         super().__init__(width, 3 * width)
         self.num_heads, self.key_bias = num_heads, key_bias
 
-    def forward(self, x: Tensor, asking: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        """(.., N, D) -> q, k, v, each (.., N, H, d); queries of the tokens ``asking`` alone where these are given."""
+    def forward(  # type: ignore[override]
+        self, x: Tensor, asking: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """(.., N, D) -> (.., N, 3, H, d); with tokens ``asking`` q of these alone, k, v, each (.., tokens, H, d)."""
         bias: Tensor = self.bias
         if not self.key_bias:
             q, k, v = bias.chunk(3)
             bias = torch.cat([q, torch.zeros_like(k), v])
         if asking is None:
-            return self._heads(self.product(x, self.weight, bias)).unbind(-3)  # type: ignore[return-value]
+            return self._heads(self.product(x, self.weight, bias))
         rows = [self.in_features, 2 * self.in_features]
         (of_q, of_kv), (bias_q, bias_kv) = self.weight.split(rows), bias.split(rows)
         q = self._heads(self.product(x.index_select(-2, asking), of_q, bias_q)).squeeze(-3)

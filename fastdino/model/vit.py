@@ -230,7 +230,7 @@ class ViT(nn.Module):
         tokens, (packing, *_) = self._all_but_last_block([x.unsqueeze(0)])
         last = self.blocks[-1]
         assert isinstance(last, Block)
-        _, keys, _ = last.attn.qkv(last.norm1(tokens))
+        _, keys, _ = last.attn.qkv(last.norm1(tokens)).unbind(-3)
         keys = keys.flatten(2).view(*packing.lengths[0], -1)
         return keys[:, self.num_prefix :].unflatten(1, self._grid(*x.shape[-2:]))
 

@@ -2,6 +2,7 @@
 
 from fastdino_kernels.layers.fp8_linear import fp8_linear
 from fastdino_kernels.layers.gather_layer_norm import gather_layer_norm
+from fastdino_kernels.layers.packed_attention import packed_attention, packed_self_attention
 from fastdino_kernels.layers.prototype_weight import prototype_weight
 from fastdino_kernels.layers.scatter_add_scaled import scatter_add_scaled
 from fastdino_kernels.losses.dino_loss import dino_loss
@@ -27,6 +28,8 @@ __all__ = [
     "linear_ibot_loss",
     "make_segments",
     "multi_crop",
+    "packed_attention",
+    "packed_self_attention",
     "prototype_weight",
     "scatter_add_scaled",
     "segment_squares",

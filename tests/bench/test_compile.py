@@ -125,6 +125,7 @@ def test_a_register_that_nothing_has_written_is_found() -> None:
         "HGMMA.64x16x16.F32 R24, R32, gdesc[UR10].tnspB, R24",
     ]
     assert unwritten(code) == ""
+    assert unwritten([*code, "UTCHMMA gdesc[UR12], gdesc[UR12], tmem[UR12], tmem[UR12], idesc[UR13], UPT"]) == ""
     for fault in (
         "UIADD3 UR14, UP0, UR14, 0x20, URZ",
         "HGMMA.64x16x16.F32 R24, R32, gdesc[UR12].tnspB, R24",

@@ -32,6 +32,8 @@ from fastdino_kernels import (
     linear_ibot_loss,
     make_segments,
     multi_crop,
+    packed_attention,
+    packed_self_attention,
     prototype_weight,
     scatter_add_scaled,
     segment_squares,
@@ -92,6 +94,10 @@ def balanced(logits: Tensor, temp: Number) -> tuple[Tensor, Tensor]:
 
 def gathered(x: Tensor, weight: Tensor, bias: Tensor, *rows: Tensor, lengths: Lengths) -> Tensor:
     return gather_layer_norm(x, lengths, rows, weight, bias)
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, *, lengths: Lengths) -> Tensor:
+    return packed_attention(q, k, v, queries=lengths, keys=lengths)
 
 
 def scattered(x: Tensor, branch: Tensor, layer_scale: Tensor, *rows: Tensor, lengths: Lengths) -> Tensor:
@@ -176,6 +182,8 @@ def make_calls(
     lengths = ((4, tokens), (3, 3))
     rows_kept = torch.tensor([2, 0], device=device), torch.tensor([1], device=device)  # of either group
     packed, branch = leaf(4 * tokens + 9, width), leaf(2 * tokens + 3, width)
+    long = ((2, min(K, 150)), (3, 3))
+    heads = [leaf(sum(n * each for n, each in long), *shape, 2, 16) for shape in ((3,), (), (), ())]
     linear = leaf(rows, width), leaf(K, width), *teacher, random(K), random(rows).exp()
     shard = random(n), random(n, dtype=dtype)
     scheduled: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], tuple[float, ...]]] = {
@@ -201,6 +209,8 @@ def make_calls(
         "koleo_loss": (koleo_loss, (leaf(2, rows, width),)),
         "multi_crop": (crops, crops_of_two_images(device)),
         "fp8_linear": (fp8_linear, (leaf(2, rows, 48), leaf(32, 48), leaf(32))),
+        "packed_attention": (partial(attended, lengths=long), tuple(heads[1:])),
+        "packed_self_attention": (partial(packed_self_attention, lengths=long), tuple(heads[:1])),
         "gather_layer_norm": (partial(gathered, lengths=lengths), (packed, leaf(width), leaf(width), *rows_kept)),
         "scatter_add_scaled": (partial(scattered, lengths=lengths), (packed, branch, leaf(width), *rows_kept)),
         "ema_update_ of lists": (ema_of_lists, (random(n), random(n, dtype=torch.bfloat16))),

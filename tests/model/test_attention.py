@@ -1,7 +1,7 @@
 """Attention over packed sequences: against the mask written out, and what is asked of xformers."""
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -16,10 +16,14 @@ KEYS = ((4, 5), (3, 2), (1, 7))  # groups of different lengths and counts, so th
 CLS = tuple((sequences, 1) for sequences, _ in KEYS)
 
 
-def inputs(queries: room.Lengths, device: str = "cpu", dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def inputs(queries: room.Lengths, device: str = "cpu", dtype: torch.dtype = torch.float64) -> Heads:
     torch.manual_seed(0)
     sizes = [sum(s * n for s, n in lengths) for lengths in (queries, KEYS, KEYS)]
-    return [torch.randn(1, n, 2, 8, device=device, dtype=dtype, requires_grad=True) for n in sizes]
+    q, k, v = (torch.randn(1, n, 2, 16, device=device, dtype=dtype, requires_grad=True) for n in sizes)
+    return q, k, v
 
 
 def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: room.Lengths) -> torch.Tensor:
@@ -29,11 +33,11 @@ def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: room.Leng
         tokens = [n for s, n in lengths for _ in range(s)]
         owners.append(torch.repeat_interleave(torch.arange(len(tokens)), torch.tensor(tokens)))
     allowed = (owners[0][:, None] == owners[1][None]).to(q.device)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / 8**0.5
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / 16**0.5
     return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~allowed, -torch.inf).softmax(-1), v)
 
 
-def values_and_gradients(out: torch.Tensor, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+def values_and_gradients(out: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view_as(out)
     return [out, *torch.autograd.grad((out * weights).sum(), tensors)]
 
@@ -41,10 +45,19 @@ def values_and_gradients(out: torch.Tensor, tensors: list[torch.Tensor]) -> list
 @pytest.mark.parametrize("queries", [KEYS, CLS], ids=["all", "cls"])
 def test_sdpa_is_block_diagonal(queries: room.Lengths) -> None:
     tensors = inputs(queries)
-    got = values_and_gradients(attention(*tensors, queries=queries, keys=KEYS, choice="sdpa"), tensors)
+    got = values_and_gradients(attention(tensors, queries=queries, keys=KEYS, choice="sdpa"), tensors)
     want = values_and_gradients(masked(*tensors, queries), tensors)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_queries_keys_and_values_in_one_tensor() -> None:
+    tensors = inputs(KEYS)
+    qkv = torch.stack(tensors, 2).detach().requires_grad_()
+    got = values_and_gradients(attention(qkv, queries=KEYS, keys=KEYS, choice="sdpa"), [qkv])
+    want = values_and_gradients(attention(tensors, queries=KEYS, keys=KEYS, choice="sdpa"), tensors)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], torch.stack(want[1:], 2))
 
 
 @pytest.mark.parametrize("queries", [KEYS, CLS], ids=["all", "cls"])
@@ -55,24 +68,24 @@ def test_mask_for_xformers(queries: room.Lengths) -> None:
     bias = mask.materialize((1, 1, tensors[0].shape[1], tensors[1].shape[1]), dtype=torch.float64)
     q, k, v = (x.transpose(1, 2) for x in tensors)
     got = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
-    torch.testing.assert_close(got, attention(*tensors, queries=queries, keys=KEYS, choice="sdpa"))
+    torch.testing.assert_close(got, attention(tensors, queries=queries, keys=KEYS, choice="sdpa"))
     assert mask is room._block_diagonal(queries, KEYS, torch.device("cpu"))  # kept: building it waits for the device
 
 
 def test_xformers_on_a_cpu_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"no attention for cpu: use model\.attention=auto or sdpa"):
-        attention(*inputs(KEYS), queries=KEYS, keys=KEYS, choice="xformers")
+        attention(inputs(KEYS), queries=KEYS, keys=KEYS, choice="xformers")
 
 
 def test_xformers_without_a_gpu_is_refused_at_construction(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for choice in ("xformers", "varlen"):
+    for choice in ("xformers", "varlen", "triton"):
         with pytest.raises(ConfigError, match=f"model.attention='{choice}' needs a GPU"):
             room.check_choice(choice)
     room.check_choice("auto")
 
 
-GPU = (torch.device("cuda"), torch.float32, 8)
+GPU = (torch.device("cuda"), torch.float32, 16)
 
 
 @pytest.fixture
@@ -82,7 +95,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")
     bias = importlib.import_module("xformers.ops.fmha.attn_bias")  # it would pin memory
     monkeypatch.setattr(bias, "_to_device_tensor", lambda x, dtype, device: torch.tensor(x, dtype=dtype).to(device))
-    caches = (room._refusal, room._warn_once, room._block_diagonal)
+    caches = (room._refusal, room._warn_once, room._block_diagonal, room.starts_of)
     for cache in caches:
         cache.cache_clear()
     with FakeTensorMode():
@@ -99,10 +112,11 @@ def test_auto_on_a_gpu_is_one_call_for_all_sizes() -> None:
         (torch.bfloat16, True, "varlen"),
         (torch.float32, False, "xformers"),
     ]:
-        q, k, v = inputs(KEYS, "cuda", dtype)
-        assert room.implementation("auto", q.device, dtype, 8, compiling) == expected
+        tensors = inputs(KEYS, "cuda", dtype)
+        q = tensors[0]
+        assert room.implementation("auto", q.device, dtype, 16, compiling) == expected
         for choice in ("auto", expected):
-            assert attention(q, k, v, queries=KEYS, keys=KEYS, choice=choice).shape == q.shape
+            assert attention(tensors, queries=KEYS, keys=KEYS, choice=choice).shape == q.shape
     with pytest.warns(RuntimeWarning, match="because varlen takes bf16 and fp16"):
         assert room.implementation("auto", *GPU, compiling=True) == "sdpa"
     with pytest.raises(ConfigError, match=r"varlen takes bf16 and fp16.*use model.attention=auto"):
@@ -112,12 +126,26 @@ def test_auto_on_a_gpu_is_one_call_for_all_sizes() -> None:
 
 @pytest.mark.usefixtures("no_gpu")
 def test_auto_takes_what_was_measured_to_be_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
-    bf16 = (torch.device("cuda"), torch.bfloat16, 8)
-    for fastest in ("sdpa", "xformers"):
+    bf16 = (torch.device("cuda"), torch.bfloat16, 16)
+    for fastest in ("sdpa", "xformers", "triton"):
         monkeypatch.setattr(room, "FASTEST", {"H100": fastest, "A100": "varlen"})
         assert room.implementation("auto", *bf16) == fastest
+    assert room.implementation("auto", *bf16, compiling=True) == "triton"
+    monkeypatch.setattr(room, "FASTEST", {"H100": "xformers"})
     assert room.implementation("auto", *bf16, compiling=True) == "varlen"
     assert room.implementation("sdpa", *bf16) == "sdpa"
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_triton_takes_short_numbers_in_heads_of_some_widths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "FASTEST", {"H100": "triton"})
+    tensors = inputs(KEYS, "cuda", torch.bfloat16)
+    assert attention(tensors, queries=KEYS, keys=KEYS).shape == tensors[0].shape
+    assert attention(torch.stack(tensors, 2), queries=KEYS, keys=KEYS).shape == tensors[0].shape
+    for dtype, width, otherwise in [(torch.float32, 16, "xformers"), (torch.bfloat16, 80, "varlen")]:
+        assert room.implementation("auto", torch.device("cuda"), dtype, width) == otherwise
+        with pytest.raises(ConfigError, match=r"triton takes bf16 and fp16 in heads of 16, 32.*model.attention=auto"):
+            room.implementation("triton", torch.device("cuda"), dtype, width)
 
 
 def test_starts() -> None:
@@ -155,9 +183,9 @@ def test_packed_attention_is_no_worse_than_sdpa(queries: room.Lengths, dtype: to
     exact = [x.detach().double().requires_grad_() for x in tensors]
     want = values_and_gradients(masked(*exact, queries), exact)
     errors = {}
-    packed = ["xformers", "varlen"] if dtype == torch.bfloat16 else ["xformers"]
+    packed = ["xformers", "varlen", "triton"] if dtype == torch.bfloat16 else ["xformers"]
     for choice in [*packed, "sdpa"]:
-        got = values_and_gradients(attention(*tensors, queries=queries, keys=KEYS, choice=choice), tensors)
+        got = values_and_gradients(attention(tensors, queries=queries, keys=KEYS, choice=choice), tensors)
         errors[choice] = [(a.double() - b).abs().max().item() for a, b in zip(got, want, strict=True)]
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
     for choice in packed:

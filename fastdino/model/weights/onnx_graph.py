@@ -97,7 +97,7 @@ class _Dense(nn.Module):
         turns = Rotation(self.cos, self.sin)  # type: ignore[arg-type]
         for module in self.vit.blocks:
             block = cast(Block, module)
-            q, k, v = block.attn.qkv(block.norm1(x))
+            q, k, v = block.attn.qkv(block.norm1(x)).unbind(-3)
             if self.vit.pos_embed is None:
                 q, k = turns.turn(q), turns.turn(k)
             heads = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
