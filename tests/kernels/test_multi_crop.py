@@ -206,6 +206,18 @@ def test_on_a_gpu_at_its_sizes() -> None:
         judge(pictures, views, boxes, size, rotates=True)
 
 
+@pytest.mark.gpu
+def test_the_references_blur_knows_no_tf32() -> None:
+    """Which would move it by more than 0.06 gray levels."""
+    views: list[dict[str, float]] = [{"blur": 1.7}, {"blur": 1.9, "flip": 1}]
+    given = (*packed(images((375, 500))), *tables([views], [[(0, 0, 500, 375), (40, 30, 300, 200)]]))
+    for size in (224, 96):
+        on_gpu, on_cpu = (multi_crop_reference(*(x.to(d) for x in given), size).cpu() for d in (DEVICE, "cpu"))
+        off = (on_gpu.int() - on_cpu.int()).abs()
+        assert off.max() <= 1
+        assert off.float().mean() <= 0.005
+
+
 @pytest.mark.parametrize("normalised", [False, True], ids=["bytes", "normalised"])
 @pytest.mark.parametrize("patch", [0, 8])
 def test_what_a_network_reads(patch: int, normalised: bool, large_tiles: None, poisoned_memory: None) -> None:
