@@ -1,6 +1,7 @@
 """multi_crop: the kernels against their reference, step by step; tests/data holds the reference against Pillow."""
 
-from itertools import permutations
+from collections.abc import Iterator
+from itertools import permutations, product
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from fastdino_kernels.views import multi_crop as module
 from fastdino_kernels.views.multi_crop import multi_crop_reference
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
+JITTER = ("brightness", "contrast", "saturation", "hue")
 NEUTRAL = {"flip": 0.0, "rotate": 0.0, "order": 0.0, "brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0,
            "grayscale": 0.0, "blur": 0.0, "solarize": 0.0}  # fmt: skip
 STEPS: dict[str, dict[str, float]] = {
@@ -96,13 +98,28 @@ def judge(pictures: list[Tensor], views: list[list[dict[str, float]]], boxes: An
     want = multi_crop_reference(*source, box, params, turns if rotates else None, size)
     assert got.shape == (box.shape[1], len(pictures), 3, size, size)
     assert got.dtype == torch.uint8
-    off = (got.int() - want.int()).abs()
-    for v in range(box.shape[1]):
-        for b in range(len(pictures)):
-            mean, view = off[v, b].float().mean().item(), views[b][v]
-            allowed = 0.15 if view.get("blur") else 0.03  # fp16 weights: by 1 / 8 before the byte is rounded
-            assert mean <= allowed, f"{view}: {mean:.3f} gray levels"
-            assert off[v, b].max() <= 8 or view.get("hue"), f"{view}: one byte is off by {off[v, b].max()}"
+    off, faults = (got.int() - want.int()).abs(), []
+    for v, b in product(range(box.shape[1]), range(len(pictures))):
+        mean, most, view = off[v, b].float().mean().item(), int(off[v, b].max()), views[b][v]
+        allowed = 0.15 if view.get("blur") else 0.03  # fp16 weights: by 1 / 8 before the byte is rounded
+        if mean > allowed and abs(mean_luma(pictures[b], view, boxes[b][v], size) % 1 - 0.5) < 0.005:
+            # Contrast starts from the mean rounded: a few bytes decide which way, and the whole view moves with it.
+            allowed += abs(1 - view.get("contrast", 1)) * max(1, view.get("brightness", 1))
+        if mean > allowed or (most > 8 and not view.get("hue")):
+            faults.append(
+                f"view {v} of image {b}, {boxes[b][v]} of {tuple(pictures[b].shape)} to {size} pixels, {view}: off by "
+                f"{mean:.3f} gray levels where {allowed:.3f} are allowed, a byte by {most}"
+            )
+    assert not faults, "\n".join(faults)
+
+
+def mean_luma(picture: Tensor, view: dict[str, float], box: tuple[int, ...], size: int) -> float:
+    """Of the reference's view, as contrast finds it."""
+    order = list(permutations(JITTER))[int(view.get("order", 0))]
+    kept = ("flip", "rotate", "order", *order[: order.index("contrast")])
+    before = {name: value for name, value in view.items() if name in kept}
+    made = multi_crop_reference(*packed([picture]), *tables([[before]], [[box]]), size)
+    return module._luma(made[0, 0].float()).double().mean().item()
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -181,9 +198,8 @@ def test_a_blur_of_several_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     judge(images((40, 40)), [[{"blur": 2.0}]], [[(0, 0, 40, 40)]], 40, rotates=False)
 
 
-@pytest.mark.gpu
-def test_on_a_gpu_at_its_sizes() -> None:
-    """64 images, 2 views of 224 and 8 of 96 pixels, drawn at random."""
+def drawn() -> Iterator[tuple[list[Tensor], list[list[dict[str, float]]], list[list[tuple[int, ...]]], int]]:
+    """What :func:`judge` takes: 64 images, first 2 views of 224 pixels of each, then 8 of 96, drawn at random."""
     generator = torch.Generator().manual_seed(1)
 
     def uniform(low: float, high: float) -> float:
@@ -191,7 +207,8 @@ def test_on_a_gpu_at_its_sizes() -> None:
 
     pictures = images(*[(375, 500), (500, 333), (600, 800), (96, 96)] * 16)
     for num, size in ((2, 224), (8, 96)):
-        views, boxes = [], []
+        views: list[list[dict[str, float]]] = []
+        boxes: list[list[tuple[int, ...]]] = []
         for picture in pictures:
             height, width = picture.shape[:2]
             views.append([
@@ -203,7 +220,33 @@ def test_on_a_gpu_at_its_sizes() -> None:
             ])  # fmt: skip
             sides = [(int(uniform(1, width + 0.99)), int(uniform(1, height + 0.99))) for _ in range(num)]
             boxes.append([(int(uniform(0, width - w)), int(uniform(0, height - h)), w, h) for w, h in sides])
+        yield pictures, views, boxes, size
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_at_its_sizes() -> None:
+    for pictures, views, boxes, size in drawn():
         judge(pictures, views, boxes, size, rotates=True)
+
+
+def test_contrast_from_half_a_gray_level(large_tiles: None) -> None:
+    """Of those views: its mean luma is 7 / 9216 below a half, which the kernel's weights in fp16 make up for."""
+    *_, (pictures, views, boxes, size) = drawn()
+    picture, view, box = pictures[63], views[63][5], boxes[63][5]
+    assert 134.49 < mean_luma(picture, view, box, size) < 134.5
+    judge([picture], [[view]], [[box]], size, rotates=True)
+
+
+@pytest.mark.gpu
+def test_the_references_blur_knows_no_tf32() -> None:
+    """Which would move it by more than 0.06 gray levels."""
+    views: list[dict[str, float]] = [{"blur": 1.7}, {"blur": 1.9, "flip": 1}]
+    given = (*packed(images((375, 500))), *tables([views], [[(0, 0, 500, 375), (40, 30, 300, 200)]]))
+    for size in (224, 96):
+        on_gpu, on_cpu = (multi_crop_reference(*(x.to(d) for x in given), size).cpu() for d in (DEVICE, "cpu"))
+        off = (on_gpu.int() - on_cpu.int()).abs()
+        assert off.max() <= 1
+        assert off.float().mean() <= 0.005
 
 
 @pytest.mark.parametrize("normalised", [False, True], ids=["bytes", "normalised"])
