@@ -19,7 +19,9 @@ from fastdino_kernels.layers.packed_attention import WIDTHS
 Lengths = tuple[tuple[int, int], ...]  # (sequences, tokens of each) per group; a group is the views of one size
 
 
-FASTEST: dict[str, str] = {}
+FASTEST: dict[str, str] = {
+    "NVIDIA H200": "sdpa",
+}
 """What auto takes on a GPU, by a part of its name: the fastest in bench/results/attention-*.json, as bench.report
 writes it. On a GPU that is not here, that is not measured, it takes what launches least."""
 
