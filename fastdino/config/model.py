@@ -27,9 +27,10 @@ class ModelConfig(Group):
     """linear: drop_path rises from 0 over depth, as in DINO v1. uniform: the same in every block, and a branch runs on
     the views that keep it alone, as many at every step, as in DINOv2; in the last block each view drops by chance."""
     attention: Literal["auto", "triton", "varlen", "xformers", "sdpa"] = "auto"
-    """varlen: torch's attention over packed views of all sizes; xformers: its memory-efficient one, which torch.compile
-    cannot take in; sdpa: torch's, one call per size. auto: what was measured to be fastest on this GPU, and where
-    nothing was the first of them that runs."""
+    """triton: our kernels for many short sequences, which give the same bits in every run; varlen: torch's attention
+    over packed views of all sizes; xformers: its memory-efficient one, which torch.compile cannot take in; sdpa:
+    torch's, one call per size. auto: what was measured to be fastest on this GPU, else the first of varlen, xformers
+    and sdpa that runs."""
     packed: Literal["auto", "on", "off"] = "auto"
     """Views of all sizes go through our ViT in one sequence, or one size after the other. auto: what was measured to be
     faster on this GPU, and packed where nothing was."""

@@ -20,7 +20,7 @@ Lengths = tuple[tuple[int, int], ...]  # (sequences, tokens of each) per group; 
 
 
 FASTEST: dict[str, str] = {
-    "NVIDIA H200": "sdpa",
+    "NVIDIA H200": "triton",
 }
 """What auto takes on a GPU, by a part of its name: the fastest in bench/results/attention-*.json, as bench.report
 writes it. On a GPU that is not here, that is not measured, it takes what launches least."""
