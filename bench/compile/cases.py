@@ -48,7 +48,13 @@ NARROW = {
     "_segment_squares_kernel": frozenset({"load", "store"}),
     # AMD's products leave rows of four numbers in a thread.
     **dict.fromkeys(
-        ("attention_kernel", "gradient_kernel", "gradient_queries_kernel", "gradient_keys_kernel"), frozenset({"store"})
+        (
+            "_attention_kernel",
+            "_attention_gradient_kernel",
+            "_attention_gradient_queries_kernel",
+            "_attention_gradient_keys_kernel",
+        ),
+        frozenset({"store"}),
     ),
     # Bytes of three channels, which begin anywhere.
     **dict.fromkeys(("_crop_kernel", "_rotate_kernel", "_colour_kernel", "_blur_kernel"), frozenset({"load", "store"})),
@@ -187,10 +193,10 @@ def _packed_attention(group: tuple[int, int]) -> Case:
         out = packed_self_attention(qkv, (group,))
         out.backward(torch.empty_like(out))
 
-    bytes = {"attention_kernel": 4 * row}
+    bytes = {"_attention_kernel": 4 * row}
     if tiles == 1:
-        return Case(call, row // 2, bytes | {"gradient_kernel": 8 * row})
-    bytes |= {"gradient_queries_kernel": 6 * row, "gradient_keys_kernel": 6 * row}
+        return Case(call, row // 2, bytes | {"_attention_gradient_kernel": 8 * row})
+    bytes |= {"_attention_gradient_queries_kernel": 6 * row, "_attention_gradient_keys_kernel": 6 * row}
     return Case(call, row // 2, bytes, cached=dict.fromkeys(bytes, 2 * (tiles - 1) * row))
 
 

@@ -50,7 +50,7 @@ def _product(a, b):
 
 
 @triton.jit(do_not_specialize=["M", "H", "num_queries", "num_keys"])
-def attention_kernel(
+def _attention_kernel(
     out_ptr,
     q_ptr,
     k_ptr,
@@ -103,7 +103,7 @@ def attention_kernel(
 
 
 @triton.jit(do_not_specialize=["M", "H", "num_queries", "num_keys"])
-def gradient_queries_kernel(
+def _attention_gradient_queries_kernel(
     grad_q_ptr,
     q_ptr,
     k_ptr,
@@ -156,7 +156,7 @@ def gradient_queries_kernel(
 
 
 @triton.jit(do_not_specialize=["M", "H", "num_queries", "num_keys"])
-def gradient_keys_kernel(
+def _attention_gradient_keys_kernel(
     grad_k_ptr,
     grad_v_ptr,
     q_ptr,
@@ -210,7 +210,7 @@ def gradient_keys_kernel(
 
 
 @triton.jit(do_not_specialize=["M", "H", "num_queries", "num_keys"])
-def gradient_kernel(
+def _attention_gradient_kernel(
     grad_q_ptr,
     grad_k_ptr,
     grad_v_ptr,

@@ -12,10 +12,10 @@ from torch.autograd.function import once_differentiable
 
 from fastdino_kernels._backend import INTERPRETED, compute_dtype, operator, use_triton
 from fastdino_kernels.layers._attention_kernels import (
-    attention_kernel,
-    gradient_kernel,
-    gradient_keys_kernel,
-    gradient_queries_kernel,
+    _attention_gradient_kernel,
+    _attention_gradient_keys_kernel,
+    _attention_gradient_queries_kernel,
+    _attention_kernel,
 )
 
 Lengths = Sequence[tuple[int, int]]  # (sequences, tokens of each) per group
@@ -184,7 +184,7 @@ def packed_attention_forward(
             config, (of_q, of_k) = launch_config(group.queries, group.keys)["forward"], group.tokens
             tensors = out[of_q], q[of_q], k[of_k], v[of_k]
             tiles = triton.cdiv(group.queries, config["BLOCK_Q"])
-            _launch(attention_kernel, group, tiles, tensors, (log_sums[:, of_q],), config)
+            _launch(_attention_kernel, group, tiles, tensors, (log_sums[:, of_q],), config)
     return out, log_sums
 
 
@@ -216,12 +216,12 @@ def packed_attention_gradient(
             read, of_out = (q[of_q], k[of_k], v[of_k], grad[of_q]), (out[of_q],)
             rows = log_sums[:, of_q], dots[:, of_q]
             if "whole" in config:
-                _launch(gradient_kernel, group, 1, to_q + to_k + read + of_out, rows[:1], config["whole"])
+                _launch(_attention_gradient_kernel, group, 1, to_q + to_k + read + of_out, rows[:1], config["whole"])
             else:
                 tiles = triton.cdiv(group.queries, config["queries"]["BLOCK_Q"])
-                _launch(gradient_queries_kernel, group, tiles, to_q + read + of_out, rows, config["queries"])
+                _launch(_attention_gradient_queries_kernel, group, tiles, to_q + read + of_out, rows, config["queries"])
                 tiles = triton.cdiv(group.keys, config["keys"]["BLOCK_K"])
-                _launch(gradient_keys_kernel, group, tiles, to_k + read, rows, config["keys"])
+                _launch(_attention_gradient_keys_kernel, group, tiles, to_k + read, rows, config["keys"])
     return grads
 
 
