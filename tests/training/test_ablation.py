@@ -52,10 +52,10 @@ def paces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ablation, "SWITCHES", STAND_INS)
 
 
-def run(ranks: Ranks, engine: str = "torch") -> Ablation:
+def run(ranks: Ranks, engine: str = "torch", **options: Any) -> Ablation:
     config = nano_config(engine=engine)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="sdpa"))
-    return ablate(config, ranks, [random_batch(config, CPU, 0)], 0.2)
+    return ablate(config, ranks, [random_batch(config, CPU, 0)], 0.2, **options)
 
 
 @pytest.mark.usefixtures("paces")
@@ -71,6 +71,28 @@ def test_each_switch_alone_and_last(ranks: Ranks) -> None:
     assert found.skipped.keys() == {"run.keep", "model.attention"}
     assert found.skipped["run.keep"] == "3 runs what 8 runs, for this recipe on this device"
     assert "needs a GPU" in found.skipped["model.attention"], "a switch that is refused is no end"
+
+
+@pytest.mark.usefixtures("paces")
+def test_named_switches_alone_are_measured(ranks: Ranks) -> None:
+    """The recipe has the other on, as in the faster two of four variants."""
+    found = run(ranks, only=[B])
+    assert found.skipped == {}
+    assert {on: cost.seconds for on, cost in found.costs.items() if isinstance(cost, Cost)} == {
+        On({B}): pytest.approx(0.01), On(): pytest.approx(0.05),
+    }  # fmt: skip
+
+
+@pytest.mark.usefixtures("paces")
+def test_what_was_found_so_far_is_handed_over(ranks: Ranks) -> None:
+    """After every measurement, those first that say most of a switch: all on, and all but it."""
+    saved: list[tuple[Ablation, str]] = []
+    found = run(ranks, save=lambda *so_far: saved.append(so_far))
+    assert [turn for _, turn in saved] == [f"{turn} of 8" for turn in range(1, 9)]
+    order = [On({A, B}), On({B}), On({A}), On()]
+    assert [list(each.costs) for each, _ in saved] == [order[:1], order[:2], order[:3], *[order] * 5]
+    assert saved[-1][0] == found
+    assert all(isinstance(cost, Cost) and cost.spread == 0 for cost in saved[3][0].costs.values())
 
 
 @pytest.mark.usefixtures("paces")
@@ -101,7 +123,7 @@ def test_what_does_not_fit_is_named(ranks: Ranks, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
     found = run(ranks)
-    assert [on for on, cost in found.costs.items() if cost == "Tried to allocate 9 GiB"] == [On(), On({B})]
+    assert [on for on, cost in found.costs.items() if cost == "Tried to allocate 9 GiB"] == [On({B}), On()]
     table = found.table().splitlines()
     assert next(line for line in table if line.startswith("all off")).split() == ["all", "off", "does", "not", "run"]
     assert " - " in next(line for line in table if line.startswith(A)), "no ratio to what does not run"

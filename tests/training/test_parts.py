@@ -35,7 +35,7 @@ def main(folder: Path) -> None:
     ablation.SWITCHES = tuple(s for s in ablation.SWITCHES if s.setting in ("engine.zero_stage", "model.attention"))
     for name, (engine, stage) in ENGINES.items():
         config = nano_config(engine=engine, zero_stage=stage)
-        Bench(seconds=0.3, json=folder / f"{name}.json", ablate=name == "ZeRO 1")(config)
+        Bench(seconds=0.3, json=folder / f"{name}.json", ablate=() if name == "ZeRO 1" else None)(config)
 
 
 @pytest.fixture
@@ -161,9 +161,34 @@ def test_two_ranks_by_every_engine(two_ranks: Path, engine: str) -> None:
 
 def test_sharding_is_ablated_on_two_ranks(two_ranks: Path) -> None:
     found = json.loads((two_ranks / "ZeRO 1.json").read_text())["ablation"]
-    assert [cost["on"] for cost in found["costs"]] == [[], ["engine.zero_stage"]]
+    assert [cost["on"] for cost in found["costs"]] == [["engine.zero_stage"], []]
     assert all(cost["seconds"] > 0 and cost["peak_memory"] > 1e8 for cost in found["costs"])
     assert found["skipped"].keys() == {"model.attention"}
+
+
+def test_an_ablation_that_is_stopped_leaves_its_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file, measure, turns = tmp_path / "figures.json", ablation._measure, iter(range(3))
+
+    def stopped(*given: Any) -> Any:
+        assert "training" in json.loads(file.read_text()), "what comes before the ablation"
+        if next(turns) == 2:
+            raise KeyboardInterrupt
+        return measure(*given)
+
+    monkeypatch.setattr(ablation, "_measure", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        Bench(seconds=0.2, json=file, ablate=("model.packed",))(nano_config(engine="torch"))
+    found = json.loads(file.read_text())["ablation"]
+    assert found["partial"] == "2 of 4"
+    assert [cost["on"] for cost in found["costs"]] == [["model.packed"], []]
+    monkeypatch.setattr(ablation, "_measure", measure)
+    Bench(seconds=0.2, json=file, ablate=("model.packed",))(nano_config(engine="torch"))
+    assert "partial" not in json.loads(file.read_text())["ablation"]
+
+
+def test_an_ablation_of_no_switch_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--ablate=.*'engine.packed'.* must be some of model.attention, "):
+        Bench(ablate=("engine.packed",))
 
 
 def test_a_table_tells_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -189,7 +214,7 @@ def test_a_warm_up_tells_the_seconds_of_the_first_step(clock: Callable[[float], 
 
 
 @pytest.mark.parametrize("flag", ["json", "profile"])
-@pytest.mark.parametrize("place", ["missing/figures", "."])
+@pytest.mark.parametrize("place", ["missing/figures", ".", "/dev/null"])
 def test_a_file_that_cannot_be_written_is_said_at_once(
     flag: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

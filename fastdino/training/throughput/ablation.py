@@ -2,13 +2,13 @@
 
 A variant is built, measured and freed by itself, so that the memory of no other counts, and large networks fit. All are
 measured twice, the second time in the reverse order, so that what disturbs or slows the machine for a while has not the
-last word on any.
+last word on any. Those that say most come first: what is stopped has measured them.
 """
 
 import dataclasses
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +80,7 @@ class Cost:
     seconds: float
     """By the faster of its two measurements: other programs disturb but never help."""
     spread: float
-    """How much longer the slower one was, as a share of the faster."""
+    """How much longer the slower one was, as a share of the faster; 0 until there are two."""
     peak_memory: int
     """Bytes, of the rank that needs most."""
 
@@ -95,7 +95,7 @@ class Ablation:
     switches: list[str]
     """The others."""
     costs: dict[On, Cost | str]
-    """Or why a variant does not run."""
+    """Or why a variant does not run. Those that were measured so far."""
 
     def table(self) -> str:
         """A line for each switch: images/s, how many times those without it, and memory."""
@@ -125,82 +125,98 @@ class Ablation:
         return f"{self.global_batch / cost.seconds:12.1f}{gain:>8}{cost.peak_memory / 1e9:8.2f}"
 
 
-def ablate(config: Config, ranks: Ranks, views: list[Batch], seconds: float) -> Ablation:
+def ablate(
+    config: Config,
+    ranks: Ranks,
+    views: list[Batch],
+    seconds: float,
+    *,
+    only: Sequence[str] = (),
+    save: Callable[[Ablation, str], None] = lambda found, turn: None,
+) -> Ablation:
     """Measures the step with every switch that has an effect here, on ``views`` that are on the device.
 
     Every rank calls it. Other trainers are used no more.
+
+    Args:
+        only: these switches, the others as the config has them; all where none is named.
+        save: takes what was found so far and how far that is, after every measurement.
     """
     _free(ranks)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=0))  # they read no image
-    switches, skipped = _sorted_out(config, ranks)
+    asked = [switch for switch in SWITCHES if not only or switch.setting in only]
+    switches, skipped = _sorted_out(config, asked, ranks)
     everything = On(switches)
-    variants = [On(), *(On({name}) for name in switches), *(everything - {name} for name in switches), everything]
+    variants = [everything, *(everything - {name} for name in switches), On(), *(On({name}) for name in switches)]
     variants = [*dict.fromkeys(variants)] if switches else []
-    found: dict[On, list[tuple[float, int] | str]] = {on: [] for on in variants}
+    measured: dict[On, list[tuple[float, int] | str]] = {on: [] for on in variants}
+    found = Ablation(len(views) * config.run.local_batch * ranks.world_size, skipped, switches, {})
     for turn, on in enumerate([*variants, *reversed(variants)], 1):
+        how_far = f"{turn} of {2 * len(variants)}"
         if ranks.is_main:
-            log.info("ablation, %d of %d: %s", turn, 2 * len(variants), _name(on))
-        found[on].append(_measure(config, on, ranks, views, seconds / 2))
+            log.info("ablation, %s: %s", how_far, _name(on))
+        measured[on].append(_measure(_with(config, on, asked), ranks, views, seconds / 2))
         _free(ranks)
-    costs = {on: _cost(both) for on, both in found.items()}
-    return Ablation(len(views) * config.run.local_batch * ranks.world_size, skipped, switches, costs)
+        found = dataclasses.replace(found, costs={on: _cost(each) for on, each in measured.items() if each})
+        save(found, how_far)
+    return found
 
 
 def _name(on: On) -> str:
     return ", ".join(sorted(on)) or "all off"
 
 
-def _with(config: Config, on: On) -> Config:
-    """The config with these switches on, the others off."""
-    for switch in SWITCHES:
+def _with(config: Config, on: On, asked: Sequence[Switch]) -> Config:
+    """The config with the switches ``on`` on, the others of ``asked`` off."""
+    for switch in asked:
         config = switch.set(config, switch.setting in on)
     return config
 
 
-def _sorted_out(config: Config, ranks: Ranks) -> tuple[list[str], dict[str, str]]:
+def _sorted_out(config: Config, asked: Sequence[Switch], ranks: Ranks) -> tuple[list[str], dict[str, str]]:
     """The switches that have an effect here, one after the other, and why the rest have none."""
     on, skipped = On(), dict[str, str]()
-    before = _running(config, on, ranks)
-    for switch in SWITCHES:
+    before = _running(_with(config, on, asked), asked, ranks)
+    for switch in asked:
         name = switch.setting
         try:
-            running = _running(config, on | {name}, ranks)
+            one_more = _with(config, on | {name}, asked)
+            running = _running(one_more, asked, ranks)
         except UserError as error:
             skipped[name] = str(error)
             continue
         if running[name] == before[name]:
-            value = switch.value(_with(config, on | {name}))
-            skipped[name] = f"{value} runs what {switch.off} runs, for this recipe on this device"
+            skipped[name] = f"{switch.value(one_more)} runs what {switch.off} runs, for this recipe on this device"
         else:
             on, before = on | {name}, running
-    return [switch.setting for switch in SWITCHES if switch.setting in on], skipped
+    return [switch.setting for switch in asked if switch.setting in on], skipped
 
 
-def _running(config: Config, on: On, ranks: Ranks) -> dict[str, object]:
+def _running(config: Config, asked: Sequence[Switch], ranks: Ranks) -> dict[str, object]:
     """What runs, by switch."""
     try:
-        trainer = _trainer(config, on, ranks)
-        return {switch.setting: switch.runs(trainer) for switch in SWITCHES}
+        trainer = _trainer(config, ranks)
+        return {switch.setting: switch.runs(trainer) for switch in asked}
     finally:
         _free(ranks)
 
 
-def _trainer(config: Config, on: On, ranks: Ranks) -> Trainer:
+def _trainer(config: Config, ranks: Ranks) -> Trainer:
     """A variant's, that reads no images and says only what is wrong: the rest is what the others say."""
     disabled = logging.root.manager.disable
     logging.disable(max(disabled, logging.INFO))
     try:
-        trainer = Trainer(_with(config, on), ranks)
+        trainer = Trainer(config, ranks)
     finally:
         logging.disable(disabled)
     trainer.batches.close()
     return trainer
 
 
-def _measure(config: Config, on: On, ranks: Ranks, views: list[Batch], seconds: float) -> tuple[float, int] | str:
+def _measure(config: Config, ranks: Ranks, views: list[Batch], seconds: float) -> tuple[float, int] | str:
     """Seconds of a step, and bytes; or why there are none."""
     try:
-        trainer = _trainer(config, on, ranks)
+        trainer = _trainer(config, ranks)
 
         def step() -> None:
             trainer.train_step(views)
@@ -215,13 +231,13 @@ def _measure(config: Config, on: On, ranks: Ranks, views: list[Batch], seconds: 
     return max(ranks.gather((taken, peak_memory(ranks.device))))
 
 
-def _cost(both: list[tuple[float, int] | str]) -> Cost | str:
-    for found in both:
+def _cost(measured: list[tuple[float, int] | str]) -> Cost | str:
+    """Of a variant that was measured once or twice."""
+    for found in measured:
         if isinstance(found, str):
             return found
-    (first, first_bytes), (second, second_bytes) = (found for found in both if not isinstance(found, str))
-    fastest = min(first, second)
-    return Cost(fastest, max(first, second) / fastest - 1, max(first_bytes, second_bytes))
+    seconds, peaks = zip(*(found for found in measured if not isinstance(found, str)), strict=True)
+    return Cost(min(seconds), max(seconds) / min(seconds) - 1, max(peaks))
 
 
 def _free(ranks: Ranks) -> None:

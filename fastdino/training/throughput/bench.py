@@ -18,9 +18,10 @@ from fastdino.data import Batch
 from fastdino.data.workers import affordable
 from fastdino.distributed import Ranks
 from fastdino.engine import zero_stage
+from fastdino.files import whole_file
 from fastdino.model.weights import settled
 from fastdino.training.flops import matmul_flops, peak_memory, published_peak, step_flops
-from fastdino.training.throughput.ablation import Ablation, ablate
+from fastdino.training.throughput.ablation import SWITCHES, Ablation, ablate
 from fastdino.training.throughput.parts import PARTS, TRACED_STEPS, breakdown, trace
 from fastdino.training.throughput.timing import step_seconds, wall_seconds, warm_up
 from fastdino.training.trainer import Trainer
@@ -118,12 +119,13 @@ class Bench:
 
     seconds: float = 10.0
     """Seconds of each measurement: training, the step alone, the pipeline alone, each variant of --ablate."""
-    ablate: bool = False
-    """Also measure what each switch of the engine gives, alone and when all others are on."""
+    ablate: tuple[str, ...] | None = None
+    """Also measure what each switch of the engine gives, alone and when all others are on; or each of those named, such
+    as engine.compile model.packed, with the others as the recipe has them."""
     profile: Path | None = None
     """A file for a trace of 3 steps with named parts, for ui.perfetto.dev or chrome://tracing; .gz compresses it."""
     json: Path | None = None
-    """A file for all figures."""
+    """A file for all figures; it is written after every variant of --ablate, so that what is stopped leaves some."""
 
     def __post_init__(self) -> None:
         require(0 < self.seconds < math.inf, "--seconds", self.seconds, "a positive number of seconds")
@@ -131,6 +133,8 @@ class Bench:
             if path := getattr(self, name):
                 object.__setattr__(self, name, path.expanduser())
         require(not self.json or self.json != self.profile, "--json", str(self.json), "another file than --profile")
+        known = [switch.setting for switch in SWITCHES]
+        require(set(self.ablate or ()) <= {*known}, "--ablate", self.ablate, f"some of {', '.join(known)}, or none")
 
     def __call__(self, config: Config) -> Throughput:
         """Measures; every rank calls it, under any launcher.
@@ -143,11 +147,16 @@ class Bench:
             # A step that logs is another graph, which would be captured in the middle.
             quiet = dataclasses.replace(config, run=dataclasses.replace(config.run, log_every=NEVER))
             found, views = self._measure(quiet, ranks)
-            if self.ablate:
-                found = dataclasses.replace(found, ablation=ablate(quiet, ranks, views, self.seconds))
-            if self.json and ranks.is_main:
-                self.json.write_text(json.dumps(_document(found, config), indent=1) + "\n")
-            return found
+
+            def save(ablation: Ablation | None, partial: str = "") -> None:
+                ranks.on_main(lambda: self._write(dataclasses.replace(found, ablation=ablation), config, partial))
+
+            save(None)
+            if self.ablate is None:
+                return found
+            ablation = ablate(quiet, ranks, views, self.seconds, only=self.ablate, save=save)
+            save(ablation)
+            return dataclasses.replace(found, ablation=ablation)
 
     def _measure(self, config: Config, ranks: Ranks) -> tuple[Throughput, list[Batch]]:
         """All but the ablation, and the views that the step had."""
@@ -205,6 +214,11 @@ class Bench:
         if ranks.is_main:
             log.info("measuring %s", what)
 
+    def _write(self, found: Throughput, config: Config, partial: str) -> None:
+        if self.json:
+            with whole_file(self.json, "Name another file with --json") as file:
+                file.write_text(json.dumps(_document(found, config, partial), indent=1) + "\n")
+
     def _check_files(self) -> None:
         """Says now what could not be written in a minute."""
         for flag, path in (("--profile", self.profile), ("--json", self.json)):
@@ -217,6 +231,8 @@ class Bench:
                 raise ConfigError(f"{flag} {path} cannot be written: {error.strerror}. Name another file") from error
             if new:
                 path.unlink()
+            elif not path.is_file():  # a device, which a rename would replace
+                raise ConfigError(f"{flag} {path} cannot be written: it is there and no file. Name another file")
 
 
 def _what_runs(trainer: Trainer) -> str:
@@ -228,11 +244,12 @@ def _what_runs(trainer: Trainer) -> str:
     return f"{config.model.arch} on {ranks.world_size} x {device}, {how}; {trainer.global_batch} images a step"
 
 
-def _document(found: Throughput, config: Config) -> dict[str, Any]:
-    """For a file: the figures, with the settings that they are of."""
+def _document(found: Throughput, config: Config, partial: str) -> dict[str, Any]:
+    """For a file: the figures, with the settings that they are of, and how far the ablation is if it is not over."""
     figures = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
     if ablation := figures.pop("ablation"):
         figures["ablation"] = {
+            **({"partial": partial} if partial else {}),
             "skipped": ablation.skipped,
             "costs": [
                 {"on": sorted(on), **({"refused": cost} if isinstance(cost, str) else dataclasses.asdict(cost))}
