@@ -4,7 +4,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-PYTEST = "python -m pytest -vv -p no:cacheprovider --timeout=180 --tb=short --show-capture=no -rfE"
+PYTEST = (  # why a test failed it says at its end, and when it is interrupted, but not when its stage is stopped
+    "timeout --foreground --signal=INT {end} "
+    "python -m pytest -vv -p no:cacheprovider --timeout=180 --tb=short --show-capture=no -rfE"
+)
 TRAIN = (
     "python -m fastdino train vit_small_16 --run.dir {work}/run --data.root shapes --data.num-images 1024 "
     "--data.num-workers 4 --run.local-batch 64 --run.epochs 1 --run.knn-every 1 --optim.warmup-epochs 0"
@@ -31,8 +34,8 @@ class Stage:
     """A command and how long it may take.
 
     Attributes:
-        command: split as a shell would. {seconds} is what a command that can end by itself may take, {work} a temporary
-            folder, {out} the folder that is kept.
+        command: split as a shell would. {seconds} is what a command that can end by itself may take, {end} when one has
+            to be told that says at its end what it found, {work} a temporary folder, {out} the folder that is kept.
         limit: seconds after which it is stopped, in a visit of default length; with less than a third left it is
             skipped.
         lane: stages of several lanes run side by side, before all that is timed; those of one lane one after another.
@@ -52,7 +55,9 @@ TESTED = r"\b(FAILED|ERROR)\b|\b(passed|failed|errors?) in\b"  # each as it come
 STAGES = (
     Stage("tests", f"{PYTEST} -n 8 --dist worksteal -m 'not gpu and not large and not offline' tests/kernels", 150,
           "tests", TESTED),
-    Stage("tests-gpu", f"{PYTEST} -n 6 --dist loadfile -m 'gpu and not large' tests", 150, "gpu tests", TESTED),
+    Stage("tests-gpu", f"{PYTEST} -n 6 --dist loadfile -m 'gpu and not large' -k 'not zero_3' tests", 150,
+          "gpu tests", TESTED),
+    Stage("tests-zero-3", f"{PYTEST} -m gpu -k zero_3 tests/training/test_gpu.py", 150, "ZeRO 3", TESTED),
     Stage("memcheck", SANITIZER.format(tool="memcheck"), 150, "memcheck", "SUMMARY|Invalid|Error"),
     Stage("racecheck", SANITIZER.format(tool="racecheck"), 150, "racecheck", "SUMMARY|hazard|Error"),
     Stage("train", TRAIN, 100, "training", "ZeRO|took|loss|k-NN|done"),

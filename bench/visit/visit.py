@@ -19,6 +19,7 @@ from pathlib import Path
 from bench.record import RESULTS, ROOT, commit, python_path
 from bench.visit.stages import SPARE, Stage, lanes, stretch
 
+LAST_WORDS = 10  # seconds of a stage's, for a command that is told when to end
 TOOLS = ("/usr/local/cuda*/bin", "/opt/nvidia/nsight-compute/*")  # where ncu and compute-sanitizer may be
 NOT_FOUND = 127  # a shell's code, and env's
 OK, SKIPPED = "ok", "skipped"
@@ -80,7 +81,8 @@ class Visit:
     def _execute(self, stage: Stage, seconds: float) -> str:
         """The state in which the stage ended, within ``seconds``."""
         inside = max(1, int(0.8 * seconds))  # for a command that ends by itself: it finishes what it has begun
-        command = [part.format(seconds=inside, work=self.work, out=self.out) for part in shlex.split(stage.command)]
+        given = {"seconds": inside, "end": max(1, int(seconds) - LAST_WORDS), "work": self.work, "out": self.out}
+        command = [part.format(**given) for part in shlex.split(stage.command)]
         command = [sys.executable if part == "python" else part for part in command]
         tools = [folder for pattern in TOOLS for folder in glob.glob(pattern)]
         env = {**os.environ, "PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1"}

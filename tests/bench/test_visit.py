@@ -21,8 +21,8 @@ from bench.kernels.case import PLAIN
 from bench.kernels.measure import BENCHES
 from bench.visit import __main__ as command
 from bench.visit import launch_configs, step_profile, visit
-from bench.visit.stages import SECONDS, SPARE, STAGES, Stage, longest, stretch
-from bench.visit.visit import Visit
+from bench.visit.stages import PYTEST, SECONDS, SPARE, STAGES, Stage, longest, stretch
+from bench.visit.visit import LAST_WORDS, Visit
 from bench.workload import step_config
 from fastdino import cli, distributed
 from fastdino.training.throughput.bench import Bench
@@ -228,6 +228,15 @@ def test_a_visit_keeps_what_was_found(results: Path, tmp_path: Path) -> None:
     assert "bench/results/old.json" not in names
     packed = (done.work / "packed.log").read_text()
     assert "bench/results/new.json" in packed, "after every stage, not at the end"
+
+
+def test_a_stage_of_tests_that_takes_too_long_says_why_one_failed(results: Path, tmp_path: Path) -> None:
+    tests = "import time\ndef test_wrong():\n    assert False, 'the reason'\ndef test_long():\n    time.sleep(100)\n"
+    (tmp_path / "test_some.py").write_text(tests)
+    done = Visit([Stage("tests", f"{PYTEST} -n 2 test_some.py", LAST_WORDS + 15, shows="^x")], 90, tmp_path / "out")
+    assert not done.run()
+    assert done.states["tests"] == "FAILED with code 124"
+    assert "AssertionError: the reason" in (tmp_path / "out/summary.txt").read_text()
 
 
 def test_lanes_run_side_by_side_and_before_what_is_timed(results: Path, tmp_path: Path) -> None:
