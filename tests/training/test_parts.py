@@ -214,7 +214,7 @@ def test_a_warm_up_tells_the_seconds_of_the_first_step(clock: Callable[[float], 
 
 
 @pytest.mark.parametrize("flag", ["json", "profile"])
-@pytest.mark.parametrize("place", ["missing/figures", "."])
+@pytest.mark.parametrize("place", ["missing/figures", ".", "/dev/null"])
 def test_a_file_that_cannot_be_written_is_said_at_once(
     flag: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

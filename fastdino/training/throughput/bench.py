@@ -233,6 +233,8 @@ class Bench:
                 raise ConfigError(f"{flag} {path} cannot be written: {error.strerror}. Name another file") from error
             if new:
                 path.unlink()
+            elif not path.is_file():  # a device, which a rename would replace
+                raise ConfigError(f"{flag} {path} cannot be written: it is there and no file. Name another file")
 
 
 def _what_runs(trainer: Trainer) -> str:
