@@ -10,9 +10,7 @@ from torch import Tensor
 
 from fastdino.model.attention import Lengths, starts_of
 
-PACKED: dict[str, bool] = {
-    "NVIDIA H200": True,
-}
+PACKED: dict[str, bool] = {}
 """Whether views of all sizes go through a network at once, by a part of a GPU's name: what is faster in
 bench/results/step-*.json, as bench.report writes it. Elsewhere, not measured that is, they do: it launches less."""
 

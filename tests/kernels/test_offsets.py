@@ -16,6 +16,7 @@ from fastdino_kernels import (
     gather_layer_norm,
     ibot_loss,
     koleo_loss,
+    packed_attention,
     prototype_weight,
     scatter_add_scaled,
     sinkhorn,
@@ -59,9 +60,15 @@ def ibot(student: Tensor, teacher: Tensor) -> Tensor:
     return ibot_loss(student.view_as(student), teacher, numbers(K), numbers(4), **TEMPS, inplace_grad=True)
 
 
+def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return packed_attention(q, k, v, queries=((1, 4),), keys=((1, 4),)).float().square().sum()
+
+
 @pytest.mark.parametrize(
     ("implementation", "shapes", "dim"),
     [
+        (attended, [(4, 3, 16)] * 3, 0),
+        (attended, [(4, 3, 16)] * 3, 1),
         (dino, VIEWS, 0),
         (dino, VIEWS, 1),
         (ibot, PATCHES, 0),

@@ -148,6 +148,25 @@ def test_triton_takes_short_numbers_in_heads_of_some_widths(monkeypatch: pytest.
             room.implementation("triton", torch.device("cuda"), dtype, width)
 
 
+@pytest.mark.usefixtures("no_gpu")
+def test_auto_leaves_long_sequences_to_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Called(Exception):
+        pass
+
+    def packed(*_: torch.Tensor, **lengths: room.Lengths) -> torch.Tensor:
+        raise Called
+
+    monkeypatch.setattr(room, "FASTEST", {"H100": "triton"})
+    monkeypatch.setattr(room, "packed_attention", packed)
+    for queries in (KEYS, CLS):
+        tensors = inputs(queries, "cuda", torch.bfloat16)
+        for longest, choice in ((7, "auto"), (6, "triton")):
+            monkeypatch.setattr(room, "LONGEST", longest)
+            with pytest.raises(Called):
+                attention(tensors, queries=queries, keys=KEYS, choice=choice)
+        assert attention(tensors, queries=queries, keys=KEYS).shape == tensors[0].shape
+
+
 def test_starts() -> None:
     assert room.starts_of(((2, 3), (3, 1)), torch.device("cpu")).tolist() == [0, 3, 6, 7, 8, 9]
 

@@ -17,7 +17,7 @@ def _place(tokens, H, BLOCK: tl.constexpr):
     # What a program works on: sequence, head, and the first token of a tile. Neighbours share a sequence.
     num_blocks = tl.cdiv(tokens, BLOCK)
     rest = tl.program_id(0) // num_blocks
-    return (rest // H).to(tl.int64), rest % H, tl.program_id(0) % num_blocks * BLOCK
+    return (rest // H).to(tl.int64), (rest % H).to(tl.int64), tl.program_id(0) % num_blocks * BLOCK
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def _head(x_ptr, strides, token, head):
 def _tile(x_ptr, first, tokens, stride, BLOCK: tl.constexpr, D: tl.constexpr):
     # Addresses of BLOCK tokens of a head from the first on, and which of them are there.
     i = first + tl.arange(0, BLOCK)
-    return x_ptr + i[:, None] * stride + tl.arange(0, D)[None, :], (i < tokens)[:, None]
+    return x_ptr + i[:, None].to(tl.int64) * stride + tl.arange(0, D)[None, :], (i < tokens)[:, None]
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def _attention_kernel(
         top = new_top
     _store(out_ptr, out / total[:, None], first, num_queries, out_strides[0], BLOCK_Q, D)
     i = first + tl.arange(0, BLOCK_Q)
-    log_sum_ptr += head.to(tl.int64) * M + sequence * num_queries
+    log_sum_ptr += head * M + sequence * num_queries
     tl.store(log_sum_ptr + i, top + tl.log2(total), mask=i < num_queries)
 
 
@@ -135,7 +135,7 @@ def _attention_gradient_queries_kernel(
     v_ptr = _head(v_ptr, v_strides, sequence * num_keys, head)
     grad_ptr = _head(grad_ptr, grad_strides, sequence * num_queries, head)
     out_ptr = _head(out_ptr, out_strides, sequence * num_queries, head)
-    row = head.to(tl.int64) * M + sequence * num_queries
+    row = head * M + sequence * num_queries
     i = first + tl.arange(0, BLOCK_Q)
     q = _load(q_ptr, first, num_queries, q_strides[0], BLOCK_Q, D, DTYPE)
     grad = _load(grad_ptr, first, num_queries, grad_strides[0], BLOCK_Q, D, DTYPE)
@@ -189,7 +189,7 @@ def _attention_gradient_keys_kernel(
     k_ptr = _head(k_ptr, k_strides, sequence * num_keys, head)
     v_ptr = _head(v_ptr, v_strides, sequence * num_keys, head)
     grad_ptr = _head(grad_ptr, grad_strides, sequence * num_queries, head)
-    row = head.to(tl.int64) * M + sequence * num_queries
+    row = head * M + sequence * num_queries
     k = _load(k_ptr, first, num_keys, k_strides[0], BLOCK_K, D, DTYPE)
     v = _load(v_ptr, first, num_keys, v_strides[0], BLOCK_K, D, DTYPE)
     grad_k = tl.zeros([BLOCK_K, D], tl.float32)
@@ -248,7 +248,7 @@ def _attention_gradient_kernel(
     grad_ptr = _head(grad_ptr, grad_strides, sequence * num_queries, head)
     out_ptr = _head(out_ptr, out_strides, sequence * num_queries, head)
     i = tl.arange(0, BLOCK_Q)
-    log_sum_ptr += head.to(tl.int64) * M + sequence * num_queries
+    log_sum_ptr += head * M + sequence * num_queries
     log_sum = tl.load(log_sum_ptr + i, mask=i < num_queries, other=0.0)
     q = _load(q_ptr, 0, num_queries, q_strides[0], BLOCK_Q, D, DTYPE)
     k = _load(k_ptr, 0, num_keys, k_strides[0], BLOCK_K, D, DTYPE)

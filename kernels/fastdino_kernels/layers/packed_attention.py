@@ -166,8 +166,8 @@ def launch_config(queries: int, keys: int) -> dict[str, dict[str, int]]:
     """
     q, k = (min(64, max(16, triton.next_power_of_2(tokens))) for tokens in (queries, keys))
     if max(queries, keys) <= 64:
-        one = {"BLOCK_Q": q, "BLOCK_K": k, "num_warps": 4, "num_stages": 1}
-        return {"forward": one, "whole": one}
+        whole = {"BLOCK_Q": q, "BLOCK_K": k, "num_warps": 4}
+        return {"forward": whole | {"num_stages": 2}, "whole": whole}
     over_keys = {"BLOCK_Q": q, "BLOCK_K": min(32, k), "num_warps": 4, "num_stages": 3}
     over_queries = over_keys | {"BLOCK_Q": min(32, q), "BLOCK_K": k}
     return {"forward": over_keys, "queries": over_keys, "keys": over_queries}
