@@ -45,20 +45,20 @@ def main() -> int:
     if device.type == "cpu":
         torch.set_num_threads(1)
     path, where = result_path("step", device), provenance(device, "bench.step")
-    changed = options.rounds or options.contender is not None or options.batch or options.alone or options.out
+    changed = options.rounds or options.batch or options.alone or options.out
     part = bool(options.arch) and not changed and may_add(path, where)
     others = usual(device) if options.contender is None else options.contender
     archs = options.arch or ARCHS[device.type]
     configs = [asked_config(parser, "--arch", text, device, options.batch) for text in archs]
     with distributed.init("cuda" if device.type == "cuda" else "cpu") as ranks:
         rounds = options.rounds or ROUNDS[device.type]
-        contests = [Contest(config, ranks, others, rounds) for config in configs]
+        contests = [Contest(config, ranks, others, rounds, options.when) for config in configs]
         document = {"provenance": where, "cases": [contest.case for contest in contests]}
 
         def save() -> None:
             if part:
                 add(path, document, lambda case: (case["arch"], case["batch"]))
-            elif options.out or not (options.arch or changed):
+            elif options.out or not (options.arch or changed or options.contender is not None):
                 write(options.out or path, document)
 
         for contest in contests:
@@ -80,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=positive, help="images of a step, of architectures that name none")
     parser.add_argument("--rounds", type=positive)
     parser.add_argument("--alone", action="store_true", help="one after another, as where memory is short")
+    parser.add_argument(
+        "--when", type=Path, metavar="FILE", help="compile and judge at once, and time when FILE is there"
+    )
     parser.add_argument("--out", type=Path, help="default: bench/results/step-DEVICE.json, if nothing is changed")
     return parser
 
@@ -87,8 +90,11 @@ def _parser() -> argparse.ArgumentParser:
 class Contest:
     """Ours and others at one architecture. ``case`` is its entry in a result file, ``partial`` until it is whole."""
 
-    def __init__(self, config: Config, ranks: Ranks, others: Sequence[str], rounds: int) -> None:
+    def __init__(
+        self, config: Config, ranks: Ranks, others: Sequence[str], rounds: int, when: Path | None = None
+    ) -> None:
         self.config, self.ranks, self.names, self.rounds = config, ranks, [OURS, *others], rounds
+        self.when, self.clock = when, Clock(ranks.device)
         views = config.views
         self.case: dict[str, Any] = {
             "arch": config.model.arch, "views": f"2 x {views.global_size} + {views.num_local} x {views.local_size}",
@@ -104,11 +110,7 @@ class Contest:
         Raises AssertionError, and times nothing, when the losses disagree; OutOfMemoryError when ours does not fit.
         """
         save()
-        device = self.ranks.device
-        self.clock = Clock(device)
-        dtype = torch.bfloat16 if self.case["precision"] == "bf16" else torch.float32
-        self.case["matmul_flops_per_s"] = matmul_flops(device, dtype, self.clock)
-        self.batches = [random_batch(self.config, device, seed) for seed in range(NUM_BATCHES)]
+        self.batches = [random_batch(self.config, self.ranks.device, seed) for seed in range(NUM_BATCHES)]
         if not alone and (why := self._use(self.names, lambda made: self._in_turns(made, save))):
             print(f"{self.case['arch']}: one after another, because together they do not fit: {why}", flush=True)
             alone = True
@@ -119,8 +121,18 @@ class Contest:
         del self.case["partial"]
         save()
 
+    def _await_turn(self) -> None:
+        """Begins to time: waits for the file that it was told of, and takes the rate of products, which MFU is of."""
+        if "matmul_flops_per_s" in self.case:
+            return
+        while self.when is not None and not self.when.exists():
+            time.sleep(0.1)
+        dtype = torch.bfloat16 if self.case["precision"] == "bf16" else torch.float32
+        self.case["matmul_flops_per_s"] = matmul_flops(self.ranks.device, dtype, self.clock)
+
     def _in_turns(self, contenders: dict[str, Contender], save: Callable[[], None]) -> None:
         self.case["losses"] = check(contenders, self.batches, self.case["precision"])
+        self._await_turn()
         figures, saved = self.case["contenders"], time.monotonic()
 
         def after_round(seconds: dict[str, list[float]]) -> None:
@@ -142,6 +154,7 @@ class Contest:
 
         def measure_it(made: dict[str, Contender]) -> None:
             self.case["losses"] = check(made, self.batches, self.case["precision"], self.case["losses"])
+            self._await_turn()
             works = {name: contender.work(self.batches) for name, contender in made.items()}
             seconds.update(interleave(works, self.rounds, self.clock, hide_launches=False)[0])
             for name, contender in made.items():

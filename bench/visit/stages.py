@@ -17,9 +17,9 @@ ABLATION = (
     "python -m fastdino bench vit_small_16 --data.root shapes --data.num-images 4096 --seconds 1 "
     "--json {out}/ablation.json --ablate model.attention engine.teacher_stream engine.checkpointing"
 )
-WARM_STEP = (  # what compiles code of its own, ours, then what takes longest
-    "python -m bench.step --arch vit_small --rounds 2 "
-    "--contender 'lightly + timm, torch.compile' 'fastdino, a pass per size'"
+LARGE = (  # the peer's blocks are compiled one by one, which takes minutes
+    "python -m bench.step --arch vit_large:32 --when {turn} "
+    "--contender 'fastdino, attention by SDPA' 'lightly + timm, torch.compile'"
 )
 SANITIZER = (
     # with torch's cache of memory an access beyond a tensor's end would hit another tensor
@@ -40,8 +40,9 @@ class Stage:
     Attributes:
         command: split as a shell would. {seconds} is what a command that can end by itself may take, {end} when one has
             to be told that says at its end what it found, {work} a temporary folder, {out} the folder that is kept.
-        limit: seconds after which it is stopped, in a visit of default length; with less than a third left it is
-            skipped.
+            One with {turn} begins early, beside others, to compile, and waits until that file is there, its turn.
+        limit: seconds from its turn after which it is stopped, in a visit of default length; with less than a third
+            left it is skipped.
         lane: stages of several lanes run side by side, before all that is timed; those of one lane one after another.
         shows: regular expression of the lines of its log that the summary repeats.
     """
@@ -51,6 +52,11 @@ class Stage:
     limit: int
     lane: str = ""
     shows: str = "."
+
+    @property
+    def early(self) -> bool:
+        """Whether it begins before its turn."""
+        return "{turn}" in self.command
 
 
 MACHINE = r"^(GPU|Nvidia|CUDA|OS|CPU\(s\)|Python v|\[pip3\] (torch|triton|numpy))"
@@ -65,26 +71,25 @@ STAGES = (
     Stage("memcheck", SANITIZER.format(tool="memcheck"), 150, "memcheck", "SUMMARY|Invalid|Error"),
     Stage("racecheck", SANITIZER.format(tool="racecheck"), 150, "racecheck", "SUMMARY|hazard|Error"),
     Stage("train", TRAIN, 150, "training", "ZeRO|took|loss|k-NN|done"),
-    # Fewest rounds, no file: they fill the compilers' caches while nothing can be timed.
-    Stage("warm-step", WARM_STEP, 150, "step"),
     Stage("machine", "python -m torch.utils.collect_env", 40, "compilers", MACHINE),
+    # Fewest rounds, no file: it fills the compiler's cache while nothing can be timed.
     Stage("warm-kernels", "python -m bench.kernels --rounds 2 --seconds {seconds}", 110, "compilers", "no figure|left"),
     # Alone on the machine.
     Stage("ceilings", "python -m bench.kernels.ceilings", 20),
-    Stage("step-vit_small", "python -m bench.step --arch vit_small", 160),
+    Stage("step-vit_small", "python -m bench.step --arch vit_small --when {turn}", 70),
     Stage("attention", "python -m bench.kernels.attention", 60),
     Stage("profile", "python -m bench.visit.step_profile vit_small", 40),
     Stage("kernels", "python -m bench.kernels --seconds {seconds}", 120),
+    Stage("step-vit_large", LARGE, 90),
     Stage("profile-large", "python -m bench.visit.step_profile vit_large:32", 90,
           shows=r"^vit|images/s|peak|launches|[1-9]\d\.\d%"),
     Stage("ablation", ABLATION, 110, shows=r"^ *(model|engine|all|alone|last|images/s|MFU)|images/s|skipped|%"),
-    Stage("step-vit_large", "python -m bench.step --arch vit_large:32", 200),
     Stage("ncu", NCU, 90, shows=r"_kernel|Duration|DRAM Throughput|Registers Per|Achieved Occ|Local\(|profiled"),
     Stage("launch-configs", "python -m bench.visit.launch_configs", 90),
     Stage("tests-large", f"{PYTEST} -m large tests/kernels", 100, shows=TESTED),
 )  # fmt: skip
 SECONDS = 560
-"""Default length: the tests and the stages up to ``kernels`` fit, even if each takes all of its limit."""
+"""Default length: the tests and the stages up to ``step-vit_large`` fit, even if each takes all of its limit."""
 SPARE = 10  # of it for the last report
 
 

@@ -31,7 +31,8 @@ class Visit:
     """Begins when it is made.
 
     Args:
-        stages: to run; those with a lane side by side, then the others one by one.
+        stages: to run; those with a lane side by side, then the others one by one. The first that begins early does so
+            at once, each other one when the one before it is over: two would not share a GPU's memory.
         seconds: in which all of it has to end.
         out: folder for summary.txt and visit.tar.gz (logs, and the files of bench/results/ that were written), which
             are whole after every stage.
@@ -45,6 +46,7 @@ class Visit:
         self.before = {path: path.read_bytes() for path in RESULTS.glob("*.json")}
         self.reports: list[str] = []
         self.states: dict[str, str] = {}
+        self._early: dict[str, subprocess.Popen[bytes] | str] = {}
         self._running: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
         self.out.mkdir(parents=True, exist_ok=True)
@@ -55,6 +57,7 @@ class Visit:
         side_by_side = lanes(self.stages)
         with ThreadPoolExecutor(max_workers=max(1, len(side_by_side))) as pool:
             try:
+                self._begin_early()
                 running = [pool.submit(self._one_by_one, lane) for lane in side_by_side]
                 while wait(running, timeout=0.5).not_done:
                     pass  # a signal that comes as a wait begins is heard when it ends
@@ -69,19 +72,33 @@ class Visit:
                 raise
         return all(state.startswith((OK, SKIPPED)) for state in self.states.values())
 
+    def _begin_early(self) -> None:
+        """Begins the first stage that can and has not."""
+        if rest := [stage for stage in self.stages if stage.early and stage.name not in self._early]:
+            self._early[rest[0].name] = self._begin(rest[0], rest[0].limit)
+
     def _one_by_one(self, stages: Sequence[Stage]) -> None:
         for stage in stages:
             began, left = time.monotonic(), self.end - time.monotonic()
+            seconds, state = min(stage.limit * self.stretch, left), f"{SKIPPED}, {max(0, left):.0f} s are left"
+            if stage.early:
+                self._turn(stage).touch()
             if left < stage.limit / 3:
-                self._report(stage, f"{SKIPPED}, {max(0, left):.0f} s are left", 0)
+                self._end(self._early.get(stage.name, state), 0)
             else:
-                state = self._execute(stage, min(stage.limit * self.stretch, left))
-                self._report(stage, state, time.monotonic() - began)
+                state = self._end(self._early.get(stage.name) or self._begin(stage, seconds), seconds)
+            if stage.early:
+                self._begin_early()
+            self._report(stage, state, time.monotonic() - began)
 
-    def _execute(self, stage: Stage, seconds: float) -> str:
-        """The state in which the stage ended, within ``seconds``."""
+    def _turn(self, stage: Stage) -> Path:
+        return self.work / f"{stage.name}.turn"
+
+    def _begin(self, stage: Stage, seconds: float) -> "subprocess.Popen[bytes] | str":
+        """The stage's command, started, or the state of one that cannot be."""
         inside = max(1, int(0.8 * seconds))  # for a command that ends by itself: it finishes what it has begun
         given = {"seconds": inside, "end": max(1, int(seconds) - LAST_WORDS), "work": self.work, "out": self.out}
+        given["turn"] = self._turn(stage)
         command = [part.format(**given) for part in shlex.split(stage.command)]
         command = [sys.executable if part == "python" else part for part in command]
         tools = [folder for pattern in TOOLS for folder in glob.glob(pattern)]
@@ -100,6 +117,12 @@ class Visit:
                 except FileNotFoundError:
                     return ABSENT
                 self._running.add(child)
+        return child
+
+    def _end(self, child: "subprocess.Popen[bytes] | str", seconds: float) -> str:
+        """The state in which what :meth:`_begin` gave ended, within ``seconds`` from now."""
+        if isinstance(child, str):
+            return child
         try:
             code = child.wait(seconds)
         except subprocess.TimeoutExpired:

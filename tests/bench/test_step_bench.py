@@ -110,6 +110,30 @@ def test_ours_must_fit(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
         Contest(step_config("vit_nano", CPU), ranks, [], rounds=2).measure(lambda: None, alone=False)
 
 
+def test_what_is_compiled_and_judged_waits_for_its_turn(
+    ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[dict[str, Any]] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(json.loads(json.dumps(contest.case)))
+        if len(waits) == 3:
+            (tmp_path / "turn").touch()
+
+    monkeypatch.setattr("bench.step.time.sleep", sleep)
+    config = step_config("vit_nano", CPU, batch=2)
+    for alone in (False, True):
+        waits.clear()
+        (tmp_path / "turn").unlink(missing_ok=True)
+        contest = Contest(config, ranks, ["lightly + timm"], 2, tmp_path / "turn")
+        contest.measure(lambda: None, alone)
+        assert len(waits) == 3
+        assert [*waits[2]["losses"]] == [OURS, "lightly + timm"][: 1 if alone else 2]
+        assert not waits[2]["contenders"]
+        assert "matmul_flops_per_s" not in waits[2], "products are timed in quiet, too"
+        assert set(contest.case["contenders"]) == {OURS, "lightly + timm"}
+
+
 def test_a_contender_that_could_not_be_compiled_says_so(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_compiler(function: object, **options: object) -> Callable[..., object]:
         def call(*inputs: object) -> object:

@@ -41,7 +41,7 @@ class Parsed(Exception):
 
 def parsed(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gives ``text`` to the command's own parser; raises Parsed when it is understood, SystemExit when it is not."""
-    module, *arguments = shlex.split(text.format(seconds=100, work="work", out="out"))
+    module, *arguments = shlex.split(text.format(seconds=100, work="work", out="out", turn="turn"))
 
     def stop(*args: object) -> None:
         raise Parsed
@@ -108,7 +108,7 @@ def test_other_stages_are_modules_without_arguments() -> None:
 
 def test_limits_add_up() -> None:
     names = [stage.name for stage in STAGES]
-    first = STAGES[: names.index("kernels") + 1]
+    first = STAGES[: names.index("step-vit_large") + 1]
     assert longest(first) == SECONDS, "the default length is what the tests and the most valuable figures may take"
     assert stretch(STAGES, SECONDS) == 1, "a short visit leaves stages out rather than cut all of them"
     for seconds in (longest(STAGES), 1800):
@@ -251,6 +251,24 @@ def test_lanes_run_side_by_side_and_before_what_is_timed(results: Path, tmp_path
     done = Visit(stages, SPARE + 300, tmp_path / "out")
     assert done.run(), done.states
     assert list(done.states)[-1] == "alone"
+
+
+def test_a_stage_that_begins_early_waits_for_its_turn(results: Path, tmp_path: Path) -> None:
+    """Beside the lanes; the second one when the first is over; one that has no turn any more is stopped."""
+    began, early = tmp_path / "began", "sh -c 'echo {0} >> {1}; until test -e {{turn}}; do sleep 0.05; done; cat {1}'"
+    stages = [
+        Stage("first", early.format("first", began), 60),
+        Stage("alone", f"sh -c 'cat {began}; sleep 1'", 60),
+        Stage("lane", f"sh -c 'until test -e {began}; do sleep 0.05; done; sleep 1; cat {began}'", 60, "x"),
+        Stage("second", early.format("second", began), 60),
+        Stage("third", f"sh -c 'echo $$ > {tmp_path}/third; sleep 600 {{turn}}'", 60_000),
+    ]
+    done = Visit(stages, SPARE + 300, tmp_path / "out")
+    assert done.run(), done.states
+    assert done.states["third"].startswith(visit.SKIPPED)
+    wait_for(lambda: gone(int((tmp_path / "third").read_text())), 5)
+    seen = {stage.name: (done.work / f"{stage.name}.log").read_text().split("\n", 1)[1] for stage in stages[:4]}
+    assert seen == {"lane": "first\n", "first": "first\n", "alone": "first\nsecond\n", "second": "first\nsecond\n"}
 
 
 def test_a_visit_that_is_ended_ends_its_stages(tmp_path: Path) -> None:
