@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated
 
 from fastdino_kernels import AdamWHyper, make_segments
-from fastdino_kernels.layers import gather_layer_norm, prototype_weight
+from fastdino_kernels.layers import gather_layer_norm, packed_attention, prototype_weight
 from fastdino_kernels.losses import dino_loss, koleo_loss, linear_ibot_loss, sinkhorn
 from fastdino_kernels.optim import adamw_ema, ema_update, segment_squares
 from fastdino_kernels.testing import assert_no_worse
@@ -26,7 +26,7 @@ Call = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 def calls(device: str) -> dict[str, tuple[Call, Call, list[Tensor]]]:
-    """By name a kernel, its reference, and small inputs of fp32, of which some take a gradient."""
+    """By name a kernel, its reference, and small inputs, fp16 for attention, else fp32; some take a gradient."""
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, generator=torch.Generator(device).manual_seed(sum(shape)))
@@ -45,6 +45,8 @@ def calls(device: str) -> dict[str, tuple[Call, Call, list[Tensor]]]:
     weight = random(rows).exp()
     linear = [leaf(rows, width), leaf(K, width), random(rows, width), random(K, width), random(K), weight]
     gathered = tuple(partial(_two_of_four, norm) for norm in pair(gather_layer_norm, "gather_layer_norm"))
+    of_heads = [random(10, 2, 16 + i).half()[..., :16].requires_grad_() for i in range(3)]
+    tokens = {"queries": ((2, 5),), "keys": ((2, 5),)}
     segments = {"segments": make_segments((3000, n - 3000), device)}
     return {
         "dino_loss": (*pair(dino_loss, "dino_loss", **temps), [leaf(4, 3, K), random(2, 3, K), random(K)]),
@@ -53,6 +55,7 @@ def calls(device: str) -> dict[str, tuple[Call, Call, list[Tensor]]]:
         "sinkhorn": (*pair(sinkhorn, "sinkhorn", temp=0.1), [random(rows, K)]),
         "prototype_weight": (*pair(prototype_weight, "prototype_weight"), [leaf(K, width), random(K, 1)]),
         "gather_layer_norm": (gathered[0], gathered[1], [leaf(4 * rows, width), leaf(width), leaf(width)]),
+        "packed_attention": (*pair(packed_attention, "packed_attention", **tokens), of_heads),
         "segment_squares": (*pair(segment_squares, "segment_squares", **segments), [random(n)]),
         "ema_update": (*in_place(ema_update, "ema_update", _average), [random(n), random(n)]),
         "adamw_ema": (*in_place(adamw_ema, "adamw_ema", _step), [random(n), random(n)]),
@@ -64,7 +67,8 @@ def wrong(kernel: Call, reference: Call, inputs: list[Tensor]) -> str:
     try:
         exact = _results(reference, [x.detach().double().requires_grad_(x.requires_grad) for x in inputs])
         for got, plain, right in zip(_results(kernel, inputs), _results(reference, inputs), exact, strict=True):
-            assert_no_worse(got, plain, right)
+            # Attention rounds what its products take, too, beside plain torch in fp32: as much as one bf16 is off.
+            assert_no_worse(got, plain, right, torch.bfloat16 if got.dtype == torch.float16 else None)
     except Exception as error:  # of compilers and drivers, which have no type in common
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return ""

@@ -114,6 +114,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, queries: Lengths, keys: Lengths) -> 
 
 
 class _PackedAttention(torch.autograd.Function):
+    """Saves inputs and output, and of each query a number from which its weights are taken again."""
+
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, queries: Lengths, keys: Lengths) -> Tensor:
         q, k, v = (_dense_heads(x) for x in (q, k, v))
@@ -130,6 +132,8 @@ class _PackedAttention(torch.autograd.Function):
 
 
 class _PackedSelfAttention(torch.autograd.Function):
+    """The same of one tensor, whose gradient the kernels write whole: three would be stacked."""
+
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, lengths: Lengths) -> Tensor:
         qkv = _dense_heads(qkv)
