@@ -86,12 +86,12 @@ def test_a_traced_step_equals_an_eager_one() -> None:
     assert counters["stats"]["unique_graphs"] == 8
 
 
+@torch._inductor.config.patch("cpp.simdlen", 1)  # g++ takes half the time for a kernel
 def test_a_compiled_step_equals_an_eager_one_on_every_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DINOv2's: subsets, masks, two heads, registers, LayerScale. The graphs are those of the first engine.
 
     A run that is resumed finds them all in run.cache.
     """
-    monkeypatch.setattr(torch._inductor.config.cpp, "simdlen", 1)  # g++ takes half the time for a kernel
     for name in CACHES:
         monkeypatch.setenv(name, default_cache_dir())
     keep_compiled_in(tmp_path)
