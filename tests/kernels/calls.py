@@ -183,7 +183,11 @@ def make_calls(
     rows_kept = torch.tensor([2, 0], device=device), torch.tensor([1], device=device)  # of either group
     packed, branch = leaf(4 * tokens + 9, width), leaf(2 * tokens + 3, width)
     long = ((2, min(K, 150)), (3, 3))
-    heads = [leaf(sum(n * each for n, each in long), *shape, 2, 16) for shape in ((3,), (), (), ())]
+    half = torch.float16 if dtype == torch.float32 else dtype  # which its kernels take on a GPU
+    heads = [
+        random(sum(n * each for n, each in long), *shape, 2, 16, dtype=half).requires_grad_()
+        for shape in ((3,), (), (), ())
+    ]
     linear = leaf(rows, width), leaf(K, width), *teacher, random(K), random(rows).exp()
     shard = random(n), random(n, dtype=dtype)
     scheduled: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], tuple[float, ...]]] = {
