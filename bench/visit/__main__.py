@@ -1,9 +1,10 @@
 """A GPU for some minutes: right, then fast, then why, in order of value.
 
 First, side by side, what needs no quiet machine: tests, sanitizers, a training run, and what fills the compilers'
-caches. Then every benchmark alone. A stage is stopped at its limit, the next one runs all the same, and one for which
-too little time is left is skipped. FOLDER/summary.txt and FOLDER/visit.tar.gz are whole after every stage; unpack the
-latter in a checkout, where its bench/results/*.json belong. Exit code 0: no stage has failed or was stopped.
+caches. Then every benchmark alone; what compiles for long begins before its turn. A stage is stopped at its limit, the
+next one runs all the same, and one for which too little time is left is skipped. FOLDER/summary.txt and
+FOLDER/visit.tar.gz are whole after every stage; unpack the latter in a checkout, where its bench/results/*.json belong.
+Exit code 0: no stage has failed or was stopped.
 """
 
 import argparse
