@@ -221,7 +221,7 @@ BAD = [
     ("pixels", lambda x: x[0], TypeError, "pixels: must have 3 dimensions of format B, not 2 of B"),
     ("pixels", lambda x: x[:, ::2], ValueError, "not C-contiguous"),
     ("pixels", lambda x: x[:0], ValueError, "view 0: box .* is not within 5 x 0 pixels"),
-    ("pixels", lambda x: None, TypeError, "buffer|bytes-like"),
+    ("pixels", lambda x: object(), TypeError, "buffer|bytes-like"),
     ("boxes", lambda x: x.astype(np.int64), TypeError, "boxes: must have 2 dimensions of format i, not 2 of l"),
     ("boxes", lambda x: x[:1], ValueError, "1 boxes, 2 rows of parameters and 2 turns for 2 views"),
     ("boxes", lambda x: np.zeros((2, 5), np.int32), ValueError, "a box has 4 columns, not 5"),
@@ -251,7 +251,7 @@ BAD = [
     ("views", lambda x: [x[0], np.zeros((3, 4, 8), np.uint8)[:, :, ::2]], ValueError, "not C-contiguous"),
     ("views", lambda x: [x[0], READ_ONLY], ValueError, "read-only"),
     ("views", lambda x: [*x, x[0]], ValueError, "2 boxes, 2 rows of parameters and 2 turns for 3 views"),
-    ("views", lambda x: 5, TypeError, "views: must be a sequence of buffers"),
+    ("views", lambda x: object(), TypeError, "views: must be a sequence of buffers"),
     ("level", lambda x: 9, ValueError, "level 9: this processor has 0 to"),
     ("level", lambda x: -1, ValueError, "level -1: this processor has 0 to"),
 ]
@@ -261,7 +261,7 @@ BAD = [
 @pytest.mark.parametrize(("name", "change", "kind", "says"), BAD)
 def test_bad_input_is_an_error_and_not_a_crash(name, change, kind, says):
     given = changed(name, change)
-    before = [sys.getrefcount(x) for x in given[:5]]
+    before = [sys.getrefcount(x) for x in given[:5]]  # none of which anything else holds, such as None
     with pytest.raises(kind, match=says):
         fast._fast.make_views(*given)
     assert [sys.getrefcount(x) for x in given[:5]] == before, "nothing is held"
