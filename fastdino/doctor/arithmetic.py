@@ -45,7 +45,7 @@ def calls(device: str) -> dict[str, tuple[Call, Call, list[Tensor]]]:
     weight = random(rows).exp()
     linear = [leaf(rows, width), leaf(K, width), random(rows, width), random(K, width), random(K), weight]
     gathered = tuple(partial(_two_of_four, norm) for norm in pair(gather_layer_norm, "gather_layer_norm"))
-    of_heads = [random(10, 2, 16 + i).half()[..., :16].requires_grad_() for i in range(3)]
+    of_heads = [x.requires_grad_() for x in random(30, 2, 16).half().split(10)]
     tokens = {"queries": ((2, 5),), "keys": ((2, 5),)}
     segments = {"segments": make_segments((3000, n - 3000), device)}
     return {

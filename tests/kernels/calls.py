@@ -184,10 +184,8 @@ def make_calls(
     packed, branch = leaf(4 * tokens + 9, width), leaf(2 * tokens + 3, width)
     long = ((2, min(K, 150)), (3, 3))
     half = torch.float16 if dtype == torch.float32 else dtype  # which its kernels take on a GPU
-    heads = [
-        random(sum(n * each for n, each in long), *shape, 2, 16, dtype=half).requires_grad_()
-        for shape in ((3,), (), (), ())
-    ]
+    qkv = random(sum(n * each for n, each in long), 3, 2, 16, dtype=half)
+    heads = tuple(x.clone().requires_grad_() for x in qkv.unbind(1))
     linear = leaf(rows, width), leaf(K, width), *teacher, random(K), random(rows).exp()
     shard = random(n), random(n, dtype=dtype)
     scheduled: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], tuple[float, ...]]] = {
@@ -213,8 +211,8 @@ def make_calls(
         "koleo_loss": (koleo_loss, (leaf(2, rows, width),)),
         "multi_crop": (crops, crops_of_two_images(device)),
         "fp8_linear": (fp8_linear, (leaf(2, rows, 48), leaf(32, 48), leaf(32))),
-        "packed_attention": (partial(attended, lengths=long), tuple(heads[1:])),
-        "packed_self_attention": (partial(packed_self_attention, lengths=long), tuple(heads[:1])),
+        "packed_attention": (partial(attended, lengths=long), heads),
+        "packed_self_attention": (partial(packed_self_attention, lengths=long), (qkv.requires_grad_(),)),
         "gather_layer_norm": (partial(gathered, lengths=lengths), (packed, leaf(width), leaf(width), *rows_kept)),
         "scatter_add_scaled": (partial(scattered, lengths=lengths), (packed, branch, leaf(width), *rows_kept)),
         "ema_update_ of lists": (ema_of_lists, (random(n), random(n, dtype=torch.bfloat16))),

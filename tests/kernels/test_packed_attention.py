@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdino_kernels.layers import packed_attention as module
+from fastdino_kernels.layers._sample_drop import Lengths, num_tokens
 from fastdino_kernels.layers.packed_attention import (
-    Lengths,
     packed_attention,
     packed_attention_reference,
     packed_self_attention,
@@ -43,7 +43,7 @@ SHAPES: list[tuple[Lengths, Lengths]] = [
 def inputs(queries: Lengths, keys: Lengths, dtype: torch.dtype, H: int = 2, D: int = 16) -> list[Tensor]:
     """Of q, k, v and the output's gradient; scores of many sizes, so that some weights are nearly 1."""
     generator = torch.Generator().manual_seed(D)
-    M, N = (sum(n * tokens for n, tokens in lengths) for lengths in (queries, keys))
+    M, N = num_tokens(queries), num_tokens(keys)
     random = [torch.randn(tokens, H, D, generator=generator) for tokens in (M, N, N, M)]
     random[0] *= torch.randn(M, H, 1, generator=generator).exp()
     return [x.to(dtype).to(DEVICE) for x in random]

@@ -17,8 +17,8 @@ from fastdino_kernels.layers._attention_kernels import (
     _attention_gradient_queries_kernel,
     _attention_kernel,
 )
+from fastdino_kernels.layers._sample_drop import Lengths, num_tokens
 
-Lengths = Sequence[tuple[int, int]]  # (sequences, tokens of each) per group
 Tensors = tuple[Tensor, ...]
 
 WIDTHS = (16, 32, 64, 128)  # of a head, that the kernels take
@@ -100,7 +100,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, queries: Lengths, keys: Lengths) -> 
             f"expected (sequences, tokens of each) of one or more groups, the same sequences for queries and keys and "
             f"no zero; got queries {tuple(queries)}, keys {tuple(keys)}"
         )
-    num_queries, num_keys = (sum(n * tokens for n, tokens in lengths) for lengths in (queries, keys))
+    num_queries, num_keys = num_tokens(queries), num_tokens(keys)
     if q.dim() != 3 or len(q) != num_queries or k.shape != (num_keys, *q.shape[1:]) or v.shape != k.shape:
         raise ValueError(
             f"expected q ({num_queries}, H, d), k and v ({num_keys}, H, d); "
