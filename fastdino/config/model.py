@@ -29,8 +29,8 @@ class ModelConfig(Group):
     attention: Literal["auto", "triton", "varlen", "xformers", "sdpa"] = "auto"
     """triton: our kernels for many short sequences, which give the same bits in every run; varlen: torch's attention
     over packed views of all sizes; xformers: its memory-efficient one, which torch.compile cannot take in; sdpa:
-    torch's, one call per size. auto: what was measured to be fastest on this GPU, else the first of varlen, xformers
-    and sdpa that runs."""
+    torch's, one call per size. auto: what was measured to be fastest on this GPU (or, of its generation, on an H200),
+    else the first of varlen, xformers and sdpa that runs."""
     packed: Literal["auto", "on", "off"] = "auto"
     """Views of all sizes go through our ViT in one sequence, or one size after the other. auto: what was measured to be
     faster on this GPU, and packed where nothing was."""

@@ -23,7 +23,8 @@ FASTEST: dict[str, str] = {
     "NVIDIA H200": "triton",
 }
 """What auto takes on a GPU, by a part of its name: the fastest in bench/results/attention-*.json, as bench.report
-writes it. On a GPU that is not here, that is not measured, it takes what launches least."""
+writes it. A GPU that is not here, that is not measured, takes an H200's where it has its processors, and what launches
+least elsewhere."""
 
 
 LONGEST = 1024
@@ -92,8 +93,10 @@ def implementation(choice: str, device: torch.device, dtype: torch.dtype, width:
         if (refusal := _refusal(choice, device, dtype, width)) is not None:
             raise ConfigError(f"{refusal}: use model.attention=auto or sdpa there")
         return choice
-    name = torch.cuda.get_device_name(device)
-    ways = [way for gpu, way in FASTEST.items() if gpu in name] + ["varlen", "xformers"]
+    names = [torch.cuda.get_device_name(device)]
+    if "NVIDIA" in names[0] and torch.cuda.get_device_capability(device) == (9, 0):
+        names.append("NVIDIA H200")  # an H100 differs from it by its memory
+    ways = [way for name in names for gpu, way in FASTEST.items() if gpu in name] + ["varlen", "xformers"]
     ways = [way for way in ways if way != "xformers" or not compiling]
     refusals = []
     for way in ways:

@@ -105,8 +105,9 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_auto_on_a_gpu_is_one_call_for_all_sizes() -> None:
+def test_auto_on_a_gpu_is_one_call_for_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """varlen in half precision; xformers in fp32, also where its own library does not load, but not in a graph."""
+    monkeypatch.setattr(room, "FASTEST", {})
     for dtype, compiling, expected in [
         (torch.bfloat16, False, "varlen"),
         (torch.bfloat16, True, "varlen"),
@@ -134,6 +135,23 @@ def test_auto_takes_what_was_measured_to_be_fastest(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(room, "FASTEST", {"H100": "xformers"})
     assert room.implementation("auto", *bf16, compiling=True) == "varlen"
     assert room.implementation("sdpa", *bf16) == "sdpa"
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_auto_on_an_h100_that_was_not_measured_is_an_h200s(monkeypatch: pytest.MonkeyPatch) -> None:
+    bf16 = (torch.device("cuda"), torch.bfloat16, 16)
+    for fastest, expected in [
+        ({"NVIDIA H200": "triton"}, "triton"),
+        ({"NVIDIA H200": "triton", "NVIDIA H100 80GB HBM3": "sdpa"}, "sdpa"),
+        ({"NVIDIA A100": "triton"}, "varlen"),
+    ]:
+        monkeypatch.setattr(room, "FASTEST", fastest)
+        assert room.implementation("auto", *bf16) == expected
+    monkeypatch.setattr(room, "FASTEST", {"NVIDIA H200": "triton"})
+    for other, capability in [("NVIDIA A100-SXM4-80GB", (8, 0)), ("AMD Instinct MI250X", (9, 0))]:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_, other=other: other)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, capability=capability: capability)
+        assert room.implementation("auto", *bf16) == "varlen"
 
 
 @pytest.mark.usefixtures("no_gpu")
