@@ -210,5 +210,5 @@ def _no_images(path: str, arrays: bool, others: Counter[str]) -> str:
     return (
         f"{path!r} holds no images. Found below it: {found}{hint}. "
         f"Looked for files ending in {' '.join(sorted(extensions(arrays)))}. "
-        f"Other than a folder of images it may be {TAKEN}"
+        f"Give {TAKEN}"
     )

@@ -134,7 +134,8 @@ class Bench:
                 object.__setattr__(self, name, path.expanduser())
         require(not self.json or self.json != self.profile, "--json", str(self.json), "another file than --profile")
         known = [switch.setting for switch in SWITCHES]
-        require(set(self.ablate or ()) <= {*known}, "--ablate", self.ablate, f"some of {', '.join(known)}, or none")
+        unknown = " ".join(name for name in self.ablate or () if name not in known)
+        require(not unknown, "--ablate", unknown, f"some of {', '.join(known)}, or none")
 
     def __call__(self, config: Config) -> Throughput:
         """Measures; every rank calls it, under any launcher.
