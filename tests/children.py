@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -66,18 +67,10 @@ def forked(
     Returns:
         The exit code of the first rank that failed, if any did, and all that was written.
     """
-    with mock.patch.dict(os.environ, environment(), clear=True):
-        forkserver.ensure_running()
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("stdout", "stderr")]
-        for file in files:
-            file.touch()
         places = ranks if not isinstance(ranks, int) else launched(ranks) if ranks > 1 else [{}]
-        processes = [
-            FORKS.Process(target=_work, args=(files, environment(**place, **variables), work, args)) for place in places
-        ]
-        for process in processes:
-            process.start()
+        processes = [start(files, place | variables, work, *args) for place in places]
         end = time.monotonic() + timeout
         for process in processes:
             process.join(max(0.0, end - time.monotonic()))
@@ -86,6 +79,19 @@ def forked(
     assert not late, f"{len(late)} of {len(places)} have not ended: {stderr[-6000:]}"
     code = next((process.exitcode for process in processes if process.exitcode), 0)
     return subprocess.CompletedProcess([], code, stdout, stderr)
+
+
+def start(
+    files: list[Path], variables: dict[str, str], work: Callable[..., object], *args: object
+) -> ForkServerProcess:
+    """Begins what :func:`forked` waits for; stdout and stderr are appended to the two files."""
+    with mock.patch.dict(os.environ, environment(), clear=True):
+        forkserver.ensure_running()
+    for file in files:
+        file.touch()
+    process = FORKS.Process(target=_work, args=(files, environment(**variables), work, args))
+    process.start()
+    return process
 
 
 def _work(files: list[Path], variables: dict[str, str], work: Callable[..., object], args: tuple[Any, ...]) -> None:
