@@ -149,9 +149,10 @@ def train(config: Config) -> None:
 
 def bench(arguments: list[str]) -> None:
     """``fastdino bench RECIPE``: the flags are the fields of Bench, and the recipe's settings."""
+    recipe = _recipe("bench", arguments)  # which may be all that there is to say: importing torch takes seconds
     from fastdino.training.throughput.bench import Bench
 
-    measure, config = _with_recipe(Bench(), "bench", arguments)
+    measure, config = _with_recipe(Bench(), "bench", recipe, arguments[1:])
     measured = measure(config)
     if launched_rank(os.environ) == 0:
         print(measured.table())
@@ -159,10 +160,11 @@ def bench(arguments: list[str]) -> None:
 
 def plan(arguments: list[str]) -> None:
     """``fastdino plan RECIPE``: the flags are the fields of Plan, and the recipe's settings."""
+    recipe = _recipe("plan", arguments)
     from fastdino.model.weights import settled
     from fastdino.planning.plan import Plan
 
-    planner, config = _with_recipe(Plan(), "plan", arguments)
+    planner, config = _with_recipe(Plan(), "plan", recipe, arguments[1:])
     print(planner(settled(config)).text())
 
 
@@ -171,14 +173,14 @@ def doctor(arguments: list[str]) -> None:
     from fastdino.doctor.doctor import Doctor
 
     named = arguments[:1] and not arguments[0].startswith("-")
-    examine, config = _with_recipe(Doctor(), "doctor", arguments if named else ["vit_small_16", *arguments])
+    recipe, *flags = arguments if named else ["vit_small_16", *arguments]
+    examine, config = _with_recipe(Doctor(), "doctor", recipe, flags)
     sys.exit(examine(config))
 
 
-def _with_recipe(default: Any, command: str, arguments: list[str]) -> tuple[Any, Config]:
+def _with_recipe(default: Any, command: str, recipe: str, flags: list[str]) -> tuple[Any, Config]:
     """What ``fastdino COMMAND RECIPE`` asks of an object like ``default``, and the settings that its flags change."""
-    recipe = _recipe(command, arguments)
-    base, flags = _base(recipe, arguments[1:])
+    base, flags = _base(recipe, flags)
     flat, plain = tyro.conf.arg(name=""), (tyro.conf.AvoidSubcommands,)
     asked: Any = tuple[Annotated[type(default), flat], Annotated[Config, flat]]  # type: ignore[misc]
     about, prog = inspect.getdoc(type(default)), f"fastdino {command} {recipe}"

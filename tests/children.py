@@ -9,8 +9,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -46,7 +47,11 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def forked(
-    work: Callable[..., object], *args: object, ranks: int = 1, timeout: float = 500, **variables: str
+    work: Callable[..., object],
+    *args: object,
+    ranks: int | Sequence[dict[str, str]] = 1,
+    timeout: float = 500,
+    **variables: str,
 ) -> subprocess.CompletedProcess[str]:
     """Calls ``work`` in processes of their own, with :func:`environment`.
 
@@ -55,33 +60,38 @@ def forked(
 
     Args:
         work: a function of a module, which each process imports by name.
-        ranks: processes; where there are several, a launcher's variables tell each its place.
+        ranks: processes; where there are several, a launcher's variables, or those given, tell each its place.
         timeout: seconds, after which all are killed and the test fails.
         variables: of the environment, set in addition.
 
     Returns:
         The exit code of the first rank that failed, if any did, and all that was written.
     """
-    with mock.patch.dict(os.environ, environment(), clear=True):
-        forkserver.ensure_running()
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("stdout", "stderr")]
-        for file in files:
-            file.touch()
-        places = launched(ranks) if ranks > 1 else [{}]
-        processes = [
-            FORKS.Process(target=_work, args=(files, environment(**place, **variables), work, args)) for place in places
-        ]
-        for process in processes:
-            process.start()
+        places = ranks if not isinstance(ranks, int) else launched(ranks) if ranks > 1 else [{}]
+        processes = [start(files, place | variables, work, *args) for place in places]
         end = time.monotonic() + timeout
         for process in processes:
             process.join(max(0.0, end - time.monotonic()))
         late = [process.kill() for process in processes if process.is_alive()]
         stdout, stderr = (file.read_text() for file in files)
-    assert not late, f"{len(late)} of {ranks} have not ended: {stderr[-6000:]}"
+    assert not late, f"{len(late)} of {len(places)} have not ended: {stderr[-6000:]}"
     code = next((process.exitcode for process in processes if process.exitcode), 0)
     return subprocess.CompletedProcess([], code, stdout, stderr)
+
+
+def start(
+    files: list[Path], variables: dict[str, str], work: Callable[..., object], *args: object
+) -> ForkServerProcess:
+    """Begins what :func:`forked` waits for; stdout and stderr are appended to the two files."""
+    with mock.patch.dict(os.environ, environment(), clear=True):
+        forkserver.ensure_running()
+    for file in files:
+        file.touch()
+    process = FORKS.Process(target=_work, args=(files, environment(**variables), work, args))
+    process.start()
+    return process
 
 
 def _work(files: list[Path], variables: dict[str, str], work: Callable[..., object], args: tuple[Any, ...]) -> None:

@@ -1,5 +1,6 @@
 """Set-up for every test: Triton's interpreter and no gpu-marked tests where there is no GPU."""
 
+import gc
 import os
 
 import pytest
@@ -24,6 +25,12 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_collection_finish():
+    """Engines, counters and tests collect garbage: what has been imported by now is none, and takes long to look at."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

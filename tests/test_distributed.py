@@ -14,7 +14,7 @@ from fastdino import distributed
 from fastdino.config import ConfigError
 from fastdino.distributed import Ranks, _gpu, _rendezvous, init
 from fastdino.launch import LaunchError, Place
-from tests.children import environment
+from tests.children import environment, forked, python
 
 PROGRAM = """
 import sys
@@ -70,14 +70,10 @@ def free_port() -> str:
 
 
 def outputs(environments: list[dict[str, str]]) -> list[str]:
-    command = [sys.executable, "-c", PROGRAM]
-    processes = [
-        subprocess.Popen(command, env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for env in environments
-    ]
-    finished = [process.communicate(timeout=200) for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), finished
-    return [out.strip() for out, _ in finished]
+    """What processes with these variables print, by rank."""
+    done = forked(python, "-c", PROGRAM, ranks=environments, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return sorted(done.stdout.splitlines())
 
 
 def test_plain_python_needs_nothing() -> None:
@@ -155,7 +151,7 @@ def test_a_group_of_somebody_else_is_left_alone() -> None:
         assert torch.distributed.is_initialized()
 
 
-@pytest.mark.parametrize(("code", "stages"), [(0, "0"), (0, "12"), (3, "2")])
+@pytest.mark.parametrize(("code", "stages"), [(0, "12"), (3, "0")])
 def test_no_thread_of_a_group_meets_the_end_of_the_interpreter(code: int, stages: str) -> None:
     """gloo's would abort there: after DeepSpeed's engines at each stage, on success and with an exception under way."""
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}

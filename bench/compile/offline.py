@@ -14,6 +14,7 @@ from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -217,9 +218,12 @@ def _read_amd(kernel: Any) -> tuple[list[str], int, int]:
 _NVIDIA_ACCESS = re.compile(r"\b(LDG|LDGSTS|STG|RED|ATOMG)\.(\S+)")
 _NVIDIA_BYTES = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 _AMD_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(load|store|atomic)_(\w+)")
+_BRANCH = re.compile(r"(?:BRA|s_c?branch\w*).*?(\.L\w+)")
+_END = re.compile(r"EXIT|s_endpgm")
 _AMD_BYTES = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "ushort": 2, "byte": 1, "ubyte": 1}
 
 
+@cache  # loops within loops are read again
 def _access(line: str) -> tuple[str, int] | None:
     """("load" or "store", bytes) of one instruction that touches global memory."""
     if match := _NVIDIA_ACCESS.search(line):
@@ -238,6 +242,8 @@ def unwritten(lines: list[str]) -> str:
     """
     written = set[int]()
     for line in lines:
+        if "UR" not in line:
+            continue
         name, _, rest = re.sub(r"^@\S+ +", "", line).partition(" ")
         target, *sources = re.sub(r"^(U?PT?\d*, *)+", "", rest).split(",")
         first = re.fullmatch(r"UR(\d+)", target.strip())
@@ -260,10 +266,10 @@ def _hot(lines: list[str]) -> list[str]:
     labels = {line: i for i, line in enumerate(lines) if line.startswith(".L")}
     loops, straight, start = [], [], 0
     for i, line in enumerate(lines):
-        branch = re.search(r"(?:BRA|s_c?branch\w*).*?(\.L\w+)", line)
+        branch = _BRANCH.search(line)
         if branch and labels.get(branch[1], i) < i - 1:  # a branch to itself pads the end of the code
             loops.append(lines[labels[branch[1]] : i + 1])
-        if re.match(r"EXIT|s_endpgm", line):
+        if _END.match(line):
             straight.append(lines[start : i + 1])
             start = i + 1
 
@@ -282,7 +288,7 @@ def _has_loop(part: list[str]) -> bool:
     """Whether it branches back before its end."""
     seen = set[str]()
     for line in part[1:-1]:
-        branch = re.search(r"(?:BRA|s_c?branch\w*).*?(\.L\w+)", line)
+        branch = _BRANCH.search(line)
         if branch and branch[1] in seen:
             return True
         seen |= {line} if line.startswith(".L") else set()

@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -28,19 +30,18 @@ def run_python(*arguments: str, fresh: bool = False, **variables: str) -> subpro
 
 def kill_python_when(ready: Callable[[], bool], *arguments: str, seconds: float = 120) -> None:
     """Starts python as :func:`run_python` and kills it once ``ready``, as a machine does whose time is over."""
-    process = subprocess.Popen(
-        [sys.executable, *arguments], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True,
-    )  # fmt: skip
     until = time.monotonic() + seconds
-    try:
-        while not ready():
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < until, "it was never ready"
-            time.sleep(0.05)
-    finally:
-        process.kill()
-        process.communicate()
+    with tempfile.TemporaryDirectory() as folder:
+        said = Path(folder, "said")
+        process = children.start([said, said], {}, children.python, *arguments)
+        try:
+            while not ready():
+                assert process.is_alive(), said.read_text()
+                assert time.monotonic() < until, "it was never ready"
+                time.sleep(0.05)
+        finally:
+            process.kill()
+            process.join()
 
 
 @pytest.fixture

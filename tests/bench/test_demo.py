@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from bench.gates import demo
 from bench.tables.trials import demo_table
 from fastdino import demo as run
+from fastdino.data.benchmarks import class_folders
 
 SHORT = "--data.num-images 64 --data.image-size 24 --data.num-workers 0 --views.global-size 24 --views.local-size 12"
 PATCHES = "--loss.patch-weight 0.3 --patch-head.num-prototypes 32"
@@ -17,6 +19,9 @@ PATCHES = "--loss.patch-weight 0.3 --patch-head.num-prototypes 32"
 def test_runs_stand_in_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo of two steps, and with a loss on patches: rows of one table, each with its folder and pictures."""
     monkeypatch.setattr(run, "NUM_INITIALISATIONS", 1)
+    monkeypatch.setattr(run, "NUM_MASKS", 24)
+    monkeypatch.setattr(class_folders, "NUM_SHAPES", 120)
+    monkeypatch.setattr(demo, "PatchProbe", partial(demo.PatchProbe, num_images=96))
     for flags in (SHORT, f"{SHORT} {PATCHES}"):
         arguments = [
             "--trial",

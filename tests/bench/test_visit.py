@@ -95,7 +95,7 @@ def test_every_stage_of_tests_finds_some(text: str, python: Python) -> None:
     arguments = shlex.split(text)
     if "-m" in arguments:
         assert set(arguments[arguments.index("-m") + 1].split()) - {"not", "and"} <= MARKERS
-    done = python("-m", *arguments, "--collect-only", "-q")
+    done = python("-m", *arguments, "--collect-only", "-q", "--assert=plain")  # no assertion is to explain itself
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
@@ -233,7 +233,9 @@ def test_a_visit_keeps_what_was_found(results: Path, tmp_path: Path) -> None:
 def test_a_stage_of_tests_that_takes_too_long_says_why_one_failed(results: Path, tmp_path: Path) -> None:
     tests = "import time\ndef test_wrong():\n    assert False, 'the reason'\ndef test_long():\n    time.sleep(100)\n"
     (tmp_path / "test_some.py").write_text(tests)
-    done = Visit([Stage("tests", f"{PYTEST} -n 2 test_some.py", LAST_WORDS + 15, shows="^x")], 90, tmp_path / "out")
+    limit = LAST_WORDS + 20  # time for two workers to start and the first test to fail, on a machine that is busy
+    stages = [Stage("tests", f"{PYTEST} -n 2 test_some.py", limit, shows="^x")]
+    done = Visit(stages, SPARE + limit, tmp_path / "out")
     assert not done.run()
     assert done.states["tests"] == "FAILED with code 124"
     assert "AssertionError: the reason" in (tmp_path / "out/summary.txt").read_text()

@@ -1,8 +1,5 @@
 """Attention maps: thresholds and overlap on maps made by hand, pictures, and the whole evaluation."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from fastdino.eval.dense.tokens import Shown
 from fastdino.eval.features import EvaluationError
 from fastdino.eval.result import read_shares
 from fastdino.model import ViT
+from tests.children import forked, python
 
 READING = Reading(size=32)
 CONFIG = Config(
@@ -303,15 +301,14 @@ def test_a_backbone_without_cls_attention(tmp_path: Path) -> None:
         AttentionMaps()(Subject(nn.Flatten(), CONFIG, tmp_path))
 
 
-@pytest.mark.parametrize("backend", ["module://matplotlib_inline.no_such_backend", "agg", ""])
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.no_such_backend", "of_another_matplotlib", "agg", ""])
 def test_drawing_needs_no_backend_of_a_notebook(tmp_path: Path, backend: str) -> None:
     """matplotlib's import fails where MPLBACKEND names what is not installed, as it does below a notebook."""
     code = (
-        "import os; from fastdino.eval.pictures import new_figure; "
+        "import os, sys; assert 'matplotlib' not in sys.modules; from fastdino.eval.pictures import new_figure; "
         f"new_figure(1, 1).canvas.print_png({str(tmp_path / 'x.png')!r}); print(os.environ.get('MPLBACKEND'))"
     )
-    env = {**os.environ, "MPLBACKEND": backend}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    done = forked(python, "-c", code, MPLBACKEND=backend)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == backend, "the process's own setting is left as it was"
     assert (tmp_path / "x.png").is_file()
