@@ -17,6 +17,7 @@ from fastdino.distributed import Ranks
 from tests.engine.zero3_cases import CPU, V1, V2, Collectives, trainer
 
 ENGINES = ("torch", "zero0", "zero1", "zero2", "zero3")
+ALONE = ("zero0", "zero1", "zero2")  # which one process lets send, too
 # Large beside what a step keeps of its own; parameters of odd sizes, and trained norms.
 LARGE = dataclasses.replace(V1, head=dataclasses.replace(V1.head, num_prototypes=4097))
 ODD = dataclasses.replace(V2, head=dataclasses.replace(V2.head, num_prototypes=4099, freeze_prototype_norm=False))
@@ -72,10 +73,12 @@ def run_cases(ranks: Ranks) -> dict[str, Any]:
         for engine in ENGINES:
             for name, config in KEPT.items():
                 found[f"kept {name}/{engine}"] = resident(ranks, config, engine, name.split()[1])
-            for name, config in {"v1": V1, "v2": V2}.items():
-                found[f"sent {name}/{engine}"] = sent(ranks, config, engine, precision="bf16")
-            found[f"sent twice/{engine}"] = sent(ranks, V2, engine, precision="bf16", accumulate=2)
-            if engine != "torch":
+            if ranks.world_size > 1 or engine in ALONE:
+                found[f"sent v1/{engine}"] = sent(ranks, V1, engine, precision="bf16")
+            if ranks.world_size > 1:
+                found[f"sent v2/{engine}"] = sent(ranks, V2, engine, precision="bf16")
+                found[f"sent twice/{engine}"] = sent(ranks, V2, engine, precision="bf16", accumulate=2)
+            if ranks.world_size > 1 and engine != "torch":
                 found[f"sent small/{engine}"] = sent(ranks, V1, engine, precision="bf16", deepspeed=path)
     return found
 
