@@ -1,14 +1,16 @@
-"""Training called from where a program is not the main one: a thread, a process of a pool, a spawned one."""
+"""Training called from where a program is not the main one: a thread, a process of a pool."""
 
-import multiprocessing
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 import fastdino
 from fastdino.training.trainer import Result
+from tests.children import FORKS, environment
 from tests.training.test_trainer import tiny
 
 
@@ -26,7 +28,7 @@ def test_in_a_thread(tmp_path):
 
 def test_in_a_process_of_a_pool(tmp_path):
     """Which may not start processes of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    with mock.patch.dict(os.environ, environment(), clear=True), FORKS.Pool(1) as pool:
         assert pool.apply(steps_of, [tmp_path / "run"]) == 5
 
 
