@@ -1,8 +1,8 @@
 """Runs in bf16 on a GPU, by every engine: nothing in a step waits, a stopped run goes on, the engines agree.
 
 The same runs are made on a CPU, so that only the calls of CUDA itself wait for a GPU. They are made in processes of
-their own, ``python tests/training/test_gpu.py DEVICE FOLDER [ENGINE ..]``, because DeepSpeed is imported for one kind
-of device.
+their own, for a GPU by ``python tests/training/test_gpu.py DEVICE FOLDER [ENGINE ..]``, because DeepSpeed is imported
+for one kind of device.
 """
 
 import json
@@ -25,7 +25,7 @@ from fastdino.data import Batch
 from fastdino.engine import graphs
 from fastdino.training.preemption import Preempted
 from fastdino.training.trainer import Trainer
-from tests.children import environment
+from tests.children import environment, forked
 from tests.engine.engine_cases import SyncCount
 from tests.training.test_trainer import tiny
 
@@ -108,8 +108,11 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def trained(device: str, folder: Path, *names: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, device, str(folder), *names]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500, check=False)
+    if device == "cpu":
+        done = forked(main, device, folder, *names)
+    else:  # what such forks come from has asked whether there is a GPU, so that they can have none
+        command = [sys.executable, __file__, device, str(folder), *names]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((folder / "losses.json").read_text())
 
