@@ -65,7 +65,7 @@ def forked(
         variables: of the environment, set in addition.
 
     Returns:
-        The exit code of the first rank that failed, if any did, and all that was written.
+        The exit code of the first rank that failed, if any did, those of all as ``args``, and all that was written.
     """
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("stdout", "stderr")]
@@ -78,7 +78,7 @@ def forked(
         stdout, stderr = (file.read_text() for file in files)
     assert not late, f"{len(late)} of {len(places)} have not ended: {stderr[-6000:]}"
     code = next((process.exitcode for process in processes if process.exitcode), 0)
-    return subprocess.CompletedProcess([], code, stdout, stderr)
+    return subprocess.CompletedProcess([process.exitcode for process in processes], code, stdout, stderr)
 
 
 def start(

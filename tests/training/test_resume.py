@@ -28,6 +28,7 @@ from fastdino.config import (
     RunConfig,
     ViewsConfig,
 )
+from fastdino.data.benchmarks import class_folders
 from fastdino.data.sources.shapes import ShapesSource
 from fastdino.eval import Knn
 from fastdino.training import preemption, trainer
@@ -199,7 +200,8 @@ def test_a_run_is_not_made_shorter_than_it_is(tmp_path):
     assert (tmp_path / "run/config.json").read_text() == before
 
 
-def test_a_finished_run_reports_its_last_figures(tmp_path):
+def test_a_finished_run_reports_its_last_figures(tmp_path, monkeypatch):
+    monkeypatch.setattr(class_folders, "NUM_SHAPES", 24)
     first = fastdino.train(config(tmp_path, run__knn_every=1))
     assert first.knn is not None
     assert fastdino.train(config(tmp_path, run__knn_every=1)) == first
@@ -252,6 +254,7 @@ def test_an_evaluation_is_given_up(tmp_path, monkeypatch, caplog):
         time.sleep(600)
 
     monkeypatch.setattr(Knn, "accuracy", forever)
+    monkeypatch.setattr(class_folders, "NUM_SHAPES", 24)
     started = time.monotonic()
     with pytest.raises(Preempted, match="stopped by a signal at step 3"):
         fastdino.train(config(tmp_path, run__knn_every=1, run__epochs=5))

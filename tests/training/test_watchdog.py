@@ -2,7 +2,6 @@
 
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,10 +14,11 @@ import torch.distributed as dist
 import fastdino
 from fastdino import status
 from fastdino.config import RunConfig
+from fastdino.data.benchmarks import class_folders
 from fastdino.distributed import Ranks
 from fastdino.training import watchdog
 from fastdino.training.watchdog import FOREVER, SLOW, Pulse, Watchdog
-from tests.children import environment, wait_for
+from tests.children import environment, forked, python, wait_for
 from tests.training.test_trainer import tiny
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
@@ -91,6 +91,7 @@ def test_a_trainer_says_what_it_does(tmp_path, monkeypatch):
     step, beat = Pulse.step, Pulse.beat
     monkeypatch.setattr(Pulse, "step", lambda self, n: (seen.append((self.where, self.limit)), step(self, n))[1])
     monkeypatch.setattr(Pulse, "beat", lambda self: (seen.append((self.where, self.limit)), beat(self))[1])
+    monkeypatch.setattr(class_folders, "NUM_SHAPES", 24)
     fastdino.train(tiny(tmp_path / "run", run__knn_every=2))
     places = [where for where, _ in seen]
     assert [where for where in places if where != "the k-NN"] == ["the start", *(f"step {n}" for n in range(2, 11))]
@@ -182,37 +183,20 @@ cli.main(["train", "demo"])
 """
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 @pytest.mark.parametrize(("world", "hangs"), [(1, 0), (2, 0), (2, 1)])
 def test_a_hang_of_one_rank_ends_all_with_86_and_their_stacks(tmp_path, world, hangs):
     """The place where the one hangs, and that where the other waits for it, can be read."""
     config = tiny(tmp_path / "run", run__hang_after=3.0, run__save_every_steps=3, run__local_batch=8 // world)
-    script = tmp_path / "program.py"
-    script.write_text(PROGRAM.format(rank=hangs, config=config.to_json()))
-    port, processes = free_port(), []
-    for rank in range(world):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_PORT": port}
-        env = environment(**place, MASTER_ADDR="127.0.0.1") if world > 1 else environment()
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, str(script)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-            )
-        )
-    said = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [86] * world, said
+    done = forked(python, "-c", PROGRAM.format(rank=hangs, config=config.to_json()), ranks=world, timeout=300)
+    assert done.args == [86] * world, done.stderr
     stacks = [(config.run.dir / f"stacks/rank-{rank:05d}.txt").read_text() for rank in range(world)]
     for rank, text in enumerate(stacks):
         assert re.search(r"rank \d made no progress for \d+ s in step 7", text)
         assert f"rank {rank} was in step 7" in text
         assert ("waits_for_a_ghost" in text) == (rank == hangs)
         assert "in run" in text, "the loop, down to what it waits for"
-    assert "the stacks of all ranks; the run ends with exit code 86" in said[0]
-    assert "Traceback" not in "".join(said)
+    assert "the stacks of all ranks; the run ends with exit code 86" in done.stderr
+    assert "Traceback" not in done.stderr
     told = status.read(config.run.dir)
     assert [told[name] for name in ("state", "exit", "step", "checkpoint")] == ["hung", 86, 6, 5], "6 was not committed"
     assert "made no progress" in told["reason"]
