@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -39,7 +38,7 @@ from fastdino.method.dino import Dino
 from fastdino.training import checkpoint, metrics
 from fastdino.training.run_folder import read_config
 from fastdino.training.trainer import Trainer, TrainingDiverged
-from tests.children import environment, forked
+from tests.children import forked, python
 from tests.training.test_checkpoint import read_weights
 
 STEPS_PER_EPOCH = 5
@@ -222,8 +221,8 @@ def test_a_notice_saves_and_stops_all_ranks(tmp_path):
     assert [told[name] for name in ("state", "step", "checkpoint", "exit", "ranks")] == ["preempted", 8, 8, 85, 2]
     script = tmp_path / "train.py"
     script.write_text(f"from tests.training.test_trainer import trained\ntrained({config.to_json()!r})\n")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    subprocess.run([sys.executable, *torchrun], env=environment(), check=True, timeout=300)
+    resumed = forked(python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script))
+    assert resumed.returncode == 0, resumed.stderr
     assert losses(tmp_path / "straight") == losses(tmp_path / "noticed")
 
 
