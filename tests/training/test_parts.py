@@ -176,13 +176,14 @@ def test_an_ablation_that_is_stopped_leaves_its_figures(monkeypatch: pytest.Monk
         return measure(*given)
 
     monkeypatch.setattr(ablation, "_measure", stopped)
+    bench = Bench(seconds=0.05, json=file, ablate=("model.packed",))
     with pytest.raises(KeyboardInterrupt):
-        Bench(seconds=0.2, json=file, ablate=("model.packed",))(nano_config(engine="torch"))
+        bench(nano_config(engine="torch"))
     found = json.loads(file.read_text())["ablation"]
     assert found["partial"] == "2 of 4"
     assert [cost["on"] for cost in found["costs"]] == [["model.packed"], []]
     monkeypatch.setattr(ablation, "_measure", measure)
-    Bench(seconds=0.2, json=file, ablate=("model.packed",))(nano_config(engine="torch"))
+    bench(nano_config(engine="torch"))
     assert "partial" not in json.loads(file.read_text())["ablation"]
 
 
