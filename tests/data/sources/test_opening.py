@@ -66,7 +66,7 @@ def test_shards_among_images_are_left_over_from_unpacking(shards, tmp_path, besi
 
 
 def test_a_folder_of_folders_of_shards_says_what_it_holds(shards, tmp_path):
-    with pytest.raises(ConfigError, match=r"holds no images. Found below it: 3 with \.tar.*may be .*\.tar shards"):
+    with pytest.raises(ConfigError, match=r"holds no images. Found below it: 3 with \.tar.*Give .*\.tar shards"):
         opened(tmp_path, tmp_path / "cache")
 
 
