@@ -193,7 +193,7 @@ def our_vit(backbone: nn.Module, what: str) -> ViT:
     """The backbone, where it is one of our ViTs. Raises EvaluationError for another, which has no ``what``."""
     if not isinstance(backbone, ViT):
         kind = getattr(backbone, "arch", type(backbone).__name__)
-        raise EvaluationError(f"{what} need one of our ViTs (model.arch=vit_...), not {kind}")
+        raise EvaluationError(f"{what}: this needs one of our ViTs (model.arch=vit_...), not {kind}")
     return backbone
 
 

@@ -132,7 +132,7 @@ def test_tokens_are_those_of_the_layers() -> None:
     for tokens, features in want.items():
         got = seen(backbone, source, Reading(size=32, tokens=tokens)).vectors
         torch.testing.assert_close(got, features, rtol=1e-4, atol=1e-5, msg=tokens)
-    with pytest.raises(ValueError, match="tokens 'mean' need one of our ViTs"):
+    with pytest.raises(ValueError, match="tokens 'mean': this needs one of our ViTs"):
         seen(nn.Sequential(nn.Flatten(), nn.Linear(3072, 5)), source, Reading(size=32, tokens="mean"))
 
 

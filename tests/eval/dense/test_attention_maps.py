@@ -297,7 +297,7 @@ def test_an_unreadable_mask_is_named(tmp_path: Path) -> None:
 
 
 def test_a_backbone_without_cls_attention(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"eval attention need one of our ViTs .model\.arch=vit_.*not Flatten"):
+    with pytest.raises(ValueError, match=r"eval attention: this needs one of our ViTs .model\.arch=vit_.*not Flatten"):
         AttentionMaps()(Subject(nn.Flatten(), CONFIG, tmp_path))
 
 

@@ -256,7 +256,7 @@ def test_flags_that_cannot_work(flags, says):
 
 
 def test_what_cannot_be_evaluated_leaves_nothing(tmp_path):
-    with pytest.raises(ValueError, match=r"eval patches need one of our ViTs .*not Flatten"):
+    with pytest.raises(ValueError, match=r"eval patches: this needs one of our ViTs .*not Flatten"):
         PatchProbe()(Subject(nn.Flatten(), CONFIG, tmp_path))
     assert not [*tmp_path.iterdir()]
 

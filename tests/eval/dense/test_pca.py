@@ -131,7 +131,7 @@ def test_one_image_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_what_has_no_picture(tmp_path: Path) -> None:
     subject = Subject(torch.nn.Flatten(), Config(), tmp_path)
     for kind in (Pca, Similarity):
-        with pytest.raises(EvaluationError, match=r"need one of our ViTs .*not Flatten"):
+        with pytest.raises(EvaluationError, match=r"needs one of our ViTs .*not Flatten"):
             kind()(subject)
         with pytest.raises(ConfigError, match="--num-images=0 must be at least 1"):
             kind(num_images=0)

@@ -346,7 +346,7 @@ def test_what_cannot_be_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     subject = Subject(vit, SMALL, tmp_path)
     with pytest.raises(ConfigError, match=r"--clusters=5 must be at least 13: the classes there are"):
         Segment(method="cluster", clusters=5)(subject)
-    with pytest.raises(EvaluationError, match=r"eval segment need one of our ViTs .*not Flatten"):
+    with pytest.raises(EvaluationError, match=r"eval segment: this needs one of our ViTs .*not Flatten"):
         Segment()(Subject(torch.nn.Flatten(), SMALL, tmp_path))
     folder_of_masks(tmp_path)
     (tmp_path / "images/7.jpg").write_bytes(b"torn")

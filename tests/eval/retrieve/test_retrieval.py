@@ -135,7 +135,7 @@ def test_what_is_left_out_and_what_is_refused(tmp_path: Path, caplog: pytest.Log
     fixed = nn.Sequential(nn.Flatten(), nn.Linear(3 * 40 * 40, 4))
     with pytest.raises(EvaluationError, match="the backbone cannot take images of 40 x 32 pixels"):
         describe(fixed, FolderSource(tmp_path), Look(side=40))
-    with pytest.raises(EvaluationError, match="need one of our ViTs"):
+    with pytest.raises(EvaluationError, match="needs one of our ViTs"):
         describe(fixed, FolderSource(tmp_path), Look(side=40, tokens="gem"))
 
 
