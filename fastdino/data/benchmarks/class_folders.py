@@ -79,10 +79,11 @@ def _unpaired(root: str, folders: list[Path]) -> str:
 def _check(sets: Sets, root: str) -> None:
     """Everything that an evaluation would refuse, at the cost of one image of each set."""
     if len(sets.bank.labels) < 2:
-        raise ConfigError(f"labels are needed: {root} has to hold a folder per class, it holds {sets.bank.labels}")
+        held = f"only {sets.bank.labels[0]!r}" if sets.bank.labels else "none"
+        raise ConfigError(f"labels are needed: {root} has to hold a folder per class, of two or more, and holds {held}")
     if SPLITS.keys() >= {label.lower() for label in sets.bank.labels}:
         raise ConfigError(
-            f"{root} holds {sets.bank.labels} where folders of classes should be: give the one with these"
+            f"{root} holds {_some(sets.bank.labels)} where folders of classes should be: give the one with these"
         )
     if differ := sorted(set(sets.bank.labels) ^ set(sets.test.labels)):
         raise ConfigError(f"bank and test images of {root} must be of the same classes; one lacks {_some(differ)}")

@@ -61,7 +61,7 @@ def test_a_split_without_its_other_half_is_no_class(tmp_path: Path, folders: lis
 
 def test_splits_below_a_split_are_no_classes(tmp_path: Path) -> None:
     images(*(tmp_path / a / b / "cat" for a in ("train", "val") for b in ("train", "val")))
-    with pytest.raises(ConfigError, match=r"holds \['train', 'val'\] where folders of classes should be"):
+    with pytest.raises(ConfigError, match=r"holds train, val where folders of classes should be"):
         bank_and_test(str(tmp_path), DATA)
 
 
@@ -118,7 +118,7 @@ def test_a_set_of_which_nothing_can_be_read(tmp_path: Path, broken: str) -> None
 
 def test_labels_are_needed(tmp_path: Path) -> None:
     images(tmp_path / "all")
-    with pytest.raises(ConfigError, match="a folder per class"):
+    with pytest.raises(ConfigError, match=r"a folder per class, of two or more, and holds only 'all'$"):
         bank_and_test(str(tmp_path), DATA)
     images(tmp_path / "rare", count=1)  # the images go by name: "all/0", "all/1", "all/2", "rare/0"
     os.remove(tmp_path / "all" / "0.png")
