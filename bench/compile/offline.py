@@ -218,9 +218,9 @@ def _read_amd(kernel: Any) -> tuple[list[str], int, int]:
 _NVIDIA_ACCESS = re.compile(r"\b(LDG|LDGSTS|STG|RED|ATOMG)\.(\S+)")
 _NVIDIA_BYTES = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 _AMD_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(load|store|atomic)_(\w+)")
+_AMD_BYTES = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "ushort": 2, "byte": 1, "ubyte": 1}
 _BRANCH = re.compile(r"(?:BRA|s_c?branch\w*).*?(\.L\w+)")
 _END = re.compile(r"EXIT|s_endpgm")
-_AMD_BYTES = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "ushort": 2, "byte": 1, "ubyte": 1}
 
 
 @cache  # loops within loops are read again

@@ -1,5 +1,6 @@
-"""Training called from where a program is not the main one: a thread, a process of a pool."""
+"""Training called from where a program is not the main one: a thread, a process of a pool, a spawned one."""
 
+import multiprocessing
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ import pytest
 
 import fastdino
 from fastdino.training.trainer import Result
-from tests.children import FORKS, environment
+from tests.children import environment
 from tests.training.test_trainer import tiny
 
 
@@ -28,7 +29,8 @@ def test_in_a_thread(tmp_path):
 
 def test_in_a_process_of_a_pool(tmp_path):
     """Which may not start processes of its own."""
-    with mock.patch.dict(os.environ, environment(), clear=True), FORKS.Pool(1) as pool:
+    spawned = multiprocessing.get_context("spawn")
+    with mock.patch.dict(os.environ, environment(), clear=True), spawned.Pool(1) as pool:
         assert pool.apply(steps_of, [tmp_path / "run"]) == 5
 
 
