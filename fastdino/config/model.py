@@ -33,7 +33,7 @@ class ModelConfig(Group):
     else the first of varlen, xformers and sdpa that runs."""
     packed: Literal["auto", "on", "off"] = "auto"
     """Views of all sizes go through our ViT in one sequence, or one size after the other. auto: what was measured to be
-    faster on this GPU, and packed where nothing was."""
+    faster on this GPU (or, of its generation, on an H200), and packed where nothing was."""
     pos_embed: Literal["learned", "sincos", "rope"] = "learned"
     """learned: position embeddings that start from noise as in DINO v1; sincos: from sines and cosines (short runs).
     rope: none, queries and keys are rotated by their patch's place, as in DINOv3."""

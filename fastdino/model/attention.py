@@ -4,8 +4,9 @@ import functools
 import importlib
 import itertools
 import warnings
+from collections.abc import Mapping
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from fastdino.config import ConfigError
 from fastdino_kernels import packed_attention, packed_self_attention
 from fastdino_kernels.layers.packed_attention import WIDTHS
 
+T = TypeVar("T")
 Lengths = tuple[tuple[int, int], ...]  # (sequences, tokens of each) per group; a group is the views of one size
 
 
@@ -23,8 +25,7 @@ FASTEST: dict[str, str] = {
     "NVIDIA H200": "triton",
 }
 """What auto takes on a GPU, by a part of its name: the fastest in bench/results/attention-*.json, as bench.report
-writes it. A GPU that is not here, that is not measured, takes an H200's where it has its processors, and what launches
-least elsewhere."""
+writes it. On a GPU for which :func:`measured` finds nothing it takes what launches least."""
 
 
 LONGEST = 1024
@@ -93,11 +94,8 @@ def implementation(choice: str, device: torch.device, dtype: torch.dtype, width:
         if (refusal := _refusal(choice, device, dtype, width)) is not None:
             raise ConfigError(f"{refusal}: use model.attention=auto or sdpa there")
         return choice
-    names = [torch.cuda.get_device_name(device)]
-    if "NVIDIA" in names[0] and torch.cuda.get_device_capability(device) == (9, 0):
-        names.append("NVIDIA H200")  # an H100 differs from it by its memory
-    ways = [way for name in names for gpu, way in FASTEST.items() if gpu in name] + ["varlen", "xformers"]
-    ways = [way for way in ways if way != "xformers" or not compiling]
+    fastest = measured(FASTEST, device)
+    ways = [way for way in (fastest, "varlen", "xformers") if way and (way != "xformers" or not compiling)]
     refusals = []
     for way in ways:
         if way == "sdpa" or (refusal := _refusal(way, device, dtype, width)) is None:
@@ -105,6 +103,19 @@ def implementation(choice: str, device: torch.device, dtype: torch.dtype, width:
         refusals.append(refusal)
     _warn_once(f"attention runs on torch's SDPA, because {'; '.join(refusals)}")
     return "sdpa"
+
+
+def measured(table: Mapping[str, T], device: torch.device) -> T | None:
+    """What a table by parts of a GPU's name has for this GPU; None where there is nothing.
+
+    One that is not there takes an H200's where it has its processors: an H100 differs by its memory.
+    """
+    name = torch.cuda.get_device_name(device)
+    for gpu, found in table.items():
+        if gpu in name:
+            return found
+    hopper = "NVIDIA" in name and torch.cuda.get_device_capability(device) == (9, 0)
+    return table.get("NVIDIA H200") if hopper else None
 
 
 def check_choice(choice: str) -> None:

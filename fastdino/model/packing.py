@@ -8,19 +8,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdino.model.attention import Lengths, starts_of
+from fastdino.model.attention import Lengths, measured, starts_of
 
 PACKED: dict[str, bool] = {}
 """Whether views of all sizes go through a network at once, by a part of a GPU's name: what is faster in
-bench/results/step-*.json, as bench.report writes it. Elsewhere, not measured that is, they do: it launches less."""
+bench/results/step-*.json, as bench.report writes it. Where nothing was measured they do: it launches less."""
 
 
 def is_packed(choice: str, device: torch.device) -> bool:
     """What model.packed comes to on a device."""
     if choice != "auto" or device.type != "cuda":
         return choice != "off"
-    name = torch.cuda.get_device_name(device)
-    return next((packed for gpu, packed in PACKED.items() if gpu in name), True)
+    return measured(PACKED, device) is not False
 
 
 class Reading(NamedTuple):

@@ -199,7 +199,11 @@ def test_one_pass_per_size_gives_the_same(pos_embed: str) -> None:
 def test_packing_by_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(packing_room, "PACKED", {})
     assert packing_room.is_packed("auto", gpu)
+    monkeypatch.setattr(packing_room, "PACKED", {"NVIDIA H200": False})
+    assert not packing_room.is_packed("auto", gpu), "not measured, and of an H200's generation"
     monkeypatch.setattr(packing_room, "PACKED", {"A100": True, "H100": False})
     assert not packing_room.is_packed("auto", gpu)
     assert packing_room.is_packed("auto", cpu)
